@@ -1,0 +1,17 @@
+# Suspend the running coroutine: leave it resumable, go back to whoever resumed it.
+#
+#   in    r8   the resumer's rsp (from the thread variable, see switch::resumer)
+#         rdi  the word for the resumer        rsi  the outcome
+#   out   rdi  the next resume's word          rsi  its command
+#   kept  rsp, rbx, rbp, as in asm/resume.s. A store below may run into the guard page: each is
+#         based on rsp, a growth point, and all that moves is in registers or below the top.
+    lea     rax, [rip + 2f]             # rax <- where the next resume lands
+    mov     [rsp - 8], rax              # the same layout as in asm/resume.s:
+    mov     [rsp - 16], rbp             # a suspended stack looks like one that has called
+    mov     [rsp - 24], rbx
+    mov     rax, rsp                    # rax <- what the resumer puts into the handle
+    mov     rsp, r8                     # the switch
+    jmp     qword ptr [rsp - 8]         # lands at 2: of asm/resume.s
+2:                                      # resumed: rsp is ours, it may be another address than before
+    mov     rbp, [rsp - 16]
+    mov     rbx, [rsp - 24]

@@ -1,0 +1,61 @@
+// The out-of-line part of the switch: the first frame of every coroutine, and the thread's variable.
+//
+// The switch itself is inlined into its callers: asm/resume.s, asm/suspend.s, asm/finish.s.
+// src/switch.rs draws what they leave where.
+
+    .intel_syntax noprefix
+
+// regrow_resumer: one word per thread. The stack pointer of whoever resumed the coroutine that runs
+// on this thread, 0 when none does. It lives here, in a line that is always hot, and not on the
+// coroutine's stack: a suspend must know where to go before the coroutine's own lines have arrived.
+// Initial-exec, so that reading it is one load off `fs` and can never call into the loader.
+    .section .tbss, "awT", @nobits
+    .globl  regrow_resumer
+    .type   regrow_resumer, @object
+    .size   regrow_resumer, 8
+    .p2align 3
+regrow_resumer:
+    .zero 8
+
+// regrow_entry: where a coroutine's first resume lands. Its frame is the outermost one on the stack
+// and lasts as long as the coroutine.
+//
+//   in   rsp  the base (16-byte aligned); rdx the same
+//        rdi  the word passed to the first resume
+//        rsi  the command (resume; a coroutine that never ran is dropped without being resumed)
+//   out  entry(rdi = word, rsi = command, rdx = base) by a jump, with a return address below the base.
+//        A jump and a pushed address, not a call: nothing ever returns through it, and an
+//        unmatched call would leave the processor's return stack one entry off.
+//
+// To an unwinder this frame's caller is whoever resumed the coroutine last: each resume leaves
+// the address of its own {rbp, return address} pair in [base]. So the CFA is [base] + 16, and
+// the caller's registers lie below it as after an ordinary prologue (see asm/resume.s):
+//   rip at CFA-8, rbp at CFA-16, rbx at CFA-24. The others are clobbered by a resume, not kept.
+// `signal_frame`, because gdb takes a caller on a lower address for a corrupt stack otherwise,
+// and because the return address then is taken as it is, not as one past a call.
+    .text
+    .globl  regrow_entry
+    .type   regrow_entry, @function
+    .p2align 4
+regrow_entry:
+    .cfi_startproc
+    .cfi_signal_frame
+    // DW_CFA_def_cfa_expression: DW_OP_breg1 (rdx) 0, DW_OP_deref, DW_OP_plus_uconst 16
+    .cfi_escape 0x0f, 5, 0x71, 0x00, 0x06, 0x23, 0x10
+    .cfi_offset rip, -8
+    .cfi_offset rbp, -16
+    .cfi_offset rbx, -24
+    mov     rbp, rdx                    // rbp <- base: the rbp chain runs through [base] to the resumer
+    // The same from here on with rbp: DW_OP_breg6 (rbp) 0, DW_OP_deref, DW_OP_plus_uconst 16
+    .cfi_escape 0x0f, 5, 0x76, 0x00, 0x06, 0x23, 0x10
+    lea     rax, [rip + regrow_entry_return] // rax <- the return address the entry function sees
+    push    rax                         // rsp = base - 8: what a call would have left
+    jmp     qword ptr [rsp - 16]        // the entry function, put at [base - 24] by the constructor
+    nop                                 // unwinders look one byte before a return address
+    .globl  regrow_entry_return
+regrow_entry_return:
+    ud2                                 // an entry function ends in asm/finish.s and never returns
+    .cfi_endproc
+    .size   regrow_entry, . - regrow_entry
+
+    .section .note.GNU-stack, "", @progbits

@@ -1,0 +1,274 @@
+//! How a coroutine is made: sizes, way to grow, name.
+
+use core::mem::{ManuallyDrop, MaybeUninit};
+use std::sync::Arc;
+
+use crate::coroutine::{self, Coroutine, Yielder};
+use crate::error::Error;
+use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE};
+use crate::stack::{INLINE_CLOSURE, Record, cache, first_open};
+use crate::stats::Growth;
+use crate::switch;
+
+/// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
+///
+/// So much address space is reserved for each such coroutine; page tables for it take 560 bytes.
+pub const DEFAULT_MAXIMUM_IN_PLACE: usize = 256 << 10;
+
+/// The largest size of a stack that moves, unless the builder says otherwise: 256 MiB.
+pub const DEFAULT_MAXIMUM_RELOCATE: usize = 256 << 20;
+
+/// Makes coroutines with other than the default properties.
+///
+/// ```
+/// use regrow::{Builder, CoroutineResult, Yielder};
+///
+/// let mut coroutine = Builder::new()
+///     .name("parser")
+///     .first_size(8 << 10)
+///     .maximum(1 << 20)
+///     .spawn(|yielder: &Yielder<u32, u32>, first: u32| yielder.suspend(first + 1) * 10);
+/// assert_eq!(coroutine.resume(1), CoroutineResult::Yield(2));
+/// assert_eq!(coroutine.resume(7), CoroutineResult::Return(70));
+/// ```
+#[derive(Clone, Debug)]
+pub struct Builder {
+    first_size: usize,
+    maximum: Option<usize>,
+    growth: Growth,
+    name: Option<Arc<str>>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Builder {
+    /// A first size of 2 KiB, growth in place, no name.
+    ///
+    /// ```
+    /// let builder = regrow::Builder::new();
+    /// # let _ = builder;
+    /// ```
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { first_size: MIN_SIZE, maximum: None, growth: Growth::InPlace, name: None }
+    }
+
+    /// How many bytes of stack the coroutine has to begin with: a power of two from
+    /// [`MIN_SIZE`] to [`MAX_SIZE`]. Memory is only used as it is touched.
+    ///
+    /// ```
+    /// let coroutine = regrow::Builder::new().first_size(16 << 10).spawn(|_: &regrow::Yielder<(), ()>, ()| ());
+    /// assert_eq!(coroutine.stats().size, 16384);
+    /// ```
+    #[must_use]
+    pub const fn first_size(mut self, bytes: usize) -> Self {
+        self.first_size = bytes;
+        self
+    }
+
+    /// How many bytes of stack the coroutine may come to have: a power of two up to [`MAX_SIZE`].
+    /// A coroutine that needs more ends the process with a report.
+    ///
+    /// By default [`DEFAULT_MAXIMUM_IN_PLACE`] or [`DEFAULT_MAXIMUM_RELOCATE`], or the first size if that is larger.
+    ///
+    /// ```
+    /// let builder = regrow::Builder::new().maximum(64 << 20);
+    /// # let _ = builder;
+    /// ```
+    #[must_use]
+    pub const fn maximum(mut self, bytes: usize) -> Self {
+        self.maximum = Some(bytes);
+        self
+    }
+
+    /// A name for reports.
+    ///
+    /// ```
+    /// let coroutine = regrow::Builder::new().name("reader 7").spawn(|_: &regrow::Yielder<(), ()>, ()| ());
+    /// assert_eq!(coroutine.name(), Some("reader 7"));
+    /// ```
+    #[must_use]
+    pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Lets stacks grow by moving: [`Growth::Relocate`].
+    ///
+    /// When the stack runs into its guard page it is copied to a slot twice the size, and every word in it and in
+    /// the registers whose value lies in the old slot is rewritten. So a coroutine starts in one page
+    /// and can grow without address space being set aside for it.
+    ///
+    /// # Safety
+    /// Of every coroutine spawned from this builder: **no pointer into its stack may be kept outside it.** Not on
+    /// the heap (a `Vec<&T>` of locals, a `Box<dyn Iterator>` over a local), in a static or thread-local, on another
+    /// stack (a nested coroutine's closure that borrows a local), by another thread (`std::thread::scope`
+    /// borrowing locals), by the kernel (a buffer in a pending asynchronous operation). Nor inside it in a form that
+    /// is not a plain aligned word: compressed, tagged beyond the slot, xored, or packed.
+    /// And no integer may have, by accident, a value inside the stack's slot and be expected to keep it.
+    ///
+    /// References in frames and registers, pointers from one frame to another, references passed down the stack
+    /// (as nearly all Rust code does) are all right. A broken promise is noticed when the stale pointer is
+    /// used: the old slot is inaccessible, the process ends with a report.
+    ///
+    /// ```
+    /// use regrow::{Builder, Growth, Yielder};
+    ///
+    /// // SAFETY: the closure keeps nothing on the heap.
+    /// let builder = unsafe { Builder::new().relocating() };
+    /// let mut coroutine = builder.spawn(|_: &Yielder<(), ()>, ()| {
+    ///     let buffer = std::hint::black_box([1u8; 50_000]);
+    ///     buffer.iter().map(|&byte| u32::from(byte)).sum::<u32>()
+    /// });
+    /// assert_eq!(coroutine.growth(), Growth::Relocate);
+    /// assert_eq!(coroutine.resume(()).returned(), Some(50_000));
+    /// ```
+    #[must_use]
+    pub unsafe fn relocating(mut self) -> Self {
+        self.growth = Growth::Relocate;
+        self
+    }
+
+    /// Makes a coroutine that runs `f` when it is first resumed.
+    ///
+    /// # Panics
+    /// Where [`try_spawn`](Self::try_spawn) returns an error.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Builder::new().spawn(|_: &regrow::Yielder<u8, ()>, byte| byte + 1);
+    /// assert_eq!(coroutine.resume(1).returned(), Some(2));
+    /// ```
+    #[track_caller]
+    pub fn spawn<In, Out, Ret, F>(&self, f: F) -> Coroutine<In, Out, Ret>
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+        In: 'static,
+        Out: 'static,
+        Ret: 'static,
+    {
+        match self.try_spawn(f) {
+            Ok(coroutine) => coroutine,
+            Err(error) => panic!("cannot create a coroutine: {error}"),
+        }
+    }
+
+    /// As [`spawn`](Self::spawn), returning what went wrong.
+    ///
+    /// # Errors
+    /// If a size is no power of two or out of range, or the system refuses memory, mappings, or the fault handler.
+    ///
+    /// ```
+    /// let too_small = regrow::Builder::new().maximum(1024);
+    /// let error = too_small.try_spawn(|_: &regrow::Yielder<(), ()>, ()| ()).unwrap_err();
+    /// println!("{error}");
+    /// ```
+    pub fn try_spawn<In, Out, Ret, F>(&self, f: F) -> Result<Coroutine<In, Out, Ret>, Error>
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+        In: 'static,
+        Out: 'static,
+        Ret: 'static,
+    {
+        let maximum = self.checked_maximum()?;
+        let class = match self.growth {
+            Growth::InPlace => Class::staying(maximum),
+            Growth::Relocate => Class::moving(self.first_size),
+        };
+        make(f, class, self.growth, first_open(self.first_size), maximum, &self.name)
+    }
+
+    fn checked_maximum(&self) -> Result<usize, Error> {
+        let default = match self.growth {
+            Growth::InPlace => DEFAULT_MAXIMUM_IN_PLACE,
+            Growth::Relocate => DEFAULT_MAXIMUM_RELOCATE,
+        };
+        let first = self.first_size;
+        let maximum = self.maximum.unwrap_or(default.max(first));
+        for (what, bytes) in [("first_size", first), ("maximum", maximum)] {
+            if !bytes.is_power_of_two() || !(MIN_SIZE..=MAX_SIZE).contains(&bytes) {
+                return Err(Error::Size { what, bytes });
+            }
+        }
+        if first > maximum {
+            return Err(Error::FirstAboveMaximum { first, maximum });
+        }
+        Ok(maximum)
+    }
+}
+
+/// Makes a coroutine with the default properties; [`Coroutine::new`] in all but name.
+#[inline(always)]
+pub(crate) fn make_default<In, Out, Ret, F>(f: F) -> Result<Coroutine<In, Out, Ret>, Error>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    const MAXIMUM: usize = DEFAULT_MAXIMUM_IN_PLACE;
+    make(f, Class::staying(MAXIMUM), Growth::InPlace, first_open(MIN_SIZE), MAXIMUM, &None)
+}
+
+#[inline(always)]
+fn make<In, Out, Ret, F>(
+    f: F,
+    class: Class,
+    growth: Growth,
+    open: usize,
+    maximum: usize,
+    name: &Option<Arc<str>>,
+) -> Result<Coroutine<In, Out, Ret>, Error>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    let record = cache::take(class, open)?;
+    if size_of::<F>() > INLINE_CLOSURE || align_of::<F>() > 16 {
+        // A closure too large for the head goes to the heap, and the box into the head.
+        let boxed = Box::new(f);
+        let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
+        // SAFETY: the slot was taken above; the box fits.
+        return Ok(unsafe { fill(record, f, growth, open, maximum, name) });
+    }
+    // SAFETY: the slot was taken above; the closure fits.
+    Ok(unsafe { fill(record, f, growth, open, maximum, name) })
+}
+
+/// Writes the head of a slot that was just taken.
+///
+/// # Safety
+/// The slot of `record` is the caller's and has `open` accessible bytes. `F` is at most
+/// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
+#[inline(always)]
+unsafe fn fill<In, Out, Ret, F>(
+    record: *mut Record,
+    f: F,
+    growth: Growth,
+    open: usize,
+    maximum: usize,
+    name: &Option<Arc<str>>,
+) -> Coroutine<In, Out, Ret>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    let place = Record::closure(record, size_of::<F>());
+    let base = Record::base(record, size_of::<F>());
+    // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
+    // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
+    unsafe {
+        (*record).first_open = open;
+        (*record).maximum = maximum;
+        (*record).old = 0;
+        (*record).growth = growth;
+        (*record).base_offset = (Record::end(record) - base as usize) as u16;
+        (*record).drop_closure = coroutine::drop_closure::<F>;
+        (&raw mut (*record).name).write(name.clone());
+        (*record).growths = 0;
+        (*record).bytes_copied = 0;
+        (*record).words_rewritten = 0;
+        (*record).highest = (*record).size();
+        place.cast::<MaybeUninit<ManuallyDrop<F>>>().write(MaybeUninit::new(ManuallyDrop::new(f)));
+        let handle = switch::prepare(base, record, coroutine::entry::<In, Out, Ret, F>);
+        Coroutine::from_handle(handle)
+    }
+}

@@ -1,0 +1,521 @@
+//! Coroutines and their yielders: resume and suspend, panics, forced unwinding, dropping.
+
+use core::any::Any;
+use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
+use core::ptr;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use crate::builder;
+use crate::error::Error;
+use crate::stack::{self, Record};
+use crate::stats::{Growth, Stats};
+use crate::switch::{self, Base, Handle, PANICKED, RESUME, RETURNED, UNWIND, Word, YIELDED};
+use crate::thread;
+
+/// A stackful coroutine: a function with a stack of its own that can stop anywhere and go on later.
+///
+/// Each [`resume`](Self::resume) passes an `In` to it and runs it until it suspends with an `Out` or returns a `Ret`.
+/// The first `In` is the closure's argument, each later one is what [`Yielder::suspend`] returns.
+///
+/// The stack starts at 2 KiB and grows by itself ([`Builder`](crate::Builder) says how far, and how). A coroutine takes one page of
+/// memory and nothing else; this value is two words.
+///
+/// A panic in the coroutine comes out of `resume`. Dropping a suspended coroutine unwinds its frames, so their
+/// destructors run; [`mem::forget`](core::mem::forget) leaks its stack and what is on it, no worse. In a program compiled with
+/// `panic = "abort"` nothing can unwind: there a suspended coroutine that is dropped is leaked.
+///
+/// # Threads
+/// A coroutine is not `Send`. To move one to another thread regardless (in an `unsafe` wrapper) you must know that
+/// 1. everything alive on its stack may be sent to another thread (locks held by their guards may not),
+/// 2. no address of a thread-local variable is kept across a suspend, by you or by the compiler,
+/// 3. the other thread has called [`prepare_thread`](crate::prepare_thread).
+///
+/// # Example
+/// ```
+/// use regrow::{Coroutine, CoroutineResult};
+///
+/// let mut adder = Coroutine::new(|yielder, mut number: u32| {
+///     let mut sum = 0;
+///     while number != 0 {
+///         sum += number;
+///         number = yielder.suspend(sum);
+///     }
+///     format!("the sum is {sum}")
+/// });
+/// assert_eq!(adder.resume(1), CoroutineResult::Yield(1));
+/// assert_eq!(adder.resume(2), CoroutineResult::Yield(3));
+/// assert_eq!(adder.resume(0), CoroutineResult::Return("the sum is 3".to_string()));
+/// ```
+pub struct Coroutine<In, Out, Ret> {
+    handle: Handle,
+    /// Neither `Send` nor `Sync`; takes `In`, gives `Out` and `Ret`.
+    marker: PhantomData<(fn(In) -> (Out, Ret), *mut ())>,
+}
+
+/// What a coroutine answers to a resume.
+///
+/// ```
+/// use regrow::CoroutineResult;
+/// assert_eq!(CoroutineResult::<u32, ()>::Yield(3).yielded(), Some(3));
+/// assert_eq!(CoroutineResult::<u32, ()>::Return(()).yielded(), None);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum CoroutineResult<Out, Ret> {
+    /// It suspended with this value and can be resumed.
+    Yield(Out),
+    /// It returned this value and has ended.
+    Return(Ret),
+}
+
+impl<Out, Ret> CoroutineResult<Out, Ret> {
+    /// The value it suspended with, if it did.
+    ///
+    /// ```
+    /// assert_eq!(regrow::CoroutineResult::<u8, u8>::Yield(1).yielded(), Some(1));
+    /// ```
+    pub fn yielded(self) -> Option<Out> {
+        match self {
+            Self::Yield(value) => Some(value),
+            Self::Return(_) => None,
+        }
+    }
+
+    /// The value it returned, if it did.
+    ///
+    /// ```
+    /// assert_eq!(regrow::CoroutineResult::<u8, u8>::Return(1).returned(), Some(1));
+    /// ```
+    pub fn returned(self) -> Option<Ret> {
+        match self {
+            Self::Return(value) => Some(value),
+            Self::Yield(_) => None,
+        }
+    }
+}
+
+impl<In, Out, Ret> Coroutine<In, Out, Ret> {
+    /// Makes a coroutine that runs `f` when it is first resumed: 2 KiB of stack, growing in place up to
+    /// [`DEFAULT_MAXIMUM_IN_PLACE`](crate::DEFAULT_MAXIMUM_IN_PLACE).
+    ///
+    /// # Panics
+    /// Where [`try_new`](Self::try_new) returns an error.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<u32, (), u32>::new(|_, input| input * 2);
+    /// assert_eq!(coroutine.resume(21).returned(), Some(42));
+    /// ```
+    #[inline]
+    #[track_caller]
+    pub fn new<F>(f: F) -> Self
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+        In: 'static,
+        Out: 'static,
+        Ret: 'static,
+    {
+        match Self::try_new(f) {
+            Ok(coroutine) => coroutine,
+            Err(error) => panic!("cannot create a coroutine: {error}"),
+        }
+    }
+
+    /// As [`new`](Self::new), returning what went wrong.
+    ///
+    /// # Errors
+    /// If the system refuses memory, mappings, or the fault handler.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), regrow::Error> {
+    /// let mut coroutine = regrow::Coroutine::<(), (), u32>::try_new(|_, ()| 1)?;
+    /// # let _ = coroutine.resume(());
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[inline]
+    pub fn try_new<F>(f: F) -> Result<Self, Error>
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+        In: 'static,
+        Out: 'static,
+        Ret: 'static,
+    {
+        builder::make_default(f)
+    }
+
+    #[inline(always)]
+    pub(crate) fn from_handle(handle: Handle) -> Self {
+        Self { handle, marker: PhantomData }
+    }
+
+    /// Runs the coroutine until it suspends or returns.
+    ///
+    /// # Panics
+    /// If the coroutine has ended. If it panics, with its payload; it has ended then.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), u32, ()>::new(|yielder, ()| {
+    ///     for number in 0.. {
+    ///         yielder.suspend(number);
+    ///     }
+    /// });
+    /// assert_eq!(coroutine.resume(()).yielded(), Some(0));
+    /// assert_eq!(coroutine.resume(()).yielded(), Some(1));
+    /// ```
+    #[inline]
+    #[track_caller]
+    pub fn resume(&mut self, input: In) -> CoroutineResult<Out, Ret> {
+        if self.handle.sp == 0 {
+            resumed_after_end();
+        }
+        let input = Transfer::new(input);
+        // SAFETY: a coroutine that has not ended is suspended (running, it is borrowed by its resume), and takes an
+        // `In` with `RESUME`, in its first frame as at every suspend.
+        let (word, outcome) = unsafe { switch::resume(&mut self.handle, input.word(), RESUME) };
+        if outcome == YIELDED {
+            // SAFETY: with this outcome comes an `Out`.
+            return CoroutineResult::Yield(unsafe { Transfer::read(word) });
+        }
+        // SAFETY: the coroutine has ended with this word and outcome.
+        match unsafe { self.end(word, outcome) } {
+            Ok(value) => CoroutineResult::Return(value),
+            Err(payload) => resume_unwind(payload),
+        }
+    }
+
+    /// Takes the result of a coroutine that has ended off its stack, and gives the stack back.
+    ///
+    /// # Safety
+    /// The latest resume gave this word and outcome, which is not `YIELDED`.
+    #[inline(always)]
+    unsafe fn end(&mut self, word: Word, outcome: usize) -> Result<Ret, Box<dyn Any + Send>> {
+        // SAFETY: with `RETURNED` comes a `Ret`, otherwise the address of a panic's payload on the
+        // coroutine's stack. Nothing of the stack is needed once it is read.
+        unsafe {
+            let result = if outcome == RETURNED {
+                Ok(Transfer::read(word))
+            } else {
+                Err(Transfer::read(word))
+            };
+            stack::release((*self.handle.base).record);
+            result
+        }
+    }
+
+    /// True if the coroutine has returned or panicked.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+    /// assert!(!coroutine.done());
+    /// coroutine.resume(());
+    /// assert!(coroutine.done());
+    /// ```
+    #[inline]
+    #[must_use]
+    pub fn done(&self) -> bool {
+        self.handle.sp == 0
+    }
+
+    /// True if the coroutine has been resumed at least once.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+    /// assert!(!coroutine.started());
+    /// coroutine.resume(());
+    /// assert!(coroutine.started());
+    /// ```
+    #[must_use]
+    pub fn started(&self) -> bool {
+        // SAFETY: a coroutine that has not ended is suspended here.
+        self.done() || !unsafe { switch::is_fresh(self.handle.sp) }
+    }
+
+    /// How its stack grows. After the end: how it grew is no longer known, [`Growth::InPlace`].
+    ///
+    /// ```
+    /// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+    /// assert_eq!(coroutine.growth(), regrow::Growth::InPlace);
+    /// ```
+    #[must_use]
+    pub fn growth(&self) -> Growth {
+        self.record().map_or(Growth::InPlace, |record| record.growth)
+    }
+
+    /// Its name, while it has not ended.
+    ///
+    /// ```
+    /// assert_eq!(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).name(), None);
+    /// ```
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.record().and_then(|record| record.name.as_deref())
+    }
+
+    /// Its counters. All zero after its end, when its stack may be somebody else's.
+    ///
+    /// ```
+    /// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+    /// assert_eq!(coroutine.stats().highest, 2048);
+    /// ```
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.record().map_or(Stats::NONE, Record::stats)
+    }
+
+    fn record(&self) -> Option<&Record> {
+        // SAFETY: a coroutine that has not ended has its record; it is written only while it runs.
+        (!self.done()).then(|| unsafe { &*(*self.handle.base).record })
+    }
+
+    /// Unwinds the frames of a suspended coroutine.
+    #[cold]
+    fn unwind(&mut self) {
+        /// How often a coroutine may catch its unwinding and suspend again.
+        const PATIENCE: usize = 100;
+        // Std may have taken the thread's signal stack away, in the destructors of thread-locals. Without one
+        // the stack cannot grow; there is nobody to tell, and it may not need to.
+        let _ = thread::prepare();
+        for _ in 0..PATIENCE {
+            // SAFETY: as in `resume`; with `UNWIND` no value is passed.
+            let (word, outcome) = unsafe { switch::resume(&mut self.handle, Word::uninit(), UNWIND) };
+            if outcome == YIELDED {
+                // SAFETY: with this outcome comes an `Out`.
+                drop(unsafe { Transfer::<Out>::read(word) });
+                continue;
+            }
+            // SAFETY: the coroutine has ended with this word and outcome.
+            match unsafe { self.end(word, outcome) } {
+                Err(payload) if !payload.is::<ForcedUnwind>() => resume_unwind(payload),
+                _ => return,
+            }
+        }
+        fatal("a coroutine that is being dropped catches its unwinding and suspends again, over and over");
+    }
+}
+
+impl<In, Out, Ret> Drop for Coroutine<In, Out, Ret> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.handle.sp != 0 {
+            self.drop_unfinished();
+        }
+    }
+}
+
+impl<In, Out, Ret> Coroutine<In, Out, Ret> {
+    #[cold]
+    fn drop_unfinished(&mut self) {
+        if self.started() {
+            if cfg!(panic = "unwind") {
+                self.unwind();
+            }
+            return;
+        }
+        // SAFETY: it never ran, so its closure is where the builder put it, and nothing else is on its stack.
+        unsafe {
+            let record = (*self.handle.base).record;
+            self.handle.sp = 0;
+            // The stack is given back even if the closure's destructor panics.
+            let release = OnDrop(|| stack::release(record));
+            ((*record).drop_closure)(record.cast());
+            drop(release);
+        }
+    }
+}
+
+impl<In, Out, Ret> core::fmt::Debug for Coroutine<In, Out, Ret> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Coroutine")
+            .field("name", &self.name())
+            .field("started", &self.started())
+            .field("done", &self.done())
+            .field("growth", &self.growth())
+            .field("size", &self.stats().size)
+            .finish()
+    }
+}
+
+/// Inside a coroutine, the way out: suspends it with a value for its resumer.
+///
+/// ```
+/// use regrow::{Coroutine, Yielder};
+///
+/// fn visit(yielder: &Yielder<(), u32>, depth: u32) {
+///     if depth > 0 {
+///         visit(yielder, depth - 1);
+///         yielder.suspend(depth); // from any depth of calls
+///         visit(yielder, depth - 1);
+///     }
+/// }
+/// let mut walk = Coroutine::new(|yielder: &Yielder<(), u32>, ()| visit(yielder, 3));
+/// let order: Vec<_> = std::iter::from_fn(|| walk.resume(()).yielded()).collect();
+/// assert_eq!(order, [1, 2, 1, 3, 1, 2, 1]);
+/// ```
+#[repr(transparent)]
+pub struct Yielder<In, Out> {
+    base: Base,
+    marker: PhantomData<(fn(Out) -> In, *mut ())>,
+}
+
+impl<In, Out> Yielder<In, Out> {
+    /// Suspends the coroutine with `value` for its resumer, and returns what it is resumed with.
+    ///
+    /// # Panics
+    /// If it is called while another coroutine runs: a nested one that got hold of an outer one's yielder.
+    /// And when the suspended coroutine is dropped: this is how its frames unwind.
+    ///
+    /// ```
+    /// let mut echo = regrow::Coroutine::<u32, u32, ()>::new(|yielder, mut value| loop {
+    ///     value = yielder.suspend(value);
+    /// });
+    /// assert_eq!(echo.resume(5).yielded(), Some(5));
+    /// ```
+    #[inline]
+    #[track_caller]
+    pub fn suspend(&self, value: Out) -> In {
+        let resumer = switch::resumer();
+        // SAFETY: a resumer waits in its resume.
+        if resumer == 0 || !ptr::eq(unsafe { switch::base_of(resumer) }, &self.base) {
+            suspended_from_elsewhere();
+        }
+        let value = Transfer::new(value);
+        // SAFETY: this coroutine runs, as was just checked, and its resumer expects an `Out` with `YIELDED`.
+        let (word, command) = unsafe { switch::suspend(resumer, value.word()) };
+        if command != RESUME {
+            forced_unwind();
+        }
+        // SAFETY: with `RESUME` comes an `In`.
+        unsafe { Transfer::read(word) }
+    }
+}
+
+impl<In, Out> core::fmt::Debug for Yielder<In, Out> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Yielder")
+    }
+}
+
+/// What runs in a new coroutine, on its stack, with its first input.
+pub(crate) unsafe extern "C" fn entry<In, Out, Ret, F>(word: Word, _command: usize, base: &Base) -> !
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret,
+{
+    // SAFETY: a yielder is a base, whatever its types.
+    let yielder = unsafe { &*ptr::from_ref(base).cast::<Yielder<In, Out>>() };
+    let run = || {
+        // SAFETY: the first resume brings an `In`; the builder put an `F` at this place, and it is taken once.
+        let (input, f) = unsafe {
+            (Transfer::<In>::read(word), Record::closure(base.record, size_of::<F>()).cast::<F>().read())
+        };
+        f(yielder, input)
+    };
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(value) => {
+            let value = Transfer::new(value);
+            // SAFETY: the resumer reads a `Ret` with this outcome before it touches the stack.
+            unsafe { switch::finish(value.word(), RETURNED) }
+        }
+        Err(payload) => {
+            let payload: Transfer<Box<dyn Any + Send>> = Transfer::new(payload);
+            // SAFETY: the resumer reads a payload with this outcome before it touches the stack.
+            unsafe { switch::finish(payload.word(), PANICKED) }
+        }
+    }
+}
+
+/// Drops the closure of a coroutine that never ran.
+///
+/// # Safety
+/// `record` is that of a coroutine made with an `F`, which is still in its place.
+pub(crate) unsafe fn drop_closure<F>(record: *mut u8) {
+    // SAFETY: by the caller's word.
+    unsafe { Record::closure(record.cast(), size_of::<F>()).cast::<F>().drop_in_place() }
+}
+
+/// A value on its way through a switch: in the word itself if it fits, else the word is its address, and the
+/// other side reads it from this side's stack, which stays as it is until then.
+struct Transfer<T>(ManuallyDrop<T>);
+
+impl<T> Transfer<T> {
+    const FITS: bool = size_of::<T>() <= size_of::<usize>();
+
+    #[inline(always)]
+    fn new(value: T) -> Self {
+        Self(ManuallyDrop::new(value))
+    }
+
+    #[inline(always)]
+    fn word(&self) -> Word {
+        let value = ptr::from_ref(&self.0);
+        if !Self::FITS {
+            return Word::new(value as usize);
+        }
+        let mut word = Word::uninit();
+        // SAFETY: the value fits, and a word may hold whatever bytes it has.
+        unsafe { ptr::copy_nonoverlapping(value.cast::<u8>(), word.as_mut_ptr().cast(), size_of::<T>()) };
+        word
+    }
+
+    /// # Safety
+    /// `word` was made by [`word`](Self::word) from a `T` that has not been read since, and whose stack has
+    /// not run since.
+    #[inline(always)]
+    unsafe fn read(word: Word) -> T {
+        // SAFETY: by the caller's word.
+        unsafe {
+            if Self::FITS {
+                word.as_ptr().cast::<T>().read_unaligned()
+            } else {
+                (word.assume_init() as *const T).read()
+            }
+        }
+    }
+}
+
+/// The payload of the unwinding that drops a suspended coroutine's frames.
+struct ForcedUnwind;
+
+#[cold]
+#[inline(never)]
+fn forced_unwind() -> ! {
+    resume_unwind(Box::new(ForcedUnwind))
+}
+
+#[cold]
+#[inline(never)]
+#[track_caller]
+fn resumed_after_end() -> ! {
+    panic!("resumed a coroutine that has ended: check done() or the last CoroutineResult");
+}
+
+#[cold]
+#[inline(never)]
+#[track_caller]
+fn suspended_from_elsewhere() -> ! {
+    panic!("suspend() on the yielder of a coroutine that is not the one running: suspend the running one first");
+}
+
+#[cold]
+fn fatal(sentence: &str) -> ! {
+    eprintln!("regrow: {sentence}");
+    std::process::abort()
+}
+
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+/// The counters of the coroutine that runs on this thread; `None` outside coroutines.
+///
+/// ```
+/// assert!(regrow::current_stats().is_none());
+/// ```
+#[must_use]
+pub fn current_stats() -> Option<Stats> {
+    // SAFETY: the running coroutine's handle is with its resumer, who waits, and its record is accessible.
+    switch::running().map(|handle| unsafe { (*(*(*handle).base).record).stats() })
+}

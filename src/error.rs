@@ -1,0 +1,96 @@
+//! What can go wrong when a coroutine is made, each with what to do about it.
+
+use core::fmt;
+
+/// Why a coroutine could not be created. Nothing is lost: no memory, no slot, and the closure is
+/// dropped as if it had never been passed.
+///
+/// ```
+/// use regrow::{Builder, Error};
+/// let error = Builder::new().first_size(3000).try_spawn(|_: &regrow::Yielder<(), ()>, ()| ()).unwrap_err();
+/// assert!(matches!(error, Error::Size { .. }));
+/// assert!(error.to_string().contains("power of two"));
+/// ```
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// A size is not a power of two, or not between [`MIN_SIZE`](crate::MIN_SIZE) and
+    /// [`MAX_SIZE`](crate::MAX_SIZE) bytes.
+    Size {
+        /// Which one: `"first_size"` or `"maximum"`.
+        what: &'static str,
+        /// The size asked for, in bytes.
+        bytes: usize,
+    },
+    /// The first size is larger than the maximum.
+    FirstAboveMaximum {
+        /// The first size, in bytes.
+        first: usize,
+        /// The maximum, in bytes.
+        maximum: usize,
+    },
+    /// The kernel refused memory or address space.
+    Memory {
+        /// What regrow was doing.
+        doing: &'static str,
+        /// How many bytes it asked for.
+        bytes: usize,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The process has as many memory mappings as it may have. Only without
+    /// `MADV_GUARD_INSTALL` (Linux before 6.13), where each stack takes two.
+    Mappings {
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The fault handler could not be installed.
+    Handler {
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The table of arenas is full: some hundred billion bytes of stacks are in use.
+    Arenas,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Size { what, bytes } => write!(
+                f,
+                "{what} of {bytes} bytes: give a power of two from {} to {} bytes",
+                crate::MIN_SIZE,
+                crate::MAX_SIZE
+            ),
+            Self::FirstAboveMaximum { first, maximum } => write!(
+                f,
+                "the first size, {first} bytes, is above the maximum, {maximum} bytes: lower one or raise the other"
+            ),
+            Self::Memory { doing, bytes, source } => write!(
+                f,
+                "{doing}: the kernel refused {bytes} bytes ({source}): end some coroutines, lower their maximum, \
+                 or raise the limit on memory (ulimit -v, the container's, vm.overcommit_memory)"
+            ),
+            Self::Mappings { source } => write!(
+                f,
+                "too many memory mappings ({source}): this kernel has no MADV_GUARD_INSTALL (Linux 6.13), so each stack \
+                 takes two mappings; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
+            ),
+            Self::Handler { source } => write!(
+                f,
+                "cannot install the SIGSEGV handler or its alternate stack ({source}): stacks cannot grow without it; \
+                 allow rt_sigaction, sigaltstack and mmap in the sandbox"
+            ),
+            Self::Arenas => f.write_str("the table of stack arenas is full: end some coroutines"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Memory { source, .. } | Self::Mappings { source } | Self::Handler { source } => Some(source),
+            _ => None,
+        }
+    }
+}

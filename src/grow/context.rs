@@ -1,0 +1,87 @@
+//! The interrupted context: the registers the kernel put on the signal stack, and will load again.
+//!
+//! ```text
+//!   ucontext.uc_mcontext.gregs    r8 .. r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip, ...
+//!   ucontext.uc_mcontext.fpregs → 0    control words, last x87 instruction and operand
+//!                                 32   st0-7 / mm0-7, 16 bytes each
+//!                                 160  xmm0-15
+//!                                 416  unused; at 464 what follows (struct _fpx_sw_bytes)
+//!                                 512  XSAVE header: which components are not in their initial state
+//!                                 576  upper halves of ymm0-15, opmasks, of zmm0-15, zmm16-31, ...
+//! ```
+//!
+//! The layout of the extended area: Intel 64 manual, volume 1, chapter 13 (standard form), and
+//! `arch/x86/include/uapi/asm/sigcontext.h` of Linux.
+
+use core::ffi::c_void;
+use core::slice;
+
+/// Names of the general registers in the order of `gregs`, for reports.
+pub(crate) const NAMES: [&str; 16] = [
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx",
+    "rsp",
+];
+
+const WORD: usize = size_of::<usize>();
+const X87: usize = 32 / WORD;
+const LEGACY_END: usize = 416 / WORD;
+const SOFTWARE_BYTES: usize = 464 / WORD;
+const EXTENDED: usize = 576 / WORD;
+/// FP_XSTATE_MAGIC1: an XSAVE area follows the 512 bytes of FXSAVE.
+const XSTATE_MAGIC: u32 = 0x4650_5853;
+/// More than any processor's XSAVE area (AMX's is 11 KiB): a larger figure is not believed.
+const XSTATE_MOST: usize = 64 << 10;
+
+/// A signal handler's third argument.
+pub(crate) struct Context<'a>(&'a mut libc::ucontext_t);
+
+impl Context<'_> {
+    /// # Safety
+    /// `raw` is the third argument of a signal handler installed with `SA_SIGINFO`, used while it runs.
+    pub(crate) unsafe fn new(raw: *mut c_void) -> Self {
+        // SAFETY: by the caller's word.
+        Self(unsafe { &mut *raw.cast() })
+    }
+
+    pub(crate) fn rip(&self) -> usize {
+        self.0.uc_mcontext.gregs[libc::REG_RIP as usize] as usize
+    }
+
+    pub(crate) fn rsp(&self) -> usize {
+        self.0.uc_mcontext.gregs[libc::REG_RSP as usize] as usize
+    }
+
+    /// The general registers, in the order of [`NAMES`].
+    pub(crate) fn general(&mut self) -> &mut [usize] {
+        let first = self.0.uc_mcontext.gregs.as_mut_ptr().cast();
+        // SAFETY: `gregs` has 23 entries of 64 bits; the first 16 are the general registers.
+        unsafe { slice::from_raw_parts_mut(first, NAMES.len()) }
+    }
+
+    /// The words of the vector registers in two stretches: x87 to xmm, and the extended area.
+    pub(crate) fn vectors(&mut self) -> [&mut [usize]; 2] {
+        let area = self.0.uc_mcontext.fpregs.cast::<usize>();
+        if area.is_null() {
+            return [&mut [], &mut []];
+        }
+        // SAFETY: the kernel always writes 512 bytes of FXSAVE; what its software bytes announce
+        // follows them. The two stretches do not overlap.
+        unsafe {
+            let [magic, _, _, size] = {
+                let software = area.add(SOFTWARE_BYTES).cast::<u32>();
+                [*software, *software.add(1), *software.add(2), *software.add(4)]
+            };
+            let legacy = slice::from_raw_parts_mut(area.add(X87), LEGACY_END - X87);
+            let words = size as usize / WORD;
+            if magic != XSTATE_MAGIC || size as usize > XSTATE_MOST || words <= EXTENDED {
+                return [legacy, &mut []];
+            }
+            [legacy, slice::from_raw_parts_mut(area.add(EXTENDED), words - EXTENDED)]
+        }
+    }
+
+    /// The signal mask of the interrupted code.
+    pub(crate) fn mask(&self) -> &libc::sigset_t {
+        &self.0.uc_sigmask
+    }
+}

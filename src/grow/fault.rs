@@ -1,0 +1,180 @@
+//! The fault handler: from a SIGSEGV at a guard page to a larger stack, or to whoever was there before.
+//!
+//! ```text
+//!   fault ─ in an arena? ── no ──────────────────────────────────────► the previous handler
+//!             │ yes
+//!           an old slot? ── yes ─► stale pointer: report, abort
+//!             │ no
+//!           the running coroutine's guard, near rsp? ── no ──────────► the previous handler
+//!             │ yes
+//!           grow (src/grow/mod.rs) ── no room ─► overflow: report, abort
+//!             │
+//!           return: the instruction runs again and never knows
+//! ```
+//!
+//! Nothing here allocates, locks, prints through std, panics or touches a lazily made thread-local.
+
+use core::cell::UnsafeCell;
+use core::ffi::{c_int, c_void};
+use core::mem::MaybeUninit;
+use core::ptr;
+use std::io;
+
+use super::context::Context;
+use super::point::is_growth_point;
+use super::{Fault, grow};
+use crate::error::Error;
+use crate::report;
+use crate::stack::{Record, Slot};
+use crate::switch::{self, RED_ZONE};
+
+const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
+
+/// The handlers that were there before ours. Written once, before the first coroutine exists.
+struct Previous([UnsafeCell<MaybeUninit<libc::sigaction>>; SIGNALS.len()]);
+
+// SAFETY: written by `install_handler` only, under the caller's `OnceLock` and before anything can fault
+// into the handler; read-only afterwards.
+unsafe impl Sync for Previous {}
+
+static PREVIOUS: Previous = Previous([const { UnsafeCell::new(MaybeUninit::uninit()) }; SIGNALS.len()]);
+
+/// Installs the handler; called once a process.
+pub(crate) fn install_handler() -> Result<(), Error> {
+    static INSTALLED: std::sync::Mutex<bool> = std::sync::Mutex::new(false);
+    let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if *installed {
+        return Ok(());
+    }
+    for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS.0) {
+        // SAFETY: plain data for a system call. What was there is read before ours goes in, so that
+        // a fault on another thread in between finds it.
+        unsafe {
+            check(libc::sigaction(signal, ptr::null(), previous.get().cast()))?;
+            let mut ours: libc::sigaction = core::mem::zeroed();
+            ours.sa_sigaction = on_fault as *const () as usize;
+            // SIGINFO: the address. ONSTACK: the stack that faulted has no room. No RESTART needed: a fault
+            // interrupts no system call. No NODEFER: a fault in here is a bug and ends the process.
+            ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // Everything else waits: another handler must not run between two stacks.
+            libc::sigfillset(&mut ours.sa_mask);
+            check(libc::sigaction(signal, &ours, ptr::null_mut()))?;
+        }
+    }
+    *installed = true;
+    Ok(())
+}
+
+fn check(answer: c_int) -> Result<(), Error> {
+    if answer == 0 { Ok(()) } else { Err(Error::Handler { source: io::Error::last_os_error() }) }
+}
+
+unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
+    // SAFETY: errno is this thread's; system calls below change it and the interrupted code must not see.
+    let errno = unsafe { *libc::__errno_location() };
+    // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
+    let (code, address, context) = unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
+    // A code of 0 or less: sent by a process, not by the processor.
+    if code <= 0 || !serve(address, context) {
+        // SAFETY: these are the arguments we were called with.
+        unsafe { chain(signal, info, raw) };
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// Grows the stack if this is a growth; false if the fault is not ours.
+fn serve(address: usize, mut context: Context<'_>) -> bool {
+    let Some(slot) = Slot::containing(address) else { return false };
+    if slot.is_old() {
+        report::stale(slot, address, &mut context);
+    }
+    let Some(handle) = switch::running() else { return false };
+    // SAFETY: the handle of a running coroutine is with its resumer, who waits; base and record are at
+    // the top of the running stack, which is accessible.
+    let record = unsafe { (*(*handle).base).record };
+    let rsp = context.rsp();
+    let on_its_stack = rsp >= slot.start() && rsp <= slot.end();
+    if slot.end() != Record::end(record) || !on_its_stack {
+        return false;
+    }
+    let rip = context.rip();
+    // SAFETY: only bytes of the instruction that just ran are read.
+    let growth_point = is_growth_point(|at| unsafe { *((rip + at) as *const u8) });
+    if address + RED_ZONE < rsp && !growth_point {
+        return false; // below everything the frame may use: a wild pointer that happens to hit our guard
+    }
+    // SAFETY: the record of the running coroutine, which only this thread uses.
+    if address >= slot.end() - unsafe { (*record).open } {
+        return false; // accessible as far as we know: somebody else protected it
+    }
+    // SAFETY: the conditions of `grow` were checked above, one by one.
+    unsafe { grow(&mut context, &Fault { handle, slot, address, growth_point }) };
+    true
+}
+
+/// Does what would have happened without us.
+///
+/// # Safety
+/// The arguments are those of the handler.
+unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
+    let index = usize::from(signal != SIGNALS[0]);
+    // SAFETY: written by `install_handler` before this handler could run.
+    let previous = unsafe { (*PREVIOUS.0[index].get()).assume_init_ref() };
+    // SAFETY: by the caller's word.
+    let sent = unsafe { (*info).si_code } <= 0;
+    match previous.sa_sigaction {
+        libc::SIG_IGN if sent => {}
+        // The kernel does not let a fault be ignored: it ends the process, as by default.
+        libc::SIG_DFL | libc::SIG_IGN => reset(signal, sent),
+        handler => {
+            if previous.sa_flags & libc::SA_RESETHAND != 0 {
+                reset(signal, false);
+            }
+            // SAFETY: a handler takes one or three arguments, as its flags say.
+            unsafe {
+                mask_for(previous, signal, Context::new(raw).mask());
+                if previous.sa_flags & libc::SA_SIGINFO != 0 {
+                    let handler: unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
+                        core::mem::transmute(handler);
+                    handler(signal, info, raw);
+                } else {
+                    let handler: unsafe extern "C" fn(c_int) = core::mem::transmute(handler);
+                    handler(signal);
+                }
+            }
+        }
+    }
+}
+
+/// Back to the default action: the faulting instruction runs again and ends the process with the
+/// registers it had. A signal that was sent is sent again.
+fn reset(signal: c_int, sent: bool) {
+    // SAFETY: plain data for system calls; the signal stays blocked until we return.
+    unsafe {
+        let mut default: libc::sigaction = core::mem::zeroed();
+        default.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(signal, &default, ptr::null_mut());
+        if sent {
+            libc::raise(signal);
+        }
+    }
+}
+
+/// Blocks what the kernel would have blocked for the previous handler, no more. Ends with our handler: the
+/// kernel then restores the interrupted mask.
+fn mask_for(previous: &libc::sigaction, signal: c_int, interrupted: &libc::sigset_t) {
+    let mut mask = *interrupted;
+    // SAFETY: signal sets are plain data.
+    unsafe {
+        for other in 1..=libc::SIGRTMAX() {
+            if libc::sigismember(&previous.sa_mask, other) == 1 {
+                libc::sigaddset(&mut mask, other);
+            }
+        }
+        if previous.sa_flags & libc::SA_NODEFER == 0 {
+            libc::sigaddset(&mut mask, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &mask, ptr::null_mut());
+    }
+}

@@ -1,0 +1,161 @@
+//! Growth: what happens when a stack runs into its guard page.
+//!
+//! Invariants, at every instruction of the interrupted program:
+//! 1. A slot belongs to one coroutine, as its stack or as one of its old slots, or to nobody.
+//! 2. `record.open` bytes below a live slot's end are accessible, the rest of the slot is not.
+//! 3. Of an old slot nothing is accessible.
+//! 4. A stack moves only at a growth point, and only if its owner allowed it.
+
+mod context;
+mod fault;
+mod point;
+mod relocate;
+mod rewrite;
+
+pub(crate) use context::{Context, NAMES};
+pub(crate) use fault::install_handler;
+
+use crate::error::Error;
+use crate::report;
+use crate::stack::{Record, Slot, class, class::PAGE, guard};
+use crate::stats::{self, Growth, LastGrowth};
+use crate::switch::{Handle, RED_ZONE};
+
+/// A fault that a larger stack will cure.
+struct Fault {
+    handle: *mut Handle,
+    slot: Slot,
+    address: usize,
+    growth_point: bool,
+}
+
+/// Why a stack could not grow.
+pub(crate) enum Refusal {
+    /// It would exceed the coroutine's maximum.
+    Maximum,
+    /// It may not move here, and the slack below it is used up.
+    Slack,
+    /// The kernel gave no memory.
+    Kernel(Error),
+}
+
+/// Makes the stack larger, or reports that it cannot and aborts.
+///
+/// # Safety
+/// `fault` is a fault of the running coroutine at the guard of its own stack, `context` the interrupted context.
+unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
+    let start = now();
+    let record = Record::at(fault.slot.end());
+    // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
+    let (growth, from) = unsafe { ((*record).growth, (*record).size()) };
+    // SAFETY: by the caller's word.
+    let outcome = unsafe {
+        match growth {
+            Growth::Relocate if fault.growth_point => move_up(context, fault),
+            Growth::Relocate => open_slack(fault),
+            Growth::InPlace => open_window(fault),
+        }
+    };
+    match outcome {
+        Ok(Done { record, growth, bytes, words }) => {
+            // SAFETY: where the record is now, accessible and this thread's.
+            let record = unsafe { &mut *record };
+            let last =
+                LastGrowth { from, to: record.size(), bytes, words, nanoseconds: now().wrapping_sub(start) };
+            record.growths += 1;
+            record.bytes_copied += bytes as u64;
+            record.words_rewritten += words as u64;
+            record.highest = record.highest.max(last.to);
+            record.last = last;
+            stats::count(growth, &last);
+        }
+        Err(refusal) => report::overflow(record, fault.slot.end() - fault.address, &refusal, context),
+    }
+}
+
+/// What a growth did, and where the record is now.
+struct Done {
+    record: *mut Record,
+    growth: Growth,
+    bytes: usize,
+    words: usize,
+}
+
+/// Moves the stack to a slot that holds what is needed; into the slack if there is no memory for that.
+///
+/// # Safety
+/// As for [`grow`], at a growth point.
+unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refusal> {
+    // SAFETY: the running coroutine's record, as in `grow`.
+    let (size, maximum) = unsafe {
+        let record = Record::at(fault.slot.end());
+        ((*record).size(), (*record).maximum)
+    };
+    let lowest = fault.address.min(context.rsp() - RED_ZONE);
+    let size = class::grown(size, fault.slot.end() - lowest, maximum).ok_or(Refusal::Maximum)?;
+    // SAFETY: by the caller's word; who asked for `Growth::Relocate` made the promise about pointers.
+    match unsafe { relocate::relocate(context, fault.handle, fault.slot, size) } {
+        Ok(moved) => Ok(Done {
+            // SAFETY: `relocate` has corrected the handle.
+            record: unsafe { (*(*fault.handle).base).record },
+            growth: Growth::Relocate,
+            bytes: moved.bytes,
+            words: moved.words,
+        }),
+        // SAFETY: by the caller's word; nothing has changed.
+        Err(error) => unsafe { open_slack(fault) }.map_err(|_| Refusal::Kernel(error)),
+    }
+}
+
+/// Opens the pages down to the fault, in a slot whose stack may move, but not now.
+///
+/// # Safety
+/// As for [`grow`].
+unsafe fn open_slack(fault: &Fault) -> Result<Done, Refusal> {
+    let open = fault.slot.end() - fault.address / PAGE * PAGE;
+    // SAFETY: the running coroutine's record, as in `grow`.
+    if class::size_of_open(open) > unsafe { (*Record::at(fault.slot.end())).maximum } {
+        return Err(Refusal::Maximum);
+    }
+    if open > fault.slot.class().window() {
+        return Err(Refusal::Slack);
+    }
+    // SAFETY: by the caller's word.
+    unsafe { open_to(fault, open) }
+}
+
+/// Doubles the open part of a stack that never moves.
+///
+/// # Safety
+/// As for [`grow`].
+unsafe fn open_window(fault: &Fault) -> Result<Done, Refusal> {
+    // SAFETY: the running coroutine's record, as in `grow`.
+    let (size, maximum) = unsafe {
+        let record = Record::at(fault.slot.end());
+        ((*record).size(), (*record).maximum)
+    };
+    let need = fault.slot.end() - fault.address;
+    let size = class::grown(size, need, maximum).ok_or(Refusal::Maximum)?;
+    // SAFETY: by the caller's word; the maximum's bytes are within the window of the class.
+    unsafe { open_to(fault, class::open_bytes(size)) }
+}
+
+/// # Safety
+/// As for [`grow`]; `open` bytes are within the slot's window.
+unsafe fn open_to(fault: &Fault, open: usize) -> Result<Done, Refusal> {
+    let record = Record::at(fault.slot.end());
+    // SAFETY: guard pages of the running coroutine's own slot, right below what is open.
+    unsafe {
+        guard::open(fault.slot.end() - open, open - (*record).open).map_err(Refusal::Kernel)?;
+        (*record).open = open;
+    }
+    Ok(Done { record, growth: Growth::InPlace, bytes: 0, words: 0 })
+}
+
+/// Nanoseconds of a clock that only runs forward; read without a system call.
+fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    (time.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec as u64)
+}

@@ -1,0 +1,63 @@
+//! Rewriting words: everything whose value lies in the window of the moving stack moves with it.
+//!
+//! The window is wider than the stack: `rsp` may be in the guard already, a pointer may be one
+//! past the highest object. It is the whole slot.
+
+use core::ops::Range;
+
+/// The addresses that count as pointers into a moving stack, and how far they move.
+#[derive(Clone, Copy)]
+pub(crate) struct Window {
+    start: usize,
+    length: usize,
+    distance: usize,
+}
+
+impl Window {
+    /// The window of a stack in `from` (a whole slot) that moves to the slot ending at `to_end`.
+    pub(crate) fn new(from: Range<usize>, to_end: usize) -> Self {
+        Self {
+            start: from.start,
+            length: from.end.wrapping_sub(from.start),
+            distance: to_end.wrapping_sub(from.end),
+        }
+    }
+
+    /// Where a value that may be a pointer goes.
+    pub(crate) fn moved(self, word: usize) -> usize {
+        let inside = word.wrapping_sub(self.start) < self.length;
+        word.wrapping_add(if inside { self.distance } else { 0 })
+    }
+
+    /// Rewrites each word in place; returns how many changed.
+    pub(crate) fn rewrite(self, words: &mut [usize]) -> usize {
+        let mut changed = 0;
+        for word in words {
+            let inside = word.wrapping_sub(self.start) < self.length;
+            changed += usize::from(inside);
+            *word = word.wrapping_add(if inside { self.distance } else { 0 });
+        }
+        changed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_is_the_slot_and_nothing_else() {
+        let window = Window::new(0x1000..0x3000, 0x9000);
+        let mut words = [0xfff, 0x1000, 0x2ff8, 0x2fff, 0x3000, usize::MAX, 0];
+        assert_eq!(window.rewrite(&mut words), 3);
+        assert_eq!(words, [0xfff, 0x7000, 0x8ff8, 0x8fff, 0x3000, usize::MAX, 0]);
+        assert_eq!(window.moved(0x1000), 0x7000);
+        assert_eq!(window.moved(0x3000), 0x3000);
+    }
+
+    #[test]
+    fn moving_down_works_like_moving_up() {
+        let window = Window::new(0x9000..0xb000, 0x3000);
+        assert_eq!(window.moved(0xaff0), 0x2ff0);
+    }
+}

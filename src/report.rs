@@ -1,0 +1,192 @@
+//! What a person reads when a stack cannot grow or a stale pointer is used.
+//!
+//! Made in the fault handler, in its last moments: written straight to standard error from a
+//! buffer on the signal stack, most important things first, in case the rest fails. Then abort.
+
+use core::ffi::{c_int, c_void};
+use core::fmt::{self, Write};
+
+use crate::grow::{Context, NAMES, Refusal};
+use crate::stack::{Record, Slot, class::size_of_open};
+use crate::symbol;
+
+/// Frames shown, innermost first.
+const FRAMES: usize = 32;
+
+/// A stack that cannot grow: in the manner of Go's "stack exceeds limit".
+pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, context: &mut Context<'_>) -> ! {
+    // SAFETY: the running coroutine's record, accessible, and this thread's.
+    let (size, maximum) = unsafe { ((*record).size(), (*record).maximum) };
+    let need = size_of_open(need.next_multiple_of(4096));
+    let mut out = Stderr::new();
+    let _ = match why {
+        Refusal::Maximum => writeln!(
+            out,
+            "regrow: {} exceeds its {maximum}-byte stack limit\nfatal error: stack overflow\n  size {size} bytes, \
+             {need} needed; raise Builder::maximum if this depth is meant",
+            Name(record)
+        ),
+        Refusal::Slack => writeln!(
+            out,
+            "regrow: {} may not move its stack here and has used up its slack\nfatal error: stack overflow\n  size {size} \
+             bytes, {need} needed, limit {maximum} bytes; start it larger with Builder::first_size",
+            Name(record)
+        ),
+        Refusal::Kernel(error) => writeln!(
+            out,
+            "regrow: {} cannot grow its stack\nfatal error: out of memory\n  size {size} bytes, {need} needed, limit \
+             {maximum} bytes; {error}",
+            Name(record)
+        ),
+    };
+    let _ = writeln!(out, "\n{} [running]:", Name(record));
+    frames(&mut out, context.rip());
+    out.abort()
+}
+
+/// A pointer to where a stack used to be was used.
+pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
+    let record = Record::at(old.current().end());
+    // SAFETY: the slot a chain of old slots leads to holds a live stack, whose record is accessible. If its
+    // coroutine ends on another thread in this very moment the report is wrong, not the program.
+    let below_top = unsafe { old.end() - usize::from((*record).base_offset) }.wrapping_sub(address);
+    let mut out = Stderr::new();
+    let _ = writeln!(
+        out,
+        "regrow: stale pointer into the stack of {}\nfatal error: address {address:#x} is where that stack was before it \
+         moved, {below_top} bytes below its top; it is now at {:#x}",
+        Name(record),
+        old.current().end() - (old.end() - address),
+    );
+    let registers = context.general();
+    let nearest = (0..NAMES.len())
+        .filter(|&at| (old.start()..old.end()).contains(&registers[at]))
+        .min_by_key(|&at| registers[at].abs_diff(address));
+    if let Some(at) = nearest {
+        let value = registers[at];
+        let offset = address.wrapping_sub(value) as isize;
+        let _ = writeln!(out, "  register {} = {value:#x}, {offset:+} bytes to the address", NAMES[at]);
+    }
+    let _ = writeln!(
+        out,
+        "  the pointer was kept outside the stack (heap, static, another stack, another thread): keep such things \
+         off relocating coroutines, or grow in place\n\nused at:"
+    );
+    frames(&mut out, context.rip());
+    out.abort()
+}
+
+/// How a coroutine is called in reports.
+struct Name(*const Record);
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // SAFETY: reports name coroutines whose record is accessible.
+        match unsafe { (*self.0).name.as_deref() } {
+            Some(name) => write!(f, "coroutine \"{name}\""),
+            None => write!(f, "coroutine {:#x}", Record::end(self.0)),
+        }
+    }
+}
+
+/// Writes the frames from the one interrupted at `rip` outwards.
+fn frames(out: &mut Stderr, rip: usize) {
+    let mut walk = Walk { out, rip, shown: 0 };
+    // SAFETY: the callback matches the unwinder's signature and gets its own argument back.
+    unsafe { _Unwind_Backtrace(on_frame, (&raw mut walk).cast()) };
+    if walk.shown == 0 {
+        walk.show(rip); // the unwinder did not get through the signal frame
+    }
+    if walk.shown > FRAMES {
+        let _ = writeln!(walk.out, "  ...");
+    }
+}
+
+struct Walk<'a> {
+    out: &'a mut Stderr,
+    rip: usize,
+    shown: usize,
+}
+
+impl Walk<'_> {
+    fn show(&mut self, pc: usize) {
+        if self.shown < FRAMES {
+            let _ = write!(self.out, "  {:2}: ", self.shown);
+            let _ = symbol::describe(pc, self.out);
+            let _ = writeln!(self.out);
+        }
+        self.shown += 1;
+    }
+}
+
+// The unwinder that std brings along. It reads stacks and unwind tables and, in a program that has unwound
+// or not, allocates nothing on this path in any libgcc of the last ten years; and we are about to abort.
+unsafe extern "C" {
+    fn _Unwind_Backtrace(
+        callback: extern "C" fn(*mut c_void, *mut c_void) -> c_int,
+        argument: *mut c_void,
+    ) -> c_int;
+    fn _Unwind_GetIPInfo(context: *mut c_void, before: *mut c_int) -> usize;
+}
+
+extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
+    const GO_ON: c_int = 0;
+    const STOP: c_int = 5; // _URC_END_OF_STACK
+    // SAFETY: `frames` passes a `Walk`, and the unwinder a context.
+    let (walk, pc) = unsafe {
+        let mut before = 0;
+        let pc = _Unwind_GetIPInfo(context, &mut before);
+        // A return address is one past its call, which may be in the next function already.
+        (&mut *argument.cast::<Walk<'_>>(), if before == 0 { pc.wrapping_sub(1) } else { pc })
+    };
+    // The handler's own frames come first; the interrupted one is recognised by its address.
+    if walk.shown > 0 || pc == walk.rip {
+        walk.show(pc);
+    }
+    if walk.shown > FRAMES { STOP } else { GO_ON }
+}
+
+/// Standard error through a small buffer, with plain system calls.
+struct Stderr {
+    buffer: [u8; 512],
+    used: usize,
+}
+
+impl Stderr {
+    fn new() -> Self {
+        Self { buffer: [0; 512], used: 0 }
+    }
+
+    fn flush(&mut self) {
+        let mut rest = &self.buffer[..self.used];
+        while !rest.is_empty() {
+            // SAFETY: writes from the buffer.
+            let written = unsafe { libc::write(libc::STDERR_FILENO, rest.as_ptr().cast(), rest.len()) };
+            let Ok(written @ 1..) = usize::try_from(written) else { break };
+            rest = rest.get(written..).unwrap_or_default();
+        }
+        self.used = 0;
+    }
+
+    fn abort(mut self) -> ! {
+        self.flush();
+        // SAFETY: ends the process.
+        unsafe { libc::abort() }
+    }
+}
+
+impl Write for Stderr {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for &byte in text.as_bytes() {
+            if self.used == self.buffer.len() {
+                self.flush();
+            }
+            self.buffer[self.used] = byte;
+            self.used += 1;
+            if byte == b'\n' {
+                self.flush();
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,307 @@
+//! Arenas: long stretches of address space, each cut into equal slots of one class.
+//!
+//! ```text
+//!  arena  | slot 0 | slot 1 | slot 2 | ... | fresh, never used ...                 |
+//!
+//!  slot    start                                                               end
+//!          | guard 16 KiB | slack: guard pages that may be opened | stack | head |
+//!                                             (a stack that stays: its window)
+//! ```
+//!
+//! An address is resolved to its slot by arithmetic on a small table of arenas, without a lock.
+//! Free slots hang on one lock-free list a class; fresh ones are taken in batches. All of it may be
+//! called by the fault handler, also when it interrupted any of it: nothing waits for anyone.
+
+use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use super::class::{CLASSES, Class, PAGE};
+use super::guard;
+use crate::error::Error;
+
+/// A slot's number: which arena, which slot in it, plus one so that 0 is "none".
+pub(crate) type Link = u32;
+
+const INDEX_BITS: u32 = 22;
+const MAX_SLOTS: u32 = 1 << INDEX_BITS;
+const MAX_ARENAS: usize = 1000;
+
+/// What is known of a slot beside its memory, which may be inaccessible.
+#[repr(C)]
+pub(crate) struct Meta {
+    /// The next slot of the list this one is on: free slots of its class, or old slots of a coroutine.
+    pub next: AtomicU32,
+    /// For an old slot: the slot its stack moved to.
+    pub moved_to: AtomicU32,
+    /// For a free slot: how many pages are accessible.
+    pub open_pages: AtomicU32,
+    /// [`PREPARED`] and [`OLD`].
+    pub flags: AtomicU32,
+}
+
+/// The slot's pages are guard pages, not merely reserved.
+const PREPARED: u32 = 1;
+/// A stack moved away from here and its coroutine has not ended: touching it is touching a stale pointer.
+pub(crate) const OLD: u32 = 2;
+
+struct Arena {
+    start: AtomicUsize,
+    /// Written last: an arena with `end == 0` is not there yet.
+    end: AtomicUsize,
+    meta: AtomicPtr<Meta>,
+    slots: AtomicU32,
+    /// Slots from here on were never used.
+    fresh: AtomicU32,
+    class: AtomicU8,
+}
+
+#[expect(clippy::declare_interior_mutable_const, reason = "an initialiser, copied into statics")]
+const NO_ARENA: Arena = Arena {
+    start: AtomicUsize::new(0),
+    end: AtomicUsize::new(0),
+    meta: AtomicPtr::new(core::ptr::null_mut()),
+    slots: AtomicU32::new(0),
+    fresh: AtomicU32::new(0),
+    class: AtomicU8::new(0),
+};
+
+static ARENAS: [Arena; MAX_ARENAS] = [NO_ARENA; MAX_ARENAS];
+/// How many entries of [`ARENAS`] were ever claimed.
+static CLAIMED: AtomicUsize = AtomicUsize::new(0);
+/// For each class the arena that still has fresh slots, plus one; 0 for none.
+static NEWEST: [AtomicU32; CLASSES] = [const { AtomicU32::new(0) }; CLASSES];
+/// For each class its free slots: a counter against ABA in the upper half, a [`Link`] in the lower.
+static FREE: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
+
+/// One slot of an arena.
+#[derive(Clone, Copy)]
+pub(crate) struct Slot {
+    arena: u32,
+    index: u32,
+}
+
+impl Slot {
+    /// The slot that holds `address`, guard included; `None` for an address outside all arenas.
+    pub(crate) fn containing(address: usize) -> Option<Self> {
+        let claimed = CLAIMED.load(Ordering::Acquire).min(MAX_ARENAS);
+        for (number, arena) in ARENAS.iter().enumerate().take(claimed) {
+            let end = arena.end.load(Ordering::Acquire);
+            let start = arena.start.load(Ordering::Relaxed);
+            if address < end && address >= start {
+                let index = (address - start) / arena.class().stride();
+                return Some(Self { arena: number as u32, index: index as u32 });
+            }
+        }
+        None
+    }
+
+    pub(crate) fn from_link(link: Link) -> Option<Self> {
+        let number = link.checked_sub(1)?;
+        Some(Self { arena: number >> INDEX_BITS, index: number & (MAX_SLOTS - 1) })
+    }
+
+    pub(crate) fn link(self) -> Link {
+        (self.arena << INDEX_BITS | self.index).wrapping_add(1)
+    }
+
+    fn arena(self) -> &'static Arena {
+        &ARENAS[self.arena as usize]
+    }
+
+    pub(crate) fn class(self) -> Class {
+        self.arena().class()
+    }
+
+    /// The lowest address: of its guard.
+    pub(crate) fn start(self) -> usize {
+        let arena = self.arena();
+        arena.start.load(Ordering::Relaxed) + self.index as usize * arena.class().stride()
+    }
+
+    /// One past the highest address: of its head.
+    pub(crate) fn end(self) -> usize {
+        self.start() + self.class().stride()
+    }
+
+    pub(crate) fn meta(self) -> &'static Meta {
+        // SAFETY: an arena's table has an entry for each of its slots and is never unmapped.
+        unsafe { &*self.arena().meta.load(Ordering::Relaxed).add(self.index as usize) }
+    }
+
+    pub(crate) fn is_old(self) -> bool {
+        self.meta().flags.load(Ordering::Acquire) & OLD != 0
+    }
+
+    /// Follows a stack from one of its old slots to where it is now.
+    pub(crate) fn current(self) -> Self {
+        let mut slot = self;
+        while slot.is_old() {
+            match Self::from_link(slot.meta().moved_to.load(Ordering::Acquire)) {
+                Some(next) => slot = next,
+                None => break,
+            }
+        }
+        slot
+    }
+
+    /// Takes a slot of `class` off the free list or an arena, and sees that `open` bytes of it are
+    /// accessible. Returns it with the bytes that are.
+    pub(crate) fn take(class: Class, open: usize) -> Result<(Self, usize), Error> {
+        let slot = match Self::pop(class) {
+            Some(slot) => slot,
+            None => Self::take_fresh(class)?,
+        };
+        match slot.make_ready(open) {
+            Ok(now_open) => Ok((slot, now_open)),
+            Err(error) => {
+                slot.push();
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts a slot nobody uses on the free list; `open` bytes of it are accessible.
+    pub(crate) fn give(self, open: usize) {
+        self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
+        self.push();
+    }
+
+    fn make_ready(self, open: usize) -> Result<usize, Error> {
+        let meta = self.meta();
+        if meta.flags.load(Ordering::Relaxed) & PREPARED == 0 {
+            // SAFETY: the slot was never used, so no stack is in it.
+            unsafe { guard::install_first(self.start(), self.class().stride())? };
+            meta.flags.store(PREPARED, Ordering::Relaxed);
+        }
+        let now = meta.open_pages.load(Ordering::Relaxed) as usize * PAGE;
+        if now < open {
+            // SAFETY: the slot was just taken off the list: it is ours.
+            unsafe { guard::open(self.end() - open, open - now)? };
+            meta.open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
+        }
+        Ok(now.max(open))
+    }
+
+    fn pop(class: Class) -> Option<Self> {
+        let list = &FREE[class.index()];
+        let mut head = list.load(Ordering::Acquire);
+        loop {
+            let slot = Self::from_link(head as Link)?;
+            // The slot may be taken by another thread between these lines; its entry in the table stays
+            // readable, and the counter makes the exchange fail.
+            let next = slot.meta().next.load(Ordering::Relaxed);
+            let new = (head & !0xffff_ffff).wrapping_add(1 << 32) | u64::from(next);
+            match list.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(slot),
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    fn push(self) {
+        let list = &FREE[self.class().index()];
+        let mut head = list.load(Ordering::Relaxed);
+        loop {
+            self.meta().next.store(head as Link, Ordering::Relaxed);
+            let new = (head & !0xffff_ffff).wrapping_add(1 << 32) | u64::from(self.link());
+            match list.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    /// Takes a batch of fresh slots: the first is returned, the others go on the free list.
+    fn take_fresh(class: Class) -> Result<Self, Error> {
+        let (first, count) = claim_batch(class)?;
+        let start = first.start();
+        // One pair of system calls for the batch. If it fails each slot is prepared on its own when it
+        // is taken, so that nothing is lost.
+        // SAFETY: these slots were never used, so no stack is in them.
+        let prepared = unsafe { guard::install_first(start, count as usize * class.stride()) }.is_ok();
+        for index in (first.index..first.index + count).rev() {
+            let slot = Self { arena: first.arena, index };
+            if prepared {
+                slot.meta().flags.store(PREPARED, Ordering::Relaxed);
+            }
+            if index != first.index {
+                slot.push();
+            }
+        }
+        Ok(first)
+    }
+}
+
+impl Arena {
+    fn class(&self) -> Class {
+        Class::from_index(self.class.load(Ordering::Relaxed) as usize)
+    }
+}
+
+/// How many fresh slots are prepared at a time: up to 2 MiB of address space.
+fn batch(class: Class) -> u32 {
+    ((2 << 20) / class.stride()).clamp(1, 32) as u32
+}
+
+fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
+    loop {
+        let newest = NEWEST[class.index()].load(Ordering::Acquire);
+        if let Some(number) = newest.checked_sub(1) {
+            let arena = &ARENAS[number as usize];
+            let slots = arena.slots.load(Ordering::Relaxed);
+            let taken = arena.fresh.fetch_update(Ordering::AcqRel, Ordering::Acquire, |fresh| {
+                (fresh < slots).then(|| slots.min(fresh + batch(class)))
+            });
+            if let Ok(index) = taken {
+                return Ok((Slot { arena: number, index }, batch(class).min(slots - index)));
+            }
+        }
+        new_arena(class, newest)?;
+    }
+}
+
+/// Adds an arena, eight times the last one of its class, less where the kernel refuses so much.
+/// `seen` is the arena found exhausted: if another thread was faster, its arena is used instead.
+fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
+    let largest = match seen.checked_sub(1) {
+        Some(number) => ARENAS[number as usize].slots.load(Ordering::Relaxed).saturating_mul(8),
+        None => ((64 << 20) / class.stride()).clamp(4, 64) as u32,
+    };
+    let mut slots = largest.min(MAX_SLOTS);
+    let start = loop {
+        match guard::reserve(slots as usize * class.stride(), libc::PROT_NONE) {
+            Ok(start) => break start,
+            Err(error) if slots == 1 => return Err(error),
+            Err(_) => slots = slots.div_ceil(4),
+        }
+    };
+    let bytes = slots as usize * class.stride();
+    let table = slots as usize * size_of::<Meta>();
+    let meta = guard::reserve(table, libc::PROT_READ | libc::PROT_WRITE).inspect_err(|_| {
+        // SAFETY: reserved above, not published.
+        unsafe { guard::unreserve(start, bytes) }
+    })?;
+    // SAFETY: a stretch reserved above. Failing only means that huge pages may be used.
+    unsafe { libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE) };
+
+    let number = CLAIMED.fetch_add(1, Ordering::AcqRel);
+    if number >= MAX_ARENAS {
+        CLAIMED.fetch_sub(1, Ordering::AcqRel);
+        // SAFETY: both reserved above, not published.
+        unsafe {
+            guard::unreserve(start, bytes);
+            guard::unreserve(meta, table);
+        }
+        return Err(Error::Arenas);
+    }
+    let arena = &ARENAS[number];
+    arena.start.store(start, Ordering::Relaxed);
+    arena.meta.store(meta as *mut Meta, Ordering::Relaxed);
+    arena.slots.store(slots, Ordering::Relaxed);
+    arena.class.store(class.index() as u8, Ordering::Relaxed);
+    arena.end.store(start + bytes, Ordering::Release);
+    // Two threads may add one each; the loser's slots are found when the winner's are used up or never:
+    // only address space is at stake.
+    let _ =
+        NEWEST[class.index()].compare_exchange(seen, number as u32 + 1, Ordering::AcqRel, Ordering::Relaxed);
+    Ok(())
+}

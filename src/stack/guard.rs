@@ -1,0 +1,148 @@
+//! Guard pages: memory that faults when touched, by whichever means the kernel offers.
+//!
+//! | means | since | mappings | price |
+//! | --- | --- | --- | --- |
+//! | `madvise(MADV_GUARD_INSTALL)` | Linux 6.13 | none | 0.7 µs |
+//! | page protection (`region`) | always | two a stack, `vm.max_map_count` bounds them | 2.5 µs |
+//!
+//! The environment variable `REGROW_GUARD=protect` asks for the second on any kernel.
+//! All of it is system calls on address ranges: safe to call in the fault handler once [`detect`] ran.
+
+use core::ffi::c_int;
+use core::sync::atomic::{AtomicU8, Ordering};
+use std::io;
+
+use super::class::PAGE;
+use crate::error::Error;
+
+const MADV_GUARD_INSTALL: c_int = 102;
+const MADV_GUARD_REMOVE: c_int = 103;
+
+const UNKNOWN: u8 = 0;
+const MADVISE: u8 = 1;
+const PROTECT: u8 = 2;
+
+static MEANS: AtomicU8 = AtomicU8::new(UNKNOWN);
+
+/// Finds out which means this kernel has. Called before the first slot is made, never in the handler.
+pub(crate) fn detect() {
+    if MEANS.load(Ordering::Relaxed) != UNKNOWN {
+        return;
+    }
+    let forced = std::env::var_os("REGROW_GUARD").is_some_and(|value| value == "protect");
+    let means = if !forced && kernel_has_guards() { MADVISE } else { PROTECT };
+    let _ = region::page::size(); // looked up once, here, so that the handler finds it known
+    MEANS.store(means, Ordering::Relaxed);
+}
+
+fn kernel_has_guards() -> bool {
+    let Ok(page) = reserve(PAGE, libc::PROT_READ | libc::PROT_WRITE) else { return false };
+    // SAFETY: the page was mapped above and nobody else knows of it.
+    unsafe {
+        let answer = libc::madvise(page as *mut _, PAGE, MADV_GUARD_INSTALL);
+        libc::munmap(page as *mut _, PAGE);
+        answer == 0
+    }
+}
+
+/// True where guards cost no mappings.
+pub(crate) fn by_madvise() -> bool {
+    MEANS.load(Ordering::Relaxed) == MADVISE
+}
+
+/// New private address space, `bytes` long, with this protection.
+pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping where the kernel likes touches nothing that exists.
+    let at = unsafe { libc::mmap(core::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(memory("reserving address space for stacks", bytes));
+    }
+    Ok(at as usize)
+}
+
+/// Gives reserved address space back.
+///
+/// # Safety
+/// The range came from [`reserve`] and nobody uses it any more.
+pub(crate) unsafe fn unreserve(start: usize, bytes: usize) {
+    // SAFETY: the caller vouches for the range.
+    unsafe { libc::munmap(start as *mut _, bytes) };
+}
+
+/// Turns reserved (inaccessible) address space into guard pages that [`open`] can open.
+///
+/// # Safety
+/// The range is reserved, page-aligned, and holds no stack.
+pub(crate) unsafe fn install_first(start: usize, bytes: usize) -> Result<(), Error> {
+    if !by_madvise() {
+        return Ok(()); // reserved without access: already a guard
+    }
+    // Guard markers need a mapping that could be accessed; neighbours of equal protection merge,
+    // so an arena stays two mappings however far it has come. No huge pages: one touch of
+    // a stack would make 2 MiB resident.
+    // SAFETY: the caller vouches for the range.
+    unsafe {
+        check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes)?;
+        close(start, bytes)
+    }
+}
+
+/// Makes pages accessible.
+///
+/// # Safety
+/// The range is page-aligned and inside a slot that belongs to the caller.
+pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
+    if by_madvise() {
+        // SAFETY: the caller vouches for the range.
+        return unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_REMOVE), bytes) };
+    }
+    // SAFETY: the same.
+    unsafe { protect(start, bytes, region::Protection::READ_WRITE) }
+}
+
+/// Makes pages inaccessible and gives their memory back.
+///
+/// # Safety
+/// As for [`open`]; the contents are lost.
+pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
+    if by_madvise() {
+        // SAFETY: the caller vouches for the range.
+        return unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) };
+    }
+    // SAFETY: the same.
+    unsafe {
+        discard(start, bytes);
+        protect(start, bytes, region::Protection::NONE)
+    }
+}
+
+/// Gives the memory of accessible pages back; they read as zeros afterwards.
+///
+/// # Safety
+/// As for [`open`]; the contents are lost.
+pub(crate) unsafe fn discard(start: usize, bytes: usize) {
+    // SAFETY: the caller vouches for the range. Failing only means that the memory stays.
+    unsafe { libc::madvise(start as *mut _, bytes, libc::MADV_DONTNEED) };
+}
+
+/// # Safety
+/// As for [`open`].
+unsafe fn protect(start: usize, bytes: usize, protection: region::Protection) -> Result<(), Error> {
+    // SAFETY: the caller vouches for the range.
+    match unsafe { region::protect(start as *const u8, bytes, protection) } {
+        Ok(()) => Ok(()),
+        Err(region::Error::SystemCall(libc::ENOMEM)) => {
+            Err(Error::Mappings { source: io::Error::from_raw_os_error(libc::ENOMEM) })
+        }
+        Err(_) => Err(memory("protecting stack pages", bytes)),
+    }
+}
+
+fn check(answer: c_int, bytes: usize) -> Result<(), Error> {
+    if answer == 0 { Ok(()) } else { Err(memory("changing guard pages", bytes)) }
+}
+
+fn memory(doing: &'static str, bytes: usize) -> Error {
+    Error::Memory { doing, bytes, source: io::Error::last_os_error() }
+}

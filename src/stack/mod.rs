@@ -1,0 +1,49 @@
+//! Stacks: sizes, guard pages, arenas of slots, the head of a slot, each thread's stock of free ones.
+
+mod arena;
+pub(crate) mod cache;
+pub(crate) mod class;
+pub(crate) mod guard;
+mod record;
+
+pub(crate) use arena::{Link, OLD, Slot};
+pub(crate) use record::{INLINE_CLOSURE, Record, first_open};
+
+use core::sync::atomic::Ordering;
+
+/// Takes back everything a coroutine held that has ended: its slot, and those its stack has left.
+///
+/// # Safety
+/// The coroutine of `record` has ended and nothing on its stack is needed any more.
+#[inline(always)]
+pub(crate) unsafe fn release(record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if (*record).name.is_some() || (*record).growths != 0 {
+            tidy(record);
+        }
+        cache::put(record);
+    }
+}
+
+/// # Safety
+/// As for [`release`].
+#[cold]
+#[inline(never)]
+unsafe fn tidy(record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        drop((*record).name.take());
+        let mut link = core::mem::take(&mut (*record).old);
+        while let Some(slot) = Slot::from_link(link) {
+            link = slot.meta().next.load(Ordering::Relaxed);
+            slot.meta().flags.fetch_and(!OLD, Ordering::Release);
+            slot.give(0);
+        }
+        // What was opened below the first size is closed again: its memory goes back and the next
+        // owner starts with what it asked for. If closing fails the slot is merely larger.
+        if (*record).open > (*record).first_open {
+            let _ = cache::resize(record, (*record).first_open);
+        }
+    }
+}

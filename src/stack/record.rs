@@ -1,0 +1,150 @@
+//! The head of a slot: the coroutine's record, its closure until it runs, and where its stack begins.
+//!
+//! ```text
+//!   end   ┌────────────────────────────┐
+//!         │ Record                     │ cold: limits, counters, name
+//!         ├────────────────────────────┤
+//!         │ closure, until it starts   │ at most INLINE_CLOSURE bytes, else a Box of it
+//!         ├────────────────────────────┤
+//!         │ colour: 0 to 23 lines      │ so that the first frames of many stacks do not
+//!         ├────────────────────────────┤ share the few cache sets that page-aligned ones would
+//!  base → │ Base                       │ hot: written by every resume (src/switch.rs)
+//!         ├────────────────────────────┤
+//!         │ first frame, frames ...    │
+//!   end - open                         │ the lowest accessible byte
+//!         ├────────────────────────────┤
+//!         │ slack, guard               │
+//!  start  └────────────────────────────┘
+//! ```
+//!
+//! When the stack moves, all of it moves, so every distance from the end stays what it was.
+
+use std::sync::Arc;
+
+use super::arena::{Link, Slot};
+use super::class::{Class, HEAD, MIN_SIZE, open_bytes, size_of_open};
+use crate::stats::{Growth, LastGrowth, Stats};
+use crate::switch::Base;
+
+/// Bytes of a closure that is kept in the head; a larger one is boxed.
+pub(crate) const INLINE_CLOSURE: usize = 1024;
+
+/// Colours: how many different offsets, in cache lines, the bases of stacks have.
+const COLOURS: usize = 24;
+const LINE: usize = 64;
+
+/// What a coroutine is, apart from its stack. At the end of its slot.
+#[repr(C, align(64))]
+pub(crate) struct Record {
+    /// While the slot is cached: the record of the next cached slot.
+    pub next_cached: *mut Record,
+    /// Bytes below the slot's end that are accessible.
+    pub open: usize,
+    /// What `open` goes back to when the coroutine has ended.
+    pub first_open: usize,
+    /// The largest size, in bytes, that the stack may reach.
+    pub maximum: usize,
+    /// Slots that the stack has left, newest first.
+    pub old: Link,
+    /// The slot's class.
+    pub class: Class,
+    pub growth: Growth,
+    /// Distance from the base to the end.
+    pub base_offset: u16,
+    /// Drops a closure that never ran, given the address of its place in the head.
+    pub drop_closure: unsafe fn(*mut u8),
+    pub name: Option<Arc<str>>,
+    pub growths: u64,
+    pub bytes_copied: u64,
+    pub words_rewritten: u64,
+    pub highest: usize,
+    /// Meaningful if `growths` is not 0.
+    pub last: LastGrowth,
+}
+
+const RECORD: usize = size_of::<Record>();
+const BASE: usize = size_of::<Base>();
+const _: () = assert!(RECORD + INLINE_CLOSURE + BASE <= HEAD);
+
+impl Record {
+    /// The record of the slot that ends at `end`.
+    pub(crate) fn at(end: usize) -> *mut Self {
+        (end - RECORD) as *mut Self
+    }
+
+    /// One past the highest address of the record's slot.
+    pub(crate) fn end(record: *const Self) -> usize {
+        record as usize + RECORD
+    }
+
+    /// The closure's place, for a closure of at most [`INLINE_CLOSURE`] bytes aligned to 16.
+    pub(crate) fn closure(record: *mut Self, bytes: usize) -> *mut u8 {
+        (record as usize - bytes.next_multiple_of(16)) as *mut u8
+    }
+
+    /// Where the base of the stack goes, above which `closure` bytes are taken.
+    pub(crate) fn base(record: *mut Self, closure: usize) -> *mut Base {
+        let top = Self::closure(record, closure) as usize - BASE;
+        let room = (HEAD - RECORD - BASE - closure.next_multiple_of(16)) / LINE + 1;
+        (top - colour(Self::end(record), room.min(COLOURS)) * LINE) as *mut Base
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        size_of_open(self.open)
+    }
+
+    pub(crate) fn slot(record: *const Self) -> Option<Slot> {
+        Slot::containing(record as usize)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        Stats {
+            growths: self.growths,
+            bytes_copied: self.bytes_copied,
+            words_rewritten: self.words_rewritten,
+            size: self.size(),
+            highest: self.highest,
+            last: (self.growths != 0).then_some(self.last),
+        }
+    }
+}
+
+/// A colour below `colours` that differs from slot to slot in no regular pattern.
+fn colour(end: usize, colours: usize) -> usize {
+    let mixed = (end >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 & 0xffff_ffff;
+    mixed * colours >> 32
+}
+
+/// The accessible bytes of a stack whose first size is `size`.
+pub(crate) fn first_open(size: usize) -> usize {
+    open_bytes(size.max(MIN_SIZE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stack::class::PAGE;
+
+    #[test]
+    fn the_smallest_stack_has_its_two_kib_whatever_the_closure_and_colour() {
+        for page in 1..2000 {
+            let end = page * PAGE;
+            for closure in [0, 1, 16, 100, 500, INLINE_CLOSURE] {
+                let record = Record::at(end);
+                let base = Record::base(record, closure) as usize;
+                assert_eq!(base % 16, 0);
+                assert!(base >= end - HEAD, "a stack of {} bytes", base - (end - PAGE));
+                assert!(base + BASE <= Record::closure(record, closure) as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn colours_are_spread_evenly() {
+        let mut count = [0usize; COLOURS];
+        for slot in 0..24_000 {
+            count[colour(0x7f00_0000_0000 + slot * 16 * PAGE, COLOURS)] += 1;
+        }
+        assert!(count.iter().all(|&n| (900..1100).contains(&n)), "{count:?}");
+    }
+}

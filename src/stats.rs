@@ -1,0 +1,112 @@
+//! Counters: of one coroutine, and of the whole process.
+
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// What happens when a stack runs into its guard page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u8)]
+pub enum Growth {
+    /// Pages below it are opened, inside a window reserved for it. It never moves.
+    InPlace,
+    /// It moves to a slot twice the size, and every pointer into it is rewritten.
+    Relocate,
+}
+
+/// One growth of one stack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LastGrowth {
+    /// Size before, in bytes.
+    pub from: usize,
+    /// Size after, in bytes.
+    pub to: usize,
+    /// Bytes copied; 0 if it grew in place.
+    pub bytes: usize,
+    /// Words that pointed into the stack and were rewritten, registers included.
+    pub words: usize,
+    /// Nanoseconds spent in the fault handler (the kernel's share, about 2–3 µs, not included).
+    pub nanoseconds: u64,
+}
+
+/// Counters of one coroutine; see [`Coroutine::stats`](crate::Coroutine::stats) and
+/// [`current_stats`](crate::current_stats).
+///
+/// ```
+/// let mut coroutine = regrow::Coroutine::new(|_: &regrow::Yielder<(), ()>, ()| {
+///     regrow::current_stats().unwrap().size
+/// });
+/// assert_eq!(coroutine.stats().size, 2048);
+/// assert_eq!(coroutine.stats().growths, 0);
+/// # let _ = coroutine.resume(());
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stats {
+    /// How often the stack grew, either way.
+    pub growths: u64,
+    /// Bytes copied by moving.
+    pub bytes_copied: u64,
+    /// Words rewritten by moving.
+    pub words_rewritten: u64,
+    /// Bytes the stack has now.
+    pub size: usize,
+    /// The most bytes it ever had.
+    pub highest: usize,
+    /// The latest growth.
+    pub last: Option<LastGrowth>,
+}
+
+impl Stats {
+    /// Of a coroutine that has ended.
+    pub(crate) const NONE: Self =
+        Self { growths: 0, bytes_copied: 0, words_rewritten: 0, size: 0, highest: 0, last: None };
+}
+
+/// Counters of the process since it started; see [`totals`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Totals {
+    /// Growths by moving.
+    pub moves: u64,
+    /// Growths in place.
+    pub in_place: u64,
+    /// Bytes copied.
+    pub bytes_copied: u64,
+    /// Words rewritten.
+    pub words_rewritten: u64,
+    /// The largest size any stack has reached, in bytes.
+    pub highest: usize,
+}
+
+static MOVES: AtomicU64 = AtomicU64::new(0);
+static IN_PLACE: AtomicU64 = AtomicU64::new(0);
+static BYTES_COPIED: AtomicU64 = AtomicU64::new(0);
+static WORDS_REWRITTEN: AtomicU64 = AtomicU64::new(0);
+static HIGHEST: AtomicUsize = AtomicUsize::new(0);
+
+/// Reads the process-wide counters. They are updated by growths only, never by a switch.
+///
+/// ```
+/// let before = regrow::totals();
+/// let mut coroutine = regrow::Coroutine::new(|_: &regrow::Yielder<(), ()>, ()| {
+///     std::hint::black_box([0u8; 100_000]);
+/// });
+/// coroutine.resume(());
+/// assert!(regrow::totals().in_place > before.in_place);
+/// ```
+#[must_use]
+pub fn totals() -> Totals {
+    Totals {
+        moves: MOVES.load(Ordering::Relaxed),
+        in_place: IN_PLACE.load(Ordering::Relaxed),
+        bytes_copied: BYTES_COPIED.load(Ordering::Relaxed),
+        words_rewritten: WORDS_REWRITTEN.load(Ordering::Relaxed),
+        highest: HIGHEST.load(Ordering::Relaxed),
+    }
+}
+
+/// Adds one growth to the process-wide counters.
+pub(crate) fn count(growth: Growth, last: &LastGrowth) {
+    let kind = if growth == Growth::Relocate { &MOVES } else { &IN_PLACE };
+    kind.fetch_add(1, Ordering::Relaxed);
+    BYTES_COPIED.fetch_add(last.bytes as u64, Ordering::Relaxed);
+    WORDS_REWRITTEN.fetch_add(last.words as u64, Ordering::Relaxed);
+    HIGHEST.fetch_max(last.to, Ordering::Relaxed);
+}

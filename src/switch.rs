@@ -1,0 +1,216 @@
+//! The one door to the assembly: resume, suspend, finish, and the first frame they rely on.
+//!
+//! Both sides of a switch leave the same thing below their stack pointer, the shape of a call
+//! that has not returned. `rsp` itself does not change, so it lies in the red zone:
+//!
+//! ```text
+//!            resumer (R = its rsp)              suspended coroutine (S = its rsp)
+//!   R  - 8   where the suspend lands            S  - 8   where the next resume lands
+//!   R - 16   rbp                                S - 16   rbp
+//!   R - 24   rbx                                S - 24   rbx
+//!   R - 32   address of the Handle
+//!   R - 40   the resumer's own resumer
+//! ```
+//!
+//! A coroutine that never ran looks suspended in its first frame, at the base of its stack:
+//!
+//! ```text
+//!   base + 24  record         address of the stack's record (src/stack/record.rs)
+//!   base +  8  return address  a fixed one inside regrow_entry, for walkers of the rbp chain
+//!   base       link           address R - 16 of the latest resumer: the rbp chain continues there
+//!   base -  8  regrow_entry   \
+//!   base - 16  (free)          } what a suspend would have left
+//!   base - 24  entry function /
+//! ```
+//!
+//! A handle names a coroutine from outside by two addresses. The running side finds the handle at
+//! `R - 32`: that is how the fault handler corrects `base` when it moves the stack.
+//!
+//! The floating-point control state (mxcsr, x87 control word) is not switched: it belongs to the
+//! thread, like in corosensei and Boost.Context's default. Code that changes rounding or exception masks
+//! restores them before it suspends or resumes.
+
+use core::arch::asm;
+use core::cell::Cell;
+use core::mem::MaybeUninit;
+
+use crate::stack::Record;
+
+/// What the owner of a coroutine keeps of it: two words.
+#[repr(C)]
+pub(crate) struct Handle {
+    /// The coroutine's stack pointer while it is suspended, 0 once it has ended.
+    pub sp: usize,
+    /// The outermost frame, at the top of its stack.
+    pub base: *mut Base,
+}
+
+/// The outermost frame of a coroutine. A `Yielder` is a reference to it.
+#[repr(C, align(16))]
+pub(crate) struct Base {
+    /// `R - 16` of the latest resume: rbp of the resumer is stored there, its return address above.
+    pub link: Cell<usize>,
+    /// A fixed address inside `regrow_entry`.
+    pub return_address: usize,
+    /// Where the stack's record lies; rewritten like any other word when the stack moves.
+    pub record: *mut Record,
+}
+
+/// What a switch carries: a value, or the address of one on the other side's stack. Possibly
+/// not initialised, since the value may have padding or be `()`.
+pub(crate) type Word = MaybeUninit<usize>;
+
+/// The compiler may keep data there; the ABI promises that nobody below `rsp` touches it.
+pub(crate) const RED_ZONE: usize = 128;
+
+/// Commands to a coroutine.
+pub(crate) const RESUME: usize = 0;
+pub(crate) const UNWIND: usize = 1;
+
+/// Outcomes of a resume.
+pub(crate) const YIELDED: usize = 0;
+pub(crate) const RETURNED: usize = 1;
+pub(crate) const PANICKED: usize = 2;
+
+/// A coroutine's main function: never returns, ends in [`finish`].
+pub(crate) type Entry = unsafe extern "C" fn(word: Word, command: usize, base: &Base) -> !;
+
+unsafe extern "C" {
+    fn regrow_entry();
+    fn regrow_entry_return();
+}
+
+/// Writes the first frame of a coroutine below and into `base`, and returns its handle.
+///
+/// # Safety
+/// `base` and 24 bytes below it are writable and nobody else's; `record` is the
+/// record of that stack.
+#[inline(always)]
+pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry) -> Handle {
+    let word = base.cast::<usize>();
+    // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
+    unsafe {
+        (*base).return_address = regrow_entry_return as *const () as usize;
+        (*base).record = record;
+        word.sub(1).write(regrow_entry as *const () as usize);
+        word.sub(3).write(entry as usize);
+    }
+    Handle { sp: base as usize, base }
+}
+
+/// True if the coroutine suspended at `sp` has not run yet.
+///
+/// # Safety
+/// `sp` is the stack pointer of a suspended coroutine.
+pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
+    // SAFETY: a suspended stack keeps where it continues right below its stack pointer.
+    unsafe { (sp as *const usize).sub(1).read() == regrow_entry as *const () as usize }
+}
+
+/// Resumes the coroutine of `handle`; returns its word and the outcome.
+///
+/// # Safety
+/// The coroutine is suspended, `word` and `command` are what it waits for at its suspend.
+#[inline(always)]
+pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> (Word, usize) {
+    let (reply, outcome);
+    // SAFETY: the caller vouches for the other side; the operands are those that
+    // asm/resume.s names, and all registers it does not keep are declared clobbered.
+    unsafe {
+        asm!(
+            include_str!("../asm/resume.s"),
+            inout("rcx") core::ptr::from_mut(handle) => _,
+            inout("rdi") word => reply,
+            inout("rsi") command => outcome,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            clobber_abi("sysv64"),
+        );
+    }
+    (reply, outcome)
+}
+
+/// Suspends the running coroutine, giving `word` to its resumer; returns the next word and command.
+///
+/// # Safety
+/// A coroutine runs and `resumer` is [`resumer()`]; its resumer expects this word with `YIELDED`.
+#[inline(always)]
+pub(crate) unsafe fn suspend(resumer: usize, word: Word) -> (Word, usize) {
+    let (reply, command);
+    // SAFETY: the resumer waits in asm/resume.s; the operands are those that asm/suspend.s
+    // names, and all registers it does not keep are declared clobbered.
+    unsafe {
+        asm!(
+            include_str!("../asm/suspend.s"),
+            inout("r8") resumer => _,
+            inout("rdi") word => reply,
+            inout("rsi") YIELDED => command,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            clobber_abi("sysv64"),
+        );
+    }
+    (reply, command)
+}
+
+/// Leaves the running coroutine for good.
+///
+/// # Safety
+/// A coroutine runs; its resumer expects this word with this outcome; nothing on this stack is
+/// needed after the resumer has read what `word` points to.
+#[inline(always)]
+pub(crate) unsafe fn finish(word: Word, outcome: usize) -> ! {
+    // SAFETY: as in `suspend`; control does not come back.
+    unsafe {
+        asm!(
+            include_str!("../asm/finish.s"),
+            in("r8") resumer(),
+            in("rdi") word,
+            in("rsi") outcome,
+            options(noreturn),
+        );
+    }
+}
+
+/// The stack pointer of whoever resumed the coroutine that runs on this thread; 0 if none runs.
+///
+/// Not a pure function: it changes at every switch, and with the thread, so it is read anew each time.
+#[inline(always)]
+pub(crate) fn resumer() -> usize {
+    let sp;
+    // SAFETY: reads one word of this thread's static TLS block.
+    unsafe {
+        asm!(
+            "mov {sp}, [rip + regrow_resumer@GOTTPOFF]",
+            "mov {sp}, fs:[{sp}]",
+            sp = out(reg) sp,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+    sp
+}
+
+/// The handle through which the coroutine running on this thread was resumed, if one runs.
+pub(crate) fn running() -> Option<*mut Handle> {
+    match resumer() {
+        0 => None,
+        // SAFETY: a non-zero resumer waits in asm/resume.s.
+        sp => Some(unsafe { handle_of(sp) }),
+    }
+}
+
+/// The base of the coroutine that runs.
+///
+/// # Safety
+/// `resumer` is [`resumer()`] and not 0.
+#[inline(always)]
+pub(crate) unsafe fn base_of(resumer: usize) -> *const Base {
+    // SAFETY: the handle is borrowed by the resume that waits.
+    unsafe { (*handle_of(resumer)).base }
+}
+
+/// # Safety
+/// As for [`base_of`].
+#[inline(always)]
+unsafe fn handle_of(resumer: usize) -> *mut Handle {
+    // SAFETY: a resumer waits in asm/resume.s, which stored the handle's address there.
+    unsafe { *((resumer - 32) as *const *mut Handle) }
+}

@@ -1,0 +1,145 @@
+//! What a thread needs before it may run coroutines: an alternate signal stack, and its end noticed.
+//!
+//! The fault handler cannot run on the stack that just overflowed. Std gives its threads an alternate
+//! stack of 8 KiB, too small for an AVX-512 signal frame and a relocation; ours replaces it:
+//!
+//! ```text
+//!   | guard page | HANDLER_STACK + what the kernel needs for a signal frame |
+//! ```
+
+use core::cell::Cell;
+use core::ffi::c_void;
+use core::ptr;
+use std::io;
+use std::sync::OnceLock;
+
+use crate::error::Error;
+use crate::grow;
+use crate::stack::{cache, class::PAGE, guard};
+
+/// For the handler itself: enough for the relocator and the reports in a debug build.
+const HANDLER_STACK: usize = 128 << 10;
+
+thread_local! {
+    /// This thread's alternate stack, 0 before it has one. Constant, without a destructor.
+    static SIGNAL_STACK: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Makes this thread able to run coroutines. Creating one does it; a thread that resumes coroutines
+/// created elsewhere (an unsafe thing to do, see [`Coroutine`](crate::Coroutine)) calls it first.
+///
+/// # Errors
+/// If the fault handler or the alternate signal stack cannot be installed.
+///
+/// ```
+/// std::thread::spawn(|| regrow::prepare_thread().unwrap()).join().unwrap();
+/// ```
+pub fn prepare_thread() -> Result<(), Error> {
+    prepare()
+}
+
+/// As [`prepare_thread`]; after the first call on a thread it costs one system call, so it belongs on slow paths.
+pub(crate) fn prepare() -> Result<(), Error> {
+    static PROCESS: OnceLock<libc::pthread_key_t> = OnceLock::new();
+    let key = match PROCESS.get() {
+        Some(key) => *key,
+        None => {
+            guard::detect();
+            let key = create_key()?;
+            grow::install_handler()?;
+            let _ = PROCESS.set(key);
+            key
+        }
+    };
+    let ours = SIGNAL_STACK.get();
+    if ours == 0 {
+        let new = guard::reserve(PAGE + stack_size(), libc::PROT_READ | libc::PROT_WRITE)?;
+        // SAFETY: the lowest page of a mapping made above, used by nobody.
+        unsafe { libc::mprotect(new as *mut _, PAGE, libc::PROT_NONE) };
+        install(new)?;
+        SIGNAL_STACK.set(new);
+        // SAFETY: the key was created in this process and is never deleted.
+        unsafe { libc::pthread_setspecific(key, new as *const c_void) };
+    } else if !is_installed(ours) {
+        // Std takes the alternate stack away when a thread's main function has returned, before the
+        // destructors of thread-local variables run: a coroutine dropped there comes by here.
+        install(ours)?;
+    }
+    Ok(())
+}
+
+/// `pthread` calls the key's destructor after those of Rust's thread-locals, which may still drop coroutines.
+fn create_key() -> Result<libc::pthread_key_t, Error> {
+    let mut key = 0;
+    // SAFETY: writes the key; the destructor has the signature that pthread asks for.
+    match unsafe { libc::pthread_key_create(&mut key, Some(end_of_thread)) } {
+        0 => Ok(key),
+        code => Err(Error::Handler { source: io::Error::from_raw_os_error(code) }),
+    }
+}
+
+fn install(stack: usize) -> Result<(), Error> {
+    let new =
+        libc::stack_t { ss_sp: (stack + PAGE) as *mut c_void, ss_flags: 0, ss_size: stack_size() };
+    // SAFETY: the memory is mapped and used for nothing else as long as the thread lives.
+    match unsafe { libc::sigaltstack(&new, ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(Error::Handler { source: io::Error::last_os_error() }),
+    }
+}
+
+fn is_installed(stack: usize) -> bool {
+    // SAFETY: `stack_t` is plain data; the call only writes it.
+    unsafe {
+        let mut now: libc::stack_t = core::mem::zeroed();
+        libc::sigaltstack(ptr::null(), &mut now) == 0
+            && now.ss_sp as usize == stack + PAGE
+            && now.ss_flags & libc::SS_DISABLE == 0
+    }
+}
+
+fn stack_size() -> usize {
+    // SAFETY: reads the auxiliary vector.
+    let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+    (HANDLER_STACK + frame).next_multiple_of(PAGE)
+}
+
+extern "C" fn end_of_thread(stack: *mut c_void) {
+    cache::flush();
+    SIGNAL_STACK.set(0);
+    let stack = stack as usize;
+    // SAFETY: plain data for a system call; the mapping is the one this thread made, and no signal
+    // handler runs on it, since this function does.
+    unsafe {
+        if is_installed(stack) {
+            let off = libc::stack_t { ss_sp: ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+            libc::sigaltstack(&off, ptr::null_mut());
+        }
+        guard::unreserve(stack, PAGE + stack_size());
+    }
+}
+
+/// Signals whose handler does not run on an alternate stack.
+///
+/// Such a handler runs on whatever stack is current: on a coroutine's it needs room there, makes
+/// the stack grow, and with [`Growth::Relocate`](crate::Growth::Relocate) may hold pointers to it. Install handlers
+/// with `SA_ONSTACK`.
+///
+/// ```
+/// assert!(!regrow::signals_on_coroutine_stacks().contains(&libc::SIGSEGV));
+/// ```
+#[must_use]
+pub fn signals_on_coroutine_stacks() -> Vec<i32> {
+    (1..=libc::SIGRTMAX())
+        .filter(|&signal| {
+            // SAFETY: `sigaction` is plain data; the call only reads the disposition.
+            unsafe {
+                let mut now: libc::sigaction = core::mem::zeroed();
+                libc::sigaction(signal, ptr::null(), &mut now) == 0
+                    && now.sa_sigaction != libc::SIG_DFL
+                    && now.sa_sigaction != libc::SIG_IGN
+                    && now.sa_flags & libc::SA_ONSTACK == 0
+            }
+        })
+        .collect()
+}
