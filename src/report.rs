@@ -159,6 +159,9 @@ extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     let (walk, pc) = unsafe {
         let mut before = 0;
         let pc = _Unwind_GetIPInfo(context, &mut before);
+        if pc == 0 {
+            return STOP; // below a thread's first function
+        }
         // A return address is one past its call, which may be in the next function already.
         (&mut *argument.cast::<Walk<'_>>(), if before == 0 { pc.wrapping_sub(1) } else { pc })
     };
