@@ -12,7 +12,7 @@ use support::{Outcome, child, frame, growths, relocating, variant};
 fn tell(local: &u64, yielder: &Yielder<(), usize>) {
     let address = std::ptr::from_ref(local) as usize;
     let top = std::ptr::from_ref(yielder) as usize;
-    println!("\nlocal at {address:#x}, {} bytes below the top", top - address);
+    println!("\nlocal at {address:#x}, {} bytes below its top", top - address);
 }
 
 /// A pointer on the heap, in a number, so that nothing rewrites it.
