@@ -5,10 +5,10 @@ use std::hint::black_box;
 
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
-use regrow::{Coroutine, Yielder, totals};
+use regrow::{Builder, Coroutine, Yielder, totals};
 
 mod support;
-use support::{both_ways, random};
+use support::{random, relocating};
 
 const COROUTINES: usize = 10_000;
 
@@ -63,7 +63,7 @@ fn expected(seed: u64, n: usize) -> (u64, u64) {
 }
 
 fn interleave(seed: u64) {
-    let builders = both_ways();
+    let builders = [relocating(), Builder::new()];
     let mut live: Vec<(usize, u64, Coroutine<(), u64, u64>)> = (0..COROUTINES)
         .map(|n| {
             let coroutine = builders[n % 2].spawn(move |yielder: &Yielder<(), u64>, ()| {
@@ -89,7 +89,7 @@ fn interleave(seed: u64) {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 3,
+        cases: 4,
         max_shrink_iters: 0, // a seed has nothing to shrink
         failure_persistence: Some(Box::new(FileFailurePersistence::Direct("proptest-regressions/interleaved.txt"))),
         ..Default::default()
