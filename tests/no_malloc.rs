@@ -214,7 +214,10 @@ fn reports_call_no_malloc() {
             for (report, says) in [("overflow", "stack overflow"), ("stale", "stale pointer")] {
                 let outcome = support::child(TEST, report);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
-                assert!(outcome.stderr.contains(says) && outcome.stderr.contains("regrow_entry+0x"), "{outcome}");
+                assert!(
+                    outcome.stderr.contains(says) && outcome.stderr.contains("regrow_entry+0x"),
+                    "{outcome}"
+                );
             }
         }
         Some("overflow") => run(&Builder::new().maximum(4096), || {
