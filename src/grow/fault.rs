@@ -73,7 +73,8 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
     // SAFETY: errno is this thread's; system calls below change it and the interrupted code must not see.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
-    let (code, address, context) = unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
+    let (code, address, context) =
+        unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     // A code of 0 or less: sent by a process, not by the processor.
     if code <= 0 || !serve(address, context) {
         // SAFETY: these are the arguments we were called with.
@@ -99,6 +100,9 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
         return false;
     }
     let rip = context.rip();
+    if address.wrapping_sub(rip) < 16 {
+        return false; // a jump to the guard: there is no instruction to look at
+    }
     // SAFETY: only bytes of the instruction that just ran are read.
     let growth_point = is_growth_point(|at| unsafe { *((rip + at) as *const u8) });
     if address + RED_ZONE < rsp && !growth_point {
