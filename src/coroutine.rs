@@ -49,11 +49,9 @@ use crate::thread;
 /// ```
 pub struct Coroutine<In, Out, Ret> {
     handle: Handle,
-    marker: PhantomData<OneThread<fn(In) -> (Out, Ret)>>,
+    types: PhantomData<fn(In) -> (Out, Ret)>,
+    not_send: PhantomData<*mut ()>,
 }
-
-/// As a marker: a `T` that is neither `Send` nor `Sync`.
-type OneThread<T> = (T, *mut ());
 
 /// What a coroutine answers to a resume.
 ///
@@ -147,7 +145,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
 
     #[inline(always)]
     pub(crate) fn from_handle(handle: Handle) -> Self {
-        Self { handle, marker: PhantomData }
+        Self { handle, types: PhantomData, not_send: PhantomData }
     }
 
     /// Runs the coroutine until it suspends or returns.
@@ -353,7 +351,8 @@ impl<In, Out, Ret> core::fmt::Debug for Coroutine<In, Out, Ret> {
 #[repr(transparent)]
 pub struct Yielder<In, Out> {
     base: Base,
-    marker: PhantomData<OneThread<fn(Out) -> In>>,
+    types: PhantomData<fn(Out) -> In>,
+    not_send: PhantomData<*mut ()>,
 }
 
 impl<In, Out> Yielder<In, Out> {

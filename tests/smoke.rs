@@ -10,6 +10,7 @@ fn smoke() {
         }
         deep(n - 1, p) + a[5] as u64
     }
+    // SAFETY: x.
     let mut b = unsafe { Builder::new().relocating() };
     for round in 0..2 {
         let mut c = b.clone().maximum(256 << 20).spawn(|_: &Yielder<(), ()>, ()| {
