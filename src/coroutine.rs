@@ -49,8 +49,8 @@ use crate::thread;
 /// ```
 pub struct Coroutine<In, Out, Ret> {
     handle: Handle,
-    /// Neither `Send` nor `Sync`; takes `In`, gives `Out` and `Ret`.
-    marker: PhantomData<(fn(In) -> (Out, Ret), *mut ())>,
+    types: PhantomData<fn(In) -> (Out, Ret)>,
+    not_send: PhantomData<*mut ()>,
 }
 
 /// What a coroutine answers to a resume.
@@ -145,7 +145,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
 
     #[inline(always)]
     pub(crate) fn from_handle(handle: Handle) -> Self {
-        Self { handle, marker: PhantomData }
+        Self { handle, types: PhantomData, not_send: PhantomData }
     }
 
     /// Runs the coroutine until it suspends or returns.
@@ -192,11 +192,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         // SAFETY: with `RETURNED` comes a `Ret`, otherwise the address of a panic's payload on the
         // coroutine's stack. Nothing of the stack is needed once it is read.
         unsafe {
-            let result = if outcome == RETURNED {
-                Ok(Transfer::read(word))
-            } else {
-                Err(Transfer::read(word))
-            };
+            let result =
+                if outcome == RETURNED { Ok(Transfer::read(word)) } else { Err(Transfer::read(word)) };
             stack::release((*self.handle.base).record);
             result
         }
@@ -354,7 +351,8 @@ impl<In, Out, Ret> core::fmt::Debug for Coroutine<In, Out, Ret> {
 #[repr(transparent)]
 pub struct Yielder<In, Out> {
     base: Base,
-    marker: PhantomData<(fn(Out) -> In, *mut ())>,
+    types: PhantomData<fn(Out) -> In>,
+    not_send: PhantomData<*mut ()>,
 }
 
 impl<In, Out> Yielder<In, Out> {
@@ -492,7 +490,9 @@ fn resumed_after_end() -> ! {
 #[inline(never)]
 #[track_caller]
 fn suspended_from_elsewhere() -> ! {
-    panic!("suspend() on the yielder of a coroutine that is not the one running: suspend the running one first");
+    panic!(
+        "suspend() on the yielder of a coroutine that is not the one running: suspend the running one first"
+    );
 }
 
 #[cold]

@@ -20,12 +20,12 @@ use core::mem::MaybeUninit;
 use core::ptr;
 use std::io;
 
-use super::context::Context;
-use super::point::is_growth_point;
+use super::context::{Context, PLACE};
+use super::point::{is_growth_point, probe_loop_end};
 use super::{Fault, grow};
 use crate::error::Error;
 use crate::report;
-use crate::stack::{Record, Slot};
+use crate::stack::{Record, Slot, class::MAX_SIZE};
 use crate::switch::{self, RED_ZONE};
 
 const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
@@ -73,7 +73,8 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
     // SAFETY: errno is this thread's; system calls below change it and the interrupted code must not see.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
-    let (code, address, context) = unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
+    let (code, address, context) =
+        unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     // A code of 0 or less: sent by a process, not by the processor.
     if code <= 0 || !serve(address, context) {
         // SAFETY: these are the arguments we were called with.
@@ -99,8 +100,12 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
         return false;
     }
     let rip = context.rip();
-    // SAFETY: only bytes of the instruction that just ran are read.
-    let growth_point = is_growth_point(|at| unsafe { *((rip + at) as *const u8) });
+    if address.wrapping_sub(rip) < 16 {
+        return false; // a jump to the guard: there is no instruction to look at
+    }
+    // SAFETY: only bytes of the instruction that just ran are read, and of the one that follows a store.
+    let byte = |at| unsafe { *((rip + at) as *const u8) };
+    let growth_point = is_growth_point(byte);
     if address + RED_ZONE < rsp && !growth_point {
         return false; // below everything the frame may use: a wild pointer that happens to hit our guard
     }
@@ -108,8 +113,14 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     if address >= slot.end() - unsafe { (*record).open } {
         return false; // accessible as far as we know: somebody else protected it
     }
+    let loop_end = if growth_point { probe_loop_end(byte).map(|number| PLACE[number]) } else { None };
+    // What the code is about to use: for a large frame its lower end, which saves growing page by page.
+    let lowest = match loop_end.map(|place| context.general()[place]) {
+        Some(end) if end < address && address - end <= MAX_SIZE => end,
+        _ => address,
+    };
     // SAFETY: the conditions of `grow` were checked above, one by one.
-    unsafe { grow(&mut context, &Fault { handle, slot, address, growth_point }) };
+    unsafe { grow(&mut context, &Fault { handle, slot, address, lowest, growth_point, loop_end }) };
     true
 }
 

@@ -26,7 +26,11 @@ struct Fault {
     handle: *mut Handle,
     slot: Slot,
     address: usize,
+    /// The lowest address that will be used soon, as far as is known: at most `address`.
+    lowest: usize,
     growth_point: bool,
+    /// In a probe loop, which general register holds its end.
+    loop_end: Option<usize>,
 }
 
 /// Why a stack could not grow.
@@ -69,7 +73,7 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
             record.last = last;
             stats::count(growth, &last);
         }
-        Err(refusal) => report::overflow(record, fault.slot.end() - fault.address, &refusal, context),
+        Err(refusal) => report::overflow(record, fault.slot.end() - fault.lowest, &refusal, context),
     }
 }
 
@@ -91,10 +95,10 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
         let record = Record::at(fault.slot.end());
         ((*record).size(), (*record).maximum)
     };
-    let lowest = fault.address.min(context.rsp() - RED_ZONE);
+    let lowest = fault.lowest.min(context.rsp() - RED_ZONE);
     let size = class::grown(size, fault.slot.end() - lowest, maximum).ok_or(Refusal::Maximum)?;
     // SAFETY: by the caller's word; who asked for `Growth::Relocate` made the promise about pointers.
-    match unsafe { relocate::relocate(context, fault.handle, fault.slot, size) } {
+    match unsafe { relocate::relocate(context, fault, size) } {
         Ok(moved) => Ok(Done {
             // SAFETY: `relocate` has corrected the handle.
             record: unsafe { (*(*fault.handle).base).record },
@@ -134,7 +138,7 @@ unsafe fn open_window(fault: &Fault) -> Result<Done, Refusal> {
         let record = Record::at(fault.slot.end());
         ((*record).size(), (*record).maximum)
     };
-    let need = fault.slot.end() - fault.address;
+    let need = fault.slot.end() - fault.lowest;
     let size = class::grown(size, need, maximum).ok_or(Refusal::Maximum)?;
     // SAFETY: by the caller's word; the maximum's bytes are within the window of the class.
     unsafe { open_to(fault, class::open_bytes(size)) }

@@ -8,6 +8,18 @@
 //! The encoding is that of the Intel 64 manual, volume 2, chapter 2 and appendix A. The tests
 //! compare it with iced-x86 on random instructions.
 
+//!
+//! One kind of growth point has a companion. The prologue of a frame of many pages touches each of them in
+//! a loop, and keeps the end of it in a register, an address as far below `rsp` as the frame is large:
+//!
+//! ```text
+//!       lea  r11, [rsp - 0x18000]      far outside the slot of a small stack: no window catches it
+//!   1:  sub  rsp, 0x1000
+//!       mov  qword ptr [rsp], 0        the growth point
+//!       cmp  rsp, r11                  that r11 is on the scale of rsp can only be read off here
+//!       jne  1b
+//! ```
+
 /// True if the instruction whose bytes `byte` returns is a growth point.
 pub(crate) fn is_growth_point(byte: impl Fn(usize) -> u8) -> bool {
     let mut at = 0;
@@ -45,6 +57,42 @@ pub(crate) fn is_growth_point(byte: impl Fn(usize) -> u8) -> bool {
     };
     operand.is_some_and(|modrm| !base_extended && is_rsp_based(byte(modrm), || byte(modrm + 1)))
 }
+
+/// For a growth point inside a probe loop, the number of the register that holds the end of the loop.
+/// The loops of LLVM, GCC (frames and variable-length arrays) and Cranelift are known.
+pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
+    let rex = usize::from(matches!(byte(0), 0x48 | 0x4c));
+    let immediate = match byte(rex) {
+        0xc7 | 0x81 => 4,
+        0x83 => 1,
+        0x89 | 0x09 | 0x85 => 0, // a register stored, ored or tested
+        _ => return None,
+    };
+    let modrm = byte(rex + 1);
+    if !is_rsp_based(modrm, || byte(rex + 2)) || byte(rex + 2) != 0x24 {
+        return None;
+    }
+    let displacement = [0, 1, 4][usize::from(modrm >> 6)];
+    let next = rex + 3 + displacement + immediate;
+    // One byte after the other: the next instruction may be short, and the last of its page.
+    let rex = byte(next);
+    if rex & 0xf8 != 0x48 || !matches!(byte(next + 1), 0x39 | 0x3b) {
+        return None;
+    }
+    let modrm = byte(next + 2);
+    if modrm >> 6 != 3 {
+        return None;
+    }
+    let reg = usize::from(modrm >> 3 & 7 | (rex & 4) << 1);
+    let rm = usize::from(modrm & 7 | (rex & 1) << 3);
+    match (reg, rm) {
+        (RSP, other) | (other, RSP) => Some(other),
+        _ => None,
+    }
+}
+
+/// The number of `rsp` among the general registers, as instructions have it.
+const RSP: usize = 4;
 
 fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
@@ -120,6 +168,25 @@ mod tests {
             });
             prop_assert_eq!(found, expected(&instruction), "{} {:02x?}", instruction, bytes);
         }
+    }
+
+    #[test]
+    fn the_end_of_a_probe_loop_is_found() {
+        let loops: [(&[u8], usize); 4] = [
+            (&[0x48, 0xc7, 0x04, 0x24, 0, 0, 0, 0, 0x4c, 0x39, 0xdc], 11), // LLVM: mov [rsp], 0; cmp rsp, r11
+            (&[0x48, 0x83, 0x0c, 0x24, 0, 0x4c, 0x39, 0xdc], 11),          // GCC: or [rsp], 0; cmp rsp, r11
+            (&[0x48, 0x83, 0x8c, 0x24, 0xf8, 0x0f, 0, 0, 0, 0x48, 0x39, 0xd4], 2), // GCC: or [rsp+0xff8], 0; cmp rsp, rdx
+            (&[0x89, 0x24, 0x24, 0x49, 0x39, 0xe3], 11), // Cranelift: mov [rsp], esp; cmp r11, rsp
+        ];
+        for (code, register) in loops {
+            assert_eq!(probe_loop_end(|at| code[at]), Some(register), "{code:02x?}");
+        }
+        let others: [&[u8]; 3] = [
+            &[0x48, 0xc7, 0x04, 0x24, 0, 0, 0, 0, 0x4c, 0x39, 0xd8], // cmp rax, r11
+            &[0x48, 0x89, 0x04, 0x24, 0x48, 0x83, 0xc4, 0x08],       // mov [rsp], rax; add rsp, 8
+            &[0x55, 0x48, 0x89, 0xe5],                               // push rbp; mov rbp, rsp
+        ];
+        assert!(others.iter().all(|code| probe_loop_end(|at| code[at]).is_none()));
     }
 
     #[test]

@@ -20,11 +20,12 @@ use core::ptr;
 use core::slice;
 use core::sync::atomic::Ordering;
 
+use super::Fault;
 use super::context::Context;
 use super::rewrite::Window;
 use crate::error::Error;
 use crate::stack::{self, OLD, Record, Slot, cache, class::Class, class::open_bytes, guard};
-use crate::switch::{Handle, RED_ZONE};
+use crate::switch::RED_ZONE;
 
 /// What a move did.
 pub(super) struct Moved {
@@ -36,15 +37,10 @@ pub(super) struct Moved {
 /// nothing has changed.
 ///
 /// # Safety
-/// `handle` is that of the coroutine that `context` interrupted, on the stack in slot `from`, whose
-/// owner promised that pointers into it are only in it and in registers; the interrupted
-/// instruction is a growth point.
-pub(super) unsafe fn relocate(
-    context: &mut Context<'_>,
-    handle: *mut Handle,
-    from: Slot,
-    size: usize,
-) -> Result<Moved, Error> {
+/// `fault` is at a growth point, in the coroutine that `context` interrupted, whose owner promised that
+/// pointers into its stack are only in it and in registers.
+pub(super) unsafe fn relocate(context: &mut Context<'_>, fault: &Fault, size: usize) -> Result<Moved, Error> {
+    let from = fault.slot;
     let record = Record::at(from.end());
     // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
     let open = unsafe { (*record).open };
@@ -69,9 +65,15 @@ pub(super) unsafe fn relocate(
         (*new).open = to_open;
         (*new).first_open = stack::first_open(size);
         // The handle is the resumer's, who waits in the switch.
+        let handle = fault.handle;
         (*handle).base = window.moved((*handle).base as usize) as *mut _;
     }
-    let mut registers = window.rewrite(context.general());
+    let general = context.general();
+    let loop_end = fault.loop_end.map(|place| (place, window.shift(general[place])));
+    let mut registers = window.rewrite(general);
+    if let Some((place, end)) = loop_end {
+        general[place] = end;
+    }
     for stretch in context.vectors() {
         registers += window.rewrite(stretch);
     }

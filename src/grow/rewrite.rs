@@ -29,6 +29,11 @@ impl Window {
         word.wrapping_add(if inside { self.distance } else { 0 })
     }
 
+    /// Where a value goes that is known to be on the scale of `rsp`, wherever it lies.
+    pub(crate) fn shift(self, word: usize) -> usize {
+        word.wrapping_add(self.distance)
+    }
+
     /// Rewrites each word in place; returns how many changed.
     pub(crate) fn rewrite(self, words: &mut [usize]) -> usize {
         let mut changed = 0;

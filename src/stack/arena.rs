@@ -34,14 +34,16 @@ pub(crate) struct Meta {
     pub moved_to: AtomicU32,
     /// For a free slot: how many pages are accessible.
     pub open_pages: AtomicU32,
-    /// [`PREPARED`] and [`OLD`].
+    /// [`USABLE`], [`GUARDED`] and [`OLD`].
     pub flags: AtomicU32,
 }
 
-/// The slot's pages are guard pages, not merely reserved.
-const PREPARED: u32 = 1;
+/// The slot is not merely reserved address space.
+const USABLE: u32 = 1;
+/// What is not accessible of the slot are guard pages.
+const GUARDED: u32 = 2;
 /// A stack moved away from here and its coroutine has not ended: touching it is touching a stale pointer.
-pub(crate) const OLD: u32 = 2;
+pub(crate) const OLD: u32 = 4;
 
 struct Arena {
     start: AtomicUsize,
@@ -167,18 +169,26 @@ impl Slot {
 
     fn make_ready(self, open: usize) -> Result<usize, Error> {
         let meta = self.meta();
-        if meta.flags.load(Ordering::Relaxed) & PREPARED == 0 {
-            // SAFETY: the slot was never used, so no stack is in it.
-            unsafe { guard::install_first(self.start(), self.class().stride())? };
-            meta.flags.store(PREPARED, Ordering::Relaxed);
-        }
+        let flags = meta.flags.load(Ordering::Relaxed);
         let now = meta.open_pages.load(Ordering::Relaxed) as usize * PAGE;
-        if now < open {
-            // SAFETY: the slot was just taken off the list: it is ours.
-            unsafe { guard::open(self.end() - open, open - now)? };
-            meta.open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
+        if now >= open && flags & GUARDED != 0 {
+            return Ok(now);
         }
-        Ok(now.max(open))
+        // SAFETY: the slot was just taken off the list or out of the arena: it is ours. One that is not
+        // guarded yet was never used, so no stack is in it.
+        unsafe {
+            if flags & USABLE == 0 {
+                guard::make_usable(self.start(), self.class().stride())?;
+            }
+            if flags & GUARDED == 0 {
+                guard::install(self.start(), self.class().stride(), open)?;
+            } else {
+                guard::open(self.end() - open, open - now)?;
+            }
+        }
+        meta.flags.store(USABLE | GUARDED, Ordering::Relaxed);
+        meta.open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
+        Ok(open)
     }
 
     fn pop(class: Class) -> Option<Self> {
@@ -214,15 +224,13 @@ impl Slot {
     fn take_fresh(class: Class) -> Result<Self, Error> {
         let (first, count) = claim_batch(class)?;
         let start = first.start();
-        // One pair of system calls for the batch. If it fails each slot is prepared on its own when it
-        // is taken, so that nothing is lost.
+        // One system call for the batch. If it fails each slot tries on its own when it is taken, so that
+        // nothing is lost.
         // SAFETY: these slots were never used, so no stack is in them.
-        let prepared = unsafe { guard::install_first(start, count as usize * class.stride()) }.is_ok();
+        let usable = unsafe { guard::make_usable(start, count as usize * class.stride()) }.is_ok();
         for index in (first.index..first.index + count).rev() {
             let slot = Self { arena: first.arena, index };
-            if prepared {
-                slot.meta().flags.store(PREPARED, Ordering::Relaxed);
-            }
+            slot.meta().flags.store(if usable { USABLE } else { 0 }, Ordering::Relaxed);
             if index != first.index {
                 slot.push();
             }
@@ -237,7 +245,7 @@ impl Arena {
     }
 }
 
-/// How many fresh slots are prepared at a time: up to 2 MiB of address space.
+/// How many fresh slots are made usable at a time: up to 2 MiB of address space.
 fn batch(class: Class) -> u32 {
     ((2 << 20) / class.stride()).clamp(1, 32) as u32
 }

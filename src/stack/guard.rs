@@ -70,21 +70,32 @@ pub(crate) unsafe fn unreserve(start: usize, bytes: usize) {
     unsafe { libc::munmap(start as *mut _, bytes) };
 }
 
-/// Turns reserved (inaccessible) address space into guard pages that [`open`] can open.
+/// Prepares reserved (inaccessible) address space for [`install`].
 ///
 /// # Safety
 /// The range is reserved, page-aligned, and holds no stack.
-pub(crate) unsafe fn install_first(start: usize, bytes: usize) -> Result<(), Error> {
+pub(crate) unsafe fn make_usable(start: usize, bytes: usize) -> Result<(), Error> {
     if !by_madvise() {
-        return Ok(()); // reserved without access: already a guard
+        return Ok(());
     }
-    // Guard markers need a mapping that could be accessed; neighbours of equal protection merge,
-    // so an arena stays two mappings however far it has come. No huge pages: one touch of
-    // a stack would make 2 MiB resident.
+    // Guard markers need a mapping that could be accessed. Neighbours of equal protection merge, so an arena
+    // stays two mappings however far it has come.
+    // SAFETY: the caller vouches for the range.
+    unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
+}
+
+/// Makes the uppermost `open` bytes of a range accessible and all below them guard pages.
+///
+/// # Safety
+/// As for [`make_usable`], which was called for the range.
+pub(crate) unsafe fn install(start: usize, bytes: usize, open: usize) -> Result<(), Error> {
     // SAFETY: the caller vouches for the range.
     unsafe {
-        check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes)?;
-        close(start, bytes)
+        if by_madvise() {
+            close(start, bytes - open)
+        } else {
+            protect(start + bytes - open, open, region::Protection::READ_WRITE)
+        }
     }
 }
 

@@ -111,8 +111,8 @@ impl Record {
 
 /// A colour below `colours` that differs from slot to slot in no regular pattern.
 fn colour(end: usize, colours: usize) -> usize {
-    let mixed = (end >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 & 0xffff_ffff;
-    mixed * colours >> 32
+    let mixed = (end >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    (mixed * colours) >> 32
 }
 
 /// The accessible bytes of a stack whose first size is `size`.
