@@ -111,7 +111,28 @@ unsafe extern "C" {
     fn regrow_call_on(argument: *mut c_void, function: extern "C" fn(*mut c_void), end: usize);
 }
 
+/// Sees that a fault from here on ends the process by SIGABRT, as the report is meant to: a walk over frames
+/// whose unwind tables are wrong may run into anything, and would otherwise die of the blocked SIGSEGV.
+fn abort_on_faults() {
+    extern "C" fn abort(_signal: c_int) {
+        // SAFETY: ends the process.
+        unsafe { libc::abort() }
+    }
+    // SAFETY: plain data for system calls.
+    unsafe {
+        let mut action: libc::sigaction = core::mem::zeroed();
+        action.sa_sigaction = abort as *const () as usize;
+        let mut faults: libc::sigset_t = core::mem::zeroed();
+        for signal in [libc::SIGSEGV, libc::SIGBUS] {
+            libc::sigaction(signal, &action, core::ptr::null_mut());
+            libc::sigaddset(&mut faults, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &faults, core::ptr::null_mut());
+    }
+}
+
 extern "C" fn walk_frames(argument: *mut c_void) {
+    abort_on_faults();
     // SAFETY: `frames` passes a `Walk`; the callback matches the unwinder's signature and gets the same.
     let walk = unsafe {
         _Unwind_Backtrace(on_frame, argument);
