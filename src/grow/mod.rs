@@ -14,6 +14,10 @@ mod rewrite;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
+#[cfg(feature = "torture")]
+pub(crate) use fault::{chain_to, take_over};
+#[cfg(feature = "torture")]
+pub(crate) use {context::PLACE, point::is_growth_point, relocate::Moved};
 
 use crate::error::Error;
 use crate::report;
@@ -109,6 +113,30 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
         // SAFETY: by the caller's word; nothing has changed.
         Err(error) => unsafe { open_slack(fault) }.map_err(|_| Refusal::Kernel(error)),
     }
+}
+
+/// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there.
+///
+/// # Safety
+/// The coroutine of `handle` was interrupted, on its stack in `slot`; pointers into its stack are only in it and
+/// in registers.
+#[cfg(feature = "torture")]
+pub(crate) unsafe fn move_here(
+    context: &mut Context<'_>,
+    handle: *mut Handle,
+    slot: Slot,
+) -> Result<Moved, Error> {
+    let (rip, rsp) = (context.rip(), context.rsp());
+    // SAFETY: only bytes of the instruction that runs next are read, and of the one that follows a store.
+    let byte = |at| unsafe { *((rip + at) as *const u8) };
+    let growth_point = point::is_growth_point(byte);
+    let number = if growth_point { point::probe_loop_end(byte) } else { None };
+    let loop_end = number.map(|number| PLACE[number]);
+    // SAFETY: the running coroutine's record, as in `grow`.
+    let size = unsafe { (*Record::at(slot.end())).size() }.next_power_of_two();
+    let here = Fault { handle, slot, address: rsp, lowest: rsp, growth_point, loop_end };
+    // SAFETY: by the caller's word.
+    unsafe { relocate::relocate(context, &here, size) }
 }
 
 /// Opens the pages down to the fault, in a slot whose stack may move, but not now.

@@ -28,7 +28,7 @@ use crate::stack::{self, OLD, Record, Slot, cache, class::Class, class::open_byt
 use crate::switch::RED_ZONE;
 
 /// What a move did.
-pub(super) struct Moved {
+pub(crate) struct Moved {
     pub bytes: usize,
     pub words: usize,
 }
