@@ -28,6 +28,17 @@ pub(crate) const GUARD: usize = 4 * PAGE;
 /// The least slack of a slot whose stack moves: with guard and stack the smallest slot takes 64 KiB.
 const MIN_SLACK: usize = 11 * PAGE;
 
+/// Slots of moving stacks begin at multiples of this, so that every move leaves the lower 16 bits of a pointer as they
+/// are.
+///
+/// A word of a frame that holds a small value, `bool`, `u8` or `u16`, may hold leftovers above it:
+///
+/// ```text
+///   dead pointer     7f 3a 91 c4 5b 10        a word by its value: inside the slot,
+///   a u16 over it                      00 01  and rewritten. The upper bytes are nobody's, the lower must stay.
+/// ```
+pub(crate) const ALIGNMENT: usize = 64 << 10;
+
 /// How many classes there are: those of moving stacks, then those of stacks that stay.
 pub(crate) const CLASSES: usize = 2 * SIZES;
 const SIZES: usize = 22;
@@ -78,7 +89,8 @@ impl Class {
 
     /// Bytes from one slot to the next.
     pub(crate) const fn stride(self) -> usize {
-        GUARD + self.window()
+        let bytes = GUARD + self.window();
+        if self.is_moving() { bytes.next_multiple_of(ALIGNMENT) } else { bytes }
     }
 }
 
@@ -123,6 +135,13 @@ mod tests {
                 assert_eq!(Class::from_index(class.index()), class);
                 assert_eq!(class.stride() % PAGE, 0);
             }
+        }
+    }
+
+    #[test]
+    fn moving_stacks_keep_their_lower_bits() {
+        for log in 11..=32 {
+            assert_eq!(Class::moving(1 << log).stride() % ALIGNMENT, 0);
         }
     }
 

@@ -61,6 +61,22 @@ pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
     Ok(at as usize)
 }
 
+/// New inaccessible address space that begins at a multiple of `alignment`, itself a multiple of pages.
+pub(crate) fn reserve_aligned(bytes: usize, alignment: usize) -> Result<usize, Error> {
+    let spare = alignment - PAGE;
+    let all = reserve(bytes + spare, libc::PROT_NONE)?;
+    let start = all.next_multiple_of(alignment);
+    // SAFETY: the ends of a mapping made above, which nobody uses.
+    unsafe {
+        for (from, length) in [(all, start - all), (start + bytes, all + spare - start)] {
+            if length != 0 {
+                unreserve(from, length);
+            }
+        }
+    }
+    Ok(start)
+}
+
 /// Gives reserved address space back.
 ///
 /// # Safety
