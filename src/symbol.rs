@@ -26,6 +26,20 @@ pub(crate) fn describe(pc: usize, out: &mut impl Write) -> fmt::Result {
     write!(out, " ({})", name.rsplit('/').next().unwrap_or(name))
 }
 
+/// Writes the name of the function at `pc`, nothing if it cannot be found.
+#[cfg(feature = "torture")]
+pub(crate) fn name(pc: usize, out: &mut impl Write) -> fmt::Result {
+    let mut line = [0; LINE];
+    let file = Mapping::of(pc, &mut line).and_then(|mapping| {
+        let path = CStr::from_bytes_until_nul(mapping.path).ok()?;
+        Some((File::open(path)?, pc - mapping.start + mapping.offset))
+    });
+    match file.as_ref().and_then(|(file, offset)| find(file.bytes(), *offset as u64)) {
+        Some((name, _)) => write!(out, "{:#}", rustc_demangle::demangle(name)),
+        None => Ok(()),
+    }
+}
+
 /// Writes the function at an offset in an ELF file.
 fn function(elf: &[u8], offset: usize, out: &mut impl Write) -> fmt::Result {
     match find(elf, offset as u64) {

@@ -10,8 +10,11 @@ fn one() {
     let (value, report) = unsafe { Torture::new(Mode::GrowthPoints).run(culprit) };
     println!("{value:?} {report}");
     for mode in [Mode::GrowthPoints, Mode::Every(1), Mode::Random(7), Mode::Overflows] {
-        let (value, report) = unsafe { Torture::new(mode).run(|| format!("{:?} {}", [1.5, 2.5], "x".repeat(50))) };
+        let (value, report) =
+            unsafe { Torture::new(mode).run(|| format!("{:?} {}", [1.5, 2.5], "x".repeat(50))) };
         println!("{value:?} {report}");
-        for f in report.functions().iter().take(5) { println!("{f:?}"); }
+        for f in report.functions().iter().take(5) {
+            println!("{f:?}");
+        }
     }
 }

@@ -54,6 +54,10 @@ pub(crate) fn install_handler() -> Result<(), Error> {
     Ok(())
 }
 
+/// The handler, for who has to know what code it runs.
+#[cfg(feature = "torture")]
+pub(crate) const ON_FAULT: Handler = on_fault;
+
 /// What the kernel calls.
 pub(crate) type Handler = unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
 

@@ -15,9 +15,9 @@ mod rewrite;
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
-pub(crate) use fault::{chain_to, take_over};
+pub(crate) use fault::{ON_FAULT, chain_to, take_over};
 #[cfg(feature = "torture")]
-pub(crate) use {context::PLACE, point::is_growth_point, relocate::Moved};
+pub(crate) use {context::PLACE, point::is_growth_point, point::probe_loop_end, relocate::Moved};
 
 use crate::error::Error;
 use crate::report;

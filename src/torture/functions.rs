@@ -1,15 +1,17 @@
 //! Where functions begin and end, as the unwind tables of the loaded objects have it.
 
-use core::ffi::{CStr, c_int, c_void};
+use core::ffi::{c_int, c_void};
 use core::ops::Range;
 use core::slice;
 
 use gimli::{BaseAddresses, CieOrFde, EhFrame, EhFrameHdr, NativeEndian, Pointer, UnwindSection};
 
+use crate::stack::class::PAGE;
+
 /// An executable or a shared library.
 pub(super) struct Object {
-    /// The file name of a library, empty for the executable.
-    pub name: String,
+    /// Where its code is mapped, whole pages.
+    pub code: Range<usize>,
     /// The address ranges of its functions, sorted.
     pub functions: Vec<Range<usize>>,
 }
@@ -26,16 +28,18 @@ unsafe extern "C" fn on_object(info: *mut libc::dl_phdr_info, _size: usize, data
     // SAFETY: the linker passes an entry whose headers are mapped, and what `loaded_objects` gave it.
     let (info, objects) = unsafe { (&*info, &mut *data.cast::<Vec<Object>>()) };
     // SAFETY: as above.
-    let (name, headers) = unsafe {
-        (
-            CStr::from_ptr(info.dlpi_name).to_string_lossy().into_owned(),
-            slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)),
-        )
-    };
+    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
     let base = info.dlpi_addr as usize;
+    let code = headers
+        .iter()
+        .find(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0)
+        .map_or(0..0, |header| {
+            let start = (base + header.p_vaddr as usize) / PAGE * PAGE;
+            start..(base + (header.p_vaddr + header.p_memsz) as usize).next_multiple_of(PAGE)
+        });
     // SAFETY: as above.
     let functions = unsafe { functions(base, headers) }.unwrap_or_default();
-    objects.push(Object { name, functions });
+    objects.push(Object { code, functions });
     0
 }
 
@@ -73,6 +77,7 @@ unsafe fn functions(base: usize, headers: &[libc::Elf64_Phdr]) -> Option<Vec<Ran
         }
     }
     found.sort_unstable_by_key(|function| function.start);
+    found.dedup_by_key(|function| function.start);
     Some(found)
 }
 

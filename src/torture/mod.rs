@@ -63,6 +63,7 @@
 //! that uses a stale pointer into the tortured stack (a scoped thread, say) is a finding too: it is stopped for
 //! good, since there is nothing it could go on with.
 
+mod breakpoints;
 mod functions;
 mod leaf;
 mod report;
@@ -85,6 +86,9 @@ pub enum Mode {
     /// At every growth point: wherever the stack could overflow and be moved in earnest. What has to be clean for
     /// code that runs on relocating coroutines.
     GrowthPoints,
+    /// At every growth point of the program's own code, what is linked into it statically, by breakpoints: a trap at
+    /// each of them and none in between, so this is the faster one by far. Shared libraries (libc) run undisturbed.
+    Breakpoints,
     /// At every so many-th instruction, growth point or not; 1 for every one. Stricter than what happens
     /// without torture.
     Every(u64),
@@ -100,6 +104,7 @@ impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GrowthPoints => f.write_str("growth-points"),
+            Self::Breakpoints => f.write_str("breakpoints"),
             Self::Every(distance) => write!(f, "every-{distance}"),
             Self::Random(distance) => write!(f, "random-{distance}"),
             Self::Overflows => f.write_str("overflows"),

@@ -5,12 +5,16 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::path::PathBuf;
 
-use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register};
+use iced_x86::{
+    Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register,
+};
 
-use super::Mode;
+use super::functions::{holding, loaded_objects};
+use super::{Mode, breakpoints};
 use crate::grow::{Context, NAMES};
 use crate::stack::{Record, Slot};
 use crate::switch::RED_ZONE;
+use crate::symbol;
 
 /// What fresh stack is filled with.
 pub(super) const POISON: u8 = 0xf5;
@@ -67,11 +71,11 @@ pub struct Finding {
     pub pc: usize,
     /// The instruction, in Intel's syntax.
     pub instruction: String,
-    /// The function it is in; of inlined ones the innermost.
+    /// The function it is in, or was inlined into.
     pub function: String,
-    /// Its source file, if the program has line tables.
+    /// The source file it comes from, if the program has line tables.
     pub file: Option<PathBuf>,
-    /// Its source line.
+    /// The source line it comes from.
     pub line: Option<u32>,
     /// The register that held the pointer.
     pub register: Option<&'static str>,
@@ -110,8 +114,8 @@ impl Report {
         self.findings.is_empty()
     }
 
-    /// How often the stack was moved in each function, most often first. Looks every instruction of
-    /// [`hits`](Self::hits) up, which takes a while.
+    /// How often the stack was moved in each function, most often first. Looks the instructions of
+    /// [`hits`](Self::hits) up in the symbol tables.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -123,9 +127,16 @@ impl Report {
     /// ```
     #[must_use]
     pub fn functions(&self) -> Vec<(String, u64)> {
-        let mut functions: HashMap<String, u64> = HashMap::new();
+        let objects = loaded_objects();
+        let start =
+            |pc| objects.iter().find_map(|object| holding(&object.functions, pc)).map_or(pc, |f| f.start);
+        let mut starts: HashMap<usize, u64> = HashMap::new();
         for hit in &self.hits {
-            *functions.entry(outermost_name(hit.pc)).or_default() += hit.moves;
+            *starts.entry(start(hit.pc)).or_default() += hit.moves;
+        }
+        let mut functions: HashMap<String, u64> = HashMap::new();
+        for (start, moves) in starts {
+            *functions.entry(function(start)).or_default() += moves;
         }
         let mut functions: Vec<_> = functions.into_iter().collect();
         functions.sort_unstable_by(|(name, moves), (other, others)| others.cmp(moves).then(name.cmp(other)));
@@ -204,27 +215,37 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub(super) fn new(
+    pub(super) const NOTHING: Self = Self {
+        kind: Kind::Stale,
+        pc: 0,
+        address: 0,
+        registers: [0; NAMES.len()],
+        slot: None,
+        on_another_thread: false,
+        end: 0,
+        base_offset: 0,
+        frames: [(0, 0); FRAMES],
+        depth: 0,
+    };
+
+    /// Writes a finding over whatever this was. In place, and without frames: another thread's signal stack may be small.
+    pub(super) fn fill(
+        &mut self,
         kind: Kind,
         address: usize,
         slot: Option<Slot>,
         on_another_thread: bool,
         context: &mut Context<'_>,
-    ) -> Self {
-        let mut registers = [0; NAMES.len()];
-        registers.copy_from_slice(context.general());
-        Self {
-            kind,
-            pc: context.rip(),
-            address,
-            registers,
-            slot: slot.map(|slot| (slot.start(), slot.end())),
-            on_another_thread,
-            end: 0,
-            base_offset: 0,
-            frames: [(0, 0); FRAMES],
-            depth: 0,
-        }
+    ) {
+        self.kind = kind;
+        self.pc = breakpoints::original(context.rip()).map_or(context.rip(), |(at, _)| at);
+        self.address = address;
+        self.registers.copy_from_slice(context.general());
+        self.slot = slot.map(|slot| (slot.start(), slot.end()));
+        self.on_another_thread = on_another_thread;
+        self.end = 0;
+        self.base_offset = 0;
+        self.depth = 0;
     }
 
     /// Adds what is on the interrupted stack, which `rsp` is on, and those it was resumed from. Called in
@@ -233,7 +254,9 @@ impl Found {
         let current = match self.slot {
             // The slot that is touched is one the stack has left; where it is now is known by its chain. One left
             // so long ago that it is free again says nothing: then it is the stack that runs.
-            Some((start, _)) => Slot::containing(start).map(Slot::current).filter(|slot| slot.start() != start),
+            Some((start, _)) => {
+                Slot::containing(start).map(Slot::current).filter(|slot| slot.start() != start)
+            }
             None => None,
         };
         if let Some(slot) = current.or_else(|| Slot::containing(rsp)) {
@@ -260,21 +283,21 @@ impl Found {
     pub(super) fn resolve(&self) -> Finding {
         let frames = self.frames.get(..self.depth).unwrap_or_default();
         let below_end = self.slot.map(|(_, end)| end - self.address);
-        let place = innermost(self.pc);
+        let (file, line) = line(self.pc);
         let (instruction, registers) = disassemble(self.pc);
         Finding {
             kind: self.kind,
             pc: self.pc,
             instruction,
-            function: place.name,
-            file: place.file,
-            line: place.line,
+            function: function(self.pc),
+            file,
+            line,
             register: self.culprit(&registers),
             address: self.address,
             below_top: below_end.and_then(|below| below.checked_sub(self.base_offset)),
             points_into: below_end.and_then(|below| self.owner(frames, self.end.checked_sub(below)?)),
             on_another_thread: self.on_another_thread,
-            backtrace: frames.iter().map(|&(pc, _)| innermost(pc.wrapping_sub(1)).name).take_while(|name| !name.contains("regrow_entry")).collect(),
+            backtrace: backtrace(frames),
         }
     }
 
@@ -284,7 +307,8 @@ impl Found {
             Some((start, end)) => (start..end).contains(&value),
             None => value.abs_diff(self.address) < 1 << 16,
         };
-        let named = |name: &str| used.iter().any(|register| format!("{register:?}").eq_ignore_ascii_case(name));
+        let named =
+            |name: &str| used.iter().any(|register| format!("{register:?}").eq_ignore_ascii_case(name));
         let mut candidates: Vec<_> = (0..NAMES.len()).filter(|&at| bad(self.registers[at])).collect();
         candidates.sort_by_key(|&at| (!named(NAMES[at]), self.registers[at].abs_diff(self.address)));
         candidates.first().map(|&at| NAMES[at])
@@ -298,7 +322,7 @@ impl Found {
             None if address + RED_ZONE >= innermost_sp => frames[0],
             None => return None,
         };
-        Some(outermost_name(pc.wrapping_sub(1)))
+        Some(function(pc.wrapping_sub(1)))
     }
 }
 
@@ -307,30 +331,29 @@ pub(super) fn prepare() {
     backtrace::trace(|_| true);
 }
 
-struct Place {
-    name: String,
-    file: Option<PathBuf>,
-    line: Option<u32>,
+/// The functions of the tortured stack, and of coroutines resumed on it.
+fn backtrace(frames: &[(usize, usize)]) -> Vec<String> {
+    let mut names: Vec<_> = frames.iter().map(|&(pc, _)| function(pc.wrapping_sub(1))).collect();
+    names.truncate(names.iter().rposition(|name| name == "regrow_entry").unwrap_or(names.len()));
+    names
 }
 
-/// The innermost of the functions inlined at `pc`.
-fn innermost(pc: usize) -> Place {
+/// The source line that the innermost of the functions inlined at `pc` comes from.
+fn line(pc: usize) -> (Option<PathBuf>, Option<u32>) {
     let mut place = None;
     backtrace::resolve(pc as *mut c_void, |symbol| {
-        place.get_or_insert_with(|| Place {
-            name: symbol.name().map_or_else(|| format!("{pc:#x}"), |name| format!("{name:#}")),
-            file: symbol.filename().map(PathBuf::from),
-            line: symbol.lineno(),
-        });
+        place.get_or_insert_with(|| (symbol.filename().map(PathBuf::from), symbol.lineno()));
     });
-    place.unwrap_or_else(|| Place { name: format!("{pc:#x}"), file: None, line: None })
+    place.unwrap_or_default()
 }
 
-/// The function at `pc` that is a function in the program as compiled.
-fn outermost_name(pc: usize) -> String {
-    let mut found = None;
-    backtrace::resolve(pc as *mut c_void, |symbol| found = symbol.name().map(|name| format!("{name:#}")));
-    found.unwrap_or_else(|| format!("{pc:#x}"))
+/// The function at `pc`: one of the program as compiled, not an inlined one.
+fn function(pc: usize) -> String {
+    let mut name = String::new();
+    match symbol::name(pc, &mut name) {
+        Ok(()) if !name.is_empty() => name,
+        _ => format!("{pc:#x}"),
+    }
 }
 
 /// The instruction at `pc`, and the registers that its memory operands use.

@@ -4,14 +4,13 @@
 
 use core::arch::asm;
 use core::cell::{Cell, UnsafeCell};
-use core::mem::MaybeUninit;
 use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::report::{self, Found, Hit, Report};
-use super::{Mode, leaf, trap};
+use super::{Mode, breakpoints, leaf, trap};
 use crate::coroutine::current_stats;
 use crate::switch::{self, Handle};
 
@@ -43,6 +42,7 @@ impl Run {
     pub(super) fn wants(&mut self, growth_point: impl Fn() -> bool) -> bool {
         match self.mode {
             Mode::GrowthPoints => growth_point(),
+            Mode::Breakpoints => true,
             Mode::Every(distance) => self.steps.is_multiple_of(distance.max(1)),
             Mode::Random(distance) => next(&mut self.random).is_multiple_of(distance.max(1)),
             Mode::Overflows => false,
@@ -51,6 +51,10 @@ impl Run {
 
     pub(super) fn has_stepped_enough(&self) -> bool {
         self.steps >= self.limit
+    }
+
+    fn by_steps(&self) -> bool {
+        !matches!(self.mode, Mode::Breakpoints | Mode::Overflows)
     }
 
     pub(super) fn by_smallest_steps(&self) -> bool {
@@ -126,7 +130,7 @@ struct First {
     claimed: AtomicBool,
     /// Written by who claimed it, before this is set.
     complete: AtomicBool,
-    found: UnsafeCell<MaybeUninit<Found>>,
+    found: UnsafeCell<Found>,
 }
 
 // SAFETY: `found` is written by the one who claimed it and read after that is complete.
@@ -135,21 +139,21 @@ unsafe impl Sync for First {}
 static FIRST: First = First {
     claimed: AtomicBool::new(false),
     complete: AtomicBool::new(false),
-    found: UnsafeCell::new(MaybeUninit::uninit()),
+    found: UnsafeCell::new(Found::NOTHING),
 };
 
 /// Records a finding if it is the first.
-pub(super) fn record(found: Found) {
+pub(super) fn record(fill: impl FnOnce(&mut Found)) {
     if !FIRST.claimed.swap(true, Ordering::AcqRel) {
         // SAFETY: just claimed, so nobody else writes, and nobody reads before it is complete.
-        unsafe { (*FIRST.found.get()).write(found) };
+        fill(unsafe { &mut *FIRST.found.get() });
         FIRST.complete.store(true, Ordering::Release);
     }
 }
 
 /// The finding, once there is one; the caller may add to it if it is the tortured thread.
 pub(super) fn recorded() -> Option<*mut Found> {
-    FIRST.complete.load(Ordering::Acquire).then(|| FIRST.found.get().cast())
+    FIRST.complete.load(Ordering::Acquire).then(|| FIRST.found.get())
 }
 
 /// Exclusive use of the one torture a process can run.
@@ -188,13 +192,22 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
     CURRENT.set(run);
     // SAFETY: a plain system call.
     THREAD.store(unsafe { libc::gettid() }, Ordering::Release);
-    Turn { run, _lock: lock }
+    let turn = Turn { run, _lock: lock };
+    if mode == Mode::Breakpoints
+        && let Err(why) = trap::insert_breakpoints()
+    {
+        turn.end();
+        panic!("cannot torture: {why}");
+    }
+    turn
 }
 
 impl Turn {
     /// Ends the torture and tells what it was like.
     pub(super) fn end(self) -> Report {
         set_trap_flag(false);
+        breakpoints::remove();
+        breakpoints::seal();
         THREAD.store(0, Ordering::Release);
         CURRENT.set(ptr::null_mut());
         // SAFETY: made by `begin`; no handler on this thread uses it any more.
@@ -230,7 +243,7 @@ pub(super) fn enter() -> impl Drop {
     // SAFETY: this thread's run, which no handler uses: nothing is stepped yet.
     let run = unsafe { &mut *current() };
     run.handle = switch::running().unwrap_or(ptr::null_mut());
-    set_trap_flag(run.mode != Mode::Overflows);
+    set_trap_flag(run.by_steps());
     Leave
 }
 

@@ -12,8 +12,9 @@ use core::mem::MaybeUninit;
 use core::ptr;
 use std::sync::OnceLock;
 
+use super::breakpoints;
 use super::functions::holding;
-use super::report::{Found, Kind};
+use super::report::Kind;
 use super::run::{self, KEPT, Run};
 use crate::error::Error;
 use crate::grow::{self, Context, chain_to, is_growth_point};
@@ -60,7 +61,9 @@ unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mu
     // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
     let (code, sender, mut context) = unsafe { ((*info).si_code, (*info).si_pid(), Context::new(raw)) };
     // SAFETY: only handlers use it while it is set, and they do not interrupt each other.
-    let ours = match unsafe { run::current().as_mut() } {
+    let run = unsafe { run::current().as_mut() };
+    let ours = match run {
+        run if code == libc::SI_KERNEL => breakpoint(run, &mut context),
         Some(run) if code == libc::TRAP_TRACE => {
             step(run, &mut context);
             true
@@ -78,6 +81,31 @@ unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mu
     }
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
+}
+
+/// Puts a breakpoint at each growth point, but for those in what the handlers call.
+pub(super) fn insert_breakpoints() -> Result<(), &'static str> {
+    breakpoints::insert(&[on_trap as *const () as usize, grow::ON_FAULT as *const () as usize])
+}
+
+/// At a breakpoint, on whichever thread; false if it is none of ours.
+fn breakpoint(run: Option<&mut Run>, context: &mut Context<'_>) -> bool {
+    let at = context.rip() - 1;
+    let Some(displaced) = breakpoints::displaced(at) else { return false };
+    if let Some(run) = run {
+        if run::recorded().is_some() {
+            leave(run, context);
+            return true;
+        }
+        if let Some((handle, slot)) = moving_stack(context)
+            && !run.has_stepped_enough()
+        {
+            run.steps += 1;
+            move_stack(run, context, at, handle, slot);
+        }
+    }
+    context.set_rip(displaced);
+    true
 }
 
 /// A SIGTRAP from this process: stepping may go on, or another thread has a finding.
@@ -115,6 +143,11 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
         run.skipped += 1;
         return;
     }
+    move_stack(run, context, rip, handle, slot);
+}
+
+/// Moves the stack in `slot` of the coroutine of `handle`, which runs and was interrupted at `rip`.
+fn move_stack(run: &mut Run, context: &mut Context<'_>, rip: usize, handle: *mut Handle, slot: Slot) {
     // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole.
     match unsafe { grow::move_here(context, handle, slot) } {
         Ok(moved) => {
@@ -244,16 +277,19 @@ pub(crate) fn catches(address: usize, context: &mut Context<'_>) -> bool {
     // SAFETY: as in `on_trap`.
     match unsafe { run::current().as_mut() } {
         Some(run) => {
-            let Some(found) = stale(address, context).or_else(|| poisoned(address, context)) else {
+            let Some((kind, slot)) = stale(address).or_else(|| poisoned(address, context)) else {
                 return false;
             };
-            run::record(found);
+            run::record(|found| found.fill(kind, address, slot, false, context));
             leave(run, context);
             true
         }
         None => {
-            let Some(slot) = Slot::containing(address).filter(|slot| slot.is_old()) else { return false };
-            run::record(Found::new(Kind::Stale, address, Some(slot), true, context));
+            let slot = Slot::containing(address).filter(|slot| slot.is_old());
+            if slot.is_none() {
+                return false;
+            }
+            run::record(|found| found.fill(Kind::Stale, address, slot, true, context));
             send_trap(thread);
             // Nothing it could return to would make sense, and somebody may wait for it with a borrow.
             loop {
@@ -265,21 +301,21 @@ pub(crate) fn catches(address: usize, context: &mut Context<'_>) -> bool {
 }
 
 /// A slot was touched that the stack has left, or that it left so long ago that it may be used again.
-fn stale(address: usize, context: &mut Context<'_>) -> Option<Found> {
+fn stale(address: usize) -> Option<(Kind, Option<Slot>)> {
     let handle = switch::running()?;
     // SAFETY: as in `moving_stack`.
     let end = Record::end(unsafe { (*(*handle).base).record });
     let slot = Slot::containing(address).filter(|slot| slot.end() != end)?;
-    Some(Found::new(Kind::Stale, address, Some(slot), false, context))
+    Some((Kind::Stale, Some(slot)))
 }
 
 /// A register that may have been the pointer holds what fresh stack is filled with.
-fn poisoned(address: usize, context: &mut Context<'_>) -> Option<Found> {
+fn poisoned(address: usize, context: &mut Context<'_>) -> Option<(Kind, Option<Slot>)> {
     const NEAR: usize = 1 << 16;
     let pattern = usize::from_ne_bytes([super::report::POISON; size_of::<usize>()]);
     // The processor does not tell the address of an access to where no memory can be.
     let found = address == 0 && context.general().iter().any(|value| value.abs_diff(pattern) < NEAR);
-    found.then(|| Found::new(Kind::Poison, pattern, None, false, context))
+    found.then_some((Kind::Poison, None))
 }
 
 /// Goes on in the resumer of the tortured coroutine, as asm/finish.s would.
@@ -287,6 +323,13 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
     let mut resumer = switch::resumer();
     if resumer == 0 {
         return; // not in it: it will not be resumed again
+    }
+    // From here on code runs that the handler does not call otherwise.
+    breakpoints::remove();
+    if let Some((at, pushed)) = breakpoints::original(context.rip()) {
+        // As it would have been in its own place, which is where the unwinder knows about.
+        context.set_rip(at);
+        *context.register(RSP) += if pushed { size_of::<usize>() } else { 0 };
     }
     if let Some(found) = run::recorded() {
         // SAFETY: complete; the torture's own thread may add to it.

@@ -51,7 +51,8 @@ fn strings() -> String {
     let replaced = text.replace("en", "EN").to_lowercase();
     let numbers: Vec<f64> = "1.5;2e3;-0.25".split(';').map(|part| part.parse().unwrap()).collect();
     let lossy = String::from_utf8_lossy(b"good \xff bad \xc3\xa4");
-    let cow: Cow<'_, str> = if text.contains("Zwerg") { Cow::Owned(text.trim_matches('F').into()) } else { "".into() };
+    let cow: Cow<'_, str> =
+        if text.contains("Zwerg") { Cow::Owned(text.trim_matches('F').into()) } else { "".into() };
     format!("{words:?} {reversed} {replaced} {numbers:?} {lossy} {cow} {:?}", text.char_indices().nth(10))
 }
 
@@ -74,7 +75,12 @@ fn sorting() -> String {
     strings.sort_by_key(|text| std::cmp::Reverse(text.len()));
     let mut selected = scrambled(100);
     selected.select_nth_unstable(50);
-    format!("{stable:?} {unstable:?} {} {} {:?}", strings.join(","), selected[50], stable.binary_search(&stable[77]))
+    format!(
+        "{stable:?} {unstable:?} {} {} {:?}",
+        strings.join(","),
+        selected[50],
+        stable.binary_search(&stable[77])
+    )
 }
 
 fn hash_map() -> String {
@@ -90,7 +96,8 @@ fn hash_map() -> String {
 }
 
 fn btree_map() -> String {
-    let mut map: BTreeMap<u32, String> = scrambled(200).into_iter().map(|n| (n % 500, n.to_string())).collect();
+    let mut map: BTreeMap<u32, String> =
+        scrambled(200).into_iter().map(|n| (n % 500, n.to_string())).collect();
     let upper = map.split_off(&250);
     map.retain(|key, _| key % 3 != 0);
     let range: Vec<_> = upper.range(300..400).map(|(key, value)| format!("{key}={value}")).collect();
@@ -115,8 +122,11 @@ struct Node {
 
 fn rc() -> String {
     fn grow(depth: u32, name: &str) -> Rc<Node> {
-        let node =
-            Rc::new(Node { name: name.to_string(), parent: RefCell::default(), children: RefCell::default() });
+        let node = Rc::new(Node {
+            name: name.to_string(),
+            parent: RefCell::default(),
+            children: RefCell::default(),
+        });
         for child in 0..if depth == 0 { 0 } else { 3 } {
             let child = grow(depth - 1, &format!("{name}.{child}"));
             *child.parent.borrow_mut() = Rc::downgrade(&node);
@@ -138,9 +148,15 @@ fn rc() -> String {
 fn iterators() -> String {
     let numbers = scrambled(64);
     let local = [3u32, 1, 4, 1, 5, 9, 2, 6];
-    let zipped: u64 = numbers.iter().zip(local.iter().cycle()).map(|(a, b)| u64::from(*a) * u64::from(*b)).sum();
+    let zipped: u64 =
+        numbers.iter().zip(local.iter().cycle()).map(|(a, b)| u64::from(*a) * u64::from(*b)).sum();
     let chunks: Vec<u32> = numbers.chunks(7).flat_map(|chunk| chunk.iter().copied().max()).collect();
-    let folded = local.iter().rev().skip_while(|n| **n > 4).step_by(2).fold(String::new(), |text, n| format!("{text}{n}"));
+    let folded = local
+        .iter()
+        .rev()
+        .skip_while(|n| **n > 4)
+        .step_by(2)
+        .fold(String::new(), |text, n| format!("{text}{n}"));
     let windows = numbers.windows(3).filter(|w| w[0] < w[1] && w[1] < w[2]).count();
     let floats: f64 = numbers.iter().map(|n| f64::from(*n).sqrt().sin()).sum();
     let (even, odd): (Vec<u32>, Vec<u32>) = numbers.iter().partition(|n| *n % 2 == 0);
@@ -200,7 +216,11 @@ fn threads() -> String {
     done.sort_unstable();
     let names: Vec<_> = workers.into_iter().map(|worker| worker.join().unwrap()).collect();
     static ONCE: OnceLock<String> = OnceLock::new();
-    format!("{done:?} {names:?} {} {}", shared.3.load(Ordering::SeqCst), ONCE.get_or_init(|| "once".to_string()))
+    format!(
+        "{done:?} {names:?} {} {}",
+        shared.3.load(Ordering::SeqCst),
+        ONCE.get_or_init(|| "once".to_string())
+    )
 }
 
 fn files() -> String {
@@ -208,7 +228,8 @@ fn files() -> String {
     let folder = std::env::temp_dir().join(name.replace(['(', ')'], "-"));
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("file.txt");
-    let mut file = std::fs::OpenOptions::new().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
+    let mut file =
+        std::fs::OpenOptions::new().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
     for line in 0..30 {
         writeln!(file, "line {line} of a file").unwrap();
     }
@@ -218,15 +239,18 @@ fn files() -> String {
     file.rewind().unwrap();
     let longest = BufReader::new(&file).lines().map(|line| line.unwrap().len()).max();
     let missing = std::fs::read(folder.join("missing")).unwrap_err().kind();
-    let entries: Vec<_> =
-        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let entries: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     let bytes = std::fs::metadata(&path).unwrap().len();
     std::fs::remove_dir_all(&folder).unwrap();
     format!("{} {longest:?} {missing:?} {entries:?} {bytes}", String::from_utf8_lossy(&middle))
 }
 
 fn processes() -> String {
-    let output = Command::new("echo").args(["spoken", "by", "a process"]).env("SOME", "thing").output().unwrap();
+    let output =
+        Command::new("echo").args(["spoken", "by", "a process"]).env("SOME", "thing").output().unwrap();
     let mut cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     cat.stdin.take().unwrap().write_all(b"through a pipe and back").unwrap();
     let back = cat.wait_with_output().unwrap();
@@ -284,7 +308,8 @@ fn recursion() -> String {
             return;
         }
         for column in 0..columns.len() {
-            let safe = |(other, &taken): (usize, &usize)| taken != column && taken.abs_diff(column) != row - other;
+            let safe =
+                |(other, &taken): (usize, &usize)| taken != column && taken.abs_diff(column) != row - other;
             if columns[..row].iter().enumerate().all(safe) {
                 columns[row] = column;
                 queens(row + 1, columns, found);

@@ -10,6 +10,7 @@ pub const WORKLOADS: &[Workload] = &[
     Workload::unclean("boxed-iterator", boxed_iterator, "sum_of_boxed"),
     Workload::unclean("thread-local-pointer", thread_local_pointer, "read_back"),
     Workload::unclean("scoped-threads", scoped_threads, "in_a_scoped_thread"),
+    Workload::unclean("regex-compile", regex_compile, "regex_syntax"),
     Workload::unclean("sqlite", sqlite, "sqlite3"),
 ];
 
@@ -61,6 +62,11 @@ fn scoped_threads() -> String {
         scope.spawn(|| in_a_scoped_thread(&local));
     });
     local.into_inner().to_string()
+}
+
+/// In a crate: regex-syntax visits a syntax tree whose root is a local with a `Vec` of references for a stack.
+fn regex_compile() -> String {
+    format!("{:?}", regex::Regex::new(r"(?<year>\d{4})-(?<month>\d{2})").unwrap())
 }
 
 /// In C: a parser object on the heap that is told of one on the stack.

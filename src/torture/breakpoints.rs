@@ -1,0 +1,263 @@
+//! Breakpoints at every growth point of the program's own code: one trap a move, none in between.
+//!
+//! The code of the executable (or library) that this crate is linked into is mapped privately: what is written to
+//! it is this process's copy. At each growth point the first byte becomes an `int3`. The instruction itself runs
+//! elsewhere, out of line, so that its place is never without the breakpoint:
+//!
+//! ```text
+//!   a: push rbp         a: int3 ──trap──► move the stack, go on at ─►  d: push rbp
+//!   b: mov rbp, rsp     b: mov rbp, rsp ◄────────────────────────────     jmp  b
+//!
+//!   a: call f           a: int3 ──trap──►                              d: push [b as a constant]
+//!   b: ...              b: ... ◄──────────── f returns to b ──────        jmp  f
+//! ```
+//!
+//! Not patched:
+//! - what the handlers call, since a trap in a handler is the end: every function that can be reached from them
+//!   by direct calls, or whose address is taken there. Calls that do not return (panics) are not followed;
+//! - functions that do not decode to their end (data in them);
+//! - growth points in probe loops: the fault handler looks at the instruction behind them.
+
+use core::ops::Range;
+use core::sync::atomic::{AtomicU8, Ordering};
+use std::collections::HashSet;
+use std::sync::OnceLock;
+
+use iced_x86::{
+    BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, Instruction,
+    InstructionBlock, MemoryOperand, Mnemonic, OpKind, Register,
+};
+
+use super::functions::{Object, holding, loaded_objects};
+use crate::grow::{is_growth_point, probe_loop_end};
+use crate::stack::class::PAGE;
+
+/// One growth point.
+struct Patch {
+    at: usize,
+    original: u8,
+    /// Where the instruction is run.
+    displaced: usize,
+}
+
+/// The program's code, prepared once a process.
+struct Patches {
+    code: Range<usize>,
+    /// Sorted by either address.
+    list: Vec<Patch>,
+}
+
+static PATCHES: OnceLock<Result<Patches, &'static str>> = OnceLock::new();
+
+const INT3: u8 = 0xcc;
+
+/// Puts the breakpoints in.
+pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
+    let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;
+    protect(&patches.code, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?;
+    patches.list.iter().for_each(|patch| write(patch.at, INT3));
+    Ok(())
+}
+
+/// Takes them out again. Callable in a handler, and more than once.
+pub(super) fn remove() {
+    if let Some(Ok(patches)) = PATCHES.get() {
+        patches.list.iter().for_each(|patch| write(patch.at, patch.original));
+    }
+}
+
+/// After [`remove`]: makes the code as it was.
+pub(super) fn seal() {
+    if let Some(Ok(patches)) = PATCHES.get() {
+        // Should it fail, the code stays writable: it does what it did.
+        let _ = protect(&patches.code, libc::PROT_READ | libc::PROT_EXEC);
+    }
+}
+
+/// Where the instruction is run that has a breakpoint at `at`.
+pub(super) fn displaced(at: usize) -> Option<usize> {
+    let Some(Ok(patches)) = PATCHES.get() else { return None };
+    let index = patches.list.binary_search_by_key(&at, |patch| patch.at).ok()?;
+    Some(patches.list.get(index)?.displaced)
+}
+
+/// For an address among the displaced instructions: the address of the original, and whether it is not the
+/// first instruction that runs in its stead.
+pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
+    const LONGEST: usize = 32;
+    let Some(Ok(patches)) = PATCHES.get() else { return None };
+    let after = patches.list.partition_point(|patch| patch.displaced <= pc);
+    let patch = patches.list.get(after.checked_sub(1)?)?;
+    (pc - patch.displaced < LONGEST).then_some((patch.at, pc != patch.displaced))
+}
+
+fn write(at: usize, byte: u8) {
+    // SAFETY: the first byte of an instruction, in pages that are writable now. Other threads may run it: they see
+    // either byte, and both do the same in the end.
+    unsafe { AtomicU8::from_ptr(at as *mut u8).store(byte, Ordering::Relaxed) };
+}
+
+fn protect(code: &Range<usize>, protection: i32) -> Result<(), &'static str> {
+    // SAFETY: the code stays executable; it is written only at growth points.
+    match unsafe { libc::mprotect(code.start as *mut _, code.len(), protection) } {
+        0 => Ok(()),
+        _ => Err("the system does not allow code to be written (SELinux?): use Mode::GrowthPoints"),
+    }
+}
+
+fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
+    let ours = handlers.first().copied().unwrap_or_default();
+    let object = loaded_objects().into_iter().find(|object| object.code.contains(&ours));
+    let object = object.ok_or("this program's code has no unwind tables: use Mode::GrowthPoints")?;
+    let left_out = reachable(&object, handlers);
+
+    let points: Vec<Instruction> = object
+        .functions
+        .iter()
+        .filter(|function| !left_out.contains(&function.start) && within(function, &object.code))
+        .filter_map(instructions)
+        .flatten()
+        .filter(|instruction| {
+            let at = instruction.ip() as usize;
+            // SAFETY: an instruction in the program's code; what follows a store is read only where code follows.
+            let byte = |offset| unsafe { *((at + offset) as *const u8) };
+            is_growth_point(byte) && probe_loop_end(byte).is_none()
+        })
+        .collect();
+    let mut list = displace(&points, &object.code)?;
+    list.sort_unstable_by_key(|patch| patch.at);
+    Ok(Patches { code: object.code, list })
+}
+
+fn within(function: &Range<usize>, code: &Range<usize>) -> bool {
+    code.start <= function.start && function.end <= code.end
+}
+
+/// The instructions of a function, or nothing if some of it is no instruction.
+fn instructions(function: &Range<usize>) -> Option<Vec<Instruction>> {
+    // SAFETY: the unwind table says that this is code, and it is mapped.
+    let bytes = unsafe { core::slice::from_raw_parts(function.start as *const u8, function.len()) };
+    let decoder = Decoder::with_ip(64, bytes, function.start as u64, DecoderOptions::NONE);
+    let instructions: Vec<_> = decoder.into_iter().collect();
+    instructions.iter().all(|instruction| !instruction.is_invalid()).then_some(instructions)
+}
+
+/// The starts of the functions that can be reached from those that hold `roots`.
+fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
+    let mut found = HashSet::new();
+    let mut next = roots.to_vec();
+    while let Some(address) = next.pop() {
+        let Some(function) = holding(&object.functions, address) else { continue };
+        if !within(function, &object.code) || !found.insert(function.start) {
+            continue;
+        }
+        let instructions = instructions(function).unwrap_or_default();
+        for (index, instruction) in instructions.iter().enumerate() {
+            let returns = instructions.get(index + 1).is_some_and(|next| next.mnemonic() != Mnemonic::Ud2);
+            match instruction.flow_control() {
+                FlowControl::Call if !returns => {}
+                FlowControl::Call | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                    next.push(instruction.near_branch_target() as usize);
+                }
+                FlowControl::IndirectCall | FlowControl::IndirectBranch
+                    if returns && instruction.is_ip_rel_memory_operand() =>
+                {
+                    // SAFETY: the linker's table of addresses, mapped as long as the code is.
+                    next.push(unsafe { *(instruction.memory_displacement64() as *const usize) });
+                }
+                _ if instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand() => {
+                    next.push(instruction.memory_displacement64() as usize);
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// Writes what is run in the stead of each of `points`, near `code`.
+fn displace(points: &[Instruction], code: &Range<usize>) -> Result<Vec<Patch>, &'static str> {
+    const EACH: usize = 32; // for an instruction and a jump; or a push, a jump, and a return address
+    let bytes = (points.len() * EACH + PAGE).next_multiple_of(PAGE);
+    let area = near(code, bytes).ok_or("no memory near the program's code: use Mode::GrowthPoints")?;
+    let mut patches = Vec::with_capacity(points.len());
+    for (index, point) in points.iter().enumerate() {
+        let at = area + index * EACH;
+        let Some(code) = out_of_line(point, at) else { continue };
+        // SAFETY: inside the area, which nobody runs yet.
+        unsafe {
+            (at as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len());
+            patches.push(Patch {
+                at: point.ip() as usize,
+                original: *(point.ip() as *const u8),
+                displaced: at,
+            });
+        }
+    }
+    // SAFETY: the area is ours.
+    match unsafe { libc::mprotect(area as *mut _, bytes, libc::PROT_READ | libc::PROT_EXEC) } {
+        0 => Ok(patches),
+        _ => Err("the system allows no new code (SELinux?): use Mode::GrowthPoints"),
+    }
+}
+
+/// What is run at `at` in the stead of an instruction; `None` if there is no telling.
+fn out_of_line(point: &Instruction, at: usize) -> Option<Vec<u8>> {
+    const DATA: usize = 24; // where a return address goes
+    let back = Instruction::with_branch(Code::Jmp_rel32_64, point.next_ip()).ok()?;
+    let mut constant = None;
+    let code = match point.code() {
+        Code::Call_rel32_64 | Code::Call_rm64 => {
+            constant = Some(point.next_ip());
+            let address = MemoryOperand::with_base_displ(Register::RIP, (at + DATA) as i64);
+            let push = Instruction::with1(Code::Push_rm64, address).ok()?;
+            let jump = match point.code() {
+                Code::Call_rel32_64 => {
+                    Instruction::with_branch(Code::Jmp_rel32_64, point.near_branch_target()).ok()?
+                }
+                _ => indirect_jump(point),
+            };
+            vec![push, jump]
+        }
+        _ if point.flow_control() == FlowControl::Next => vec![*point, back],
+        _ => return None,
+    };
+    let options = BlockEncoderOptions::DONT_FIX_BRANCHES;
+    let mut bytes =
+        BlockEncoder::encode(64, InstructionBlock::new(&code, at as u64), options).ok()?.code_buffer;
+    match constant {
+        Some(_) if bytes.len() > DATA => return None,
+        Some(address) => {
+            bytes.resize(DATA, INT3);
+            bytes.extend_from_slice(&address.to_le_bytes());
+        }
+        None => {}
+    }
+    Some(bytes)
+}
+
+/// The jump that, after a push, goes where an indirect call would have gone.
+fn indirect_jump(call: &Instruction) -> Instruction {
+    let mut jump = *call;
+    jump.set_code(Code::Jmp_rm64);
+    if call.op0_kind() == OpKind::Memory && call.memory_base() == Register::RSP {
+        jump.set_memory_displacement64(call.memory_displacement64().wrapping_add(8));
+        jump.set_memory_displ_size(4);
+    }
+    jump
+}
+
+/// New memory from where `code` can be reached by a relative jump.
+fn near(code: &Range<usize>, bytes: usize) -> Option<usize> {
+    const STEP: usize = 16 << 20;
+    const REACH: usize = 1 << 30;
+    let lower = (1..REACH / STEP).filter_map(|step| code.start.checked_sub(step * STEP + bytes));
+    let higher = (1..REACH / STEP).map(|step| code.end + step * STEP);
+    lower.chain(higher).find_map(|hint| {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let hint = (hint / PAGE * PAGE) as *mut _;
+        // SAFETY: a new mapping that replaces nothing.
+        let at = unsafe { libc::mmap(hint, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        (at == hint).then_some(at as usize)
+    })
+}
