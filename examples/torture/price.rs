@@ -14,14 +14,15 @@ const STEPS: u64 = 20_000;
 
 /// Median microseconds of alternating rounds, printed with their ratio to the bare trap.
 pub fn measure() {
-    let mut rounds: [Vec<f64>; 4] = Default::default();
+    let mut rounds: [Vec<f64>; 5] = Default::default();
     for _ in 0..ROUNDS {
         rounds[0].push(bare(STEPS));
         rounds[1].push(tortured(Mode::Every(u64::MAX)));
         rounds[2].push(tortured(Mode::Every(1)));
         rounds[3].push(bare_breakpoints(STEPS));
+        rounds[4].push(tortured(Mode::Breakpoints));
     }
-    let [bare, step, moved, breakpoint] = rounds.map(|mut round| {
+    let [bare, step, moved, breakpoint, moved_by_breakpoint] = rounds.map(|mut round| {
         round.sort_by(f64::total_cmp);
         round[ROUNDS / 2]
     });
@@ -31,6 +32,7 @@ pub fn measure() {
         ("a step of the torture", step),
         ("a step that moves the stack", moved),
         ("an int3 trap, bare", breakpoint),
+        ("a breakpoint that moves the stack", moved_by_breakpoint),
     ] {
         println!("| {what} | {price:.2} | {:.2} |", price / bare);
     }
@@ -43,12 +45,22 @@ fn spin(count: u64) {
     unsafe { asm!("2:", "dec {0}", "jnz 2b", inout(reg) count / 2 => _, options(nomem, nostack)) };
 }
 
+/// A growth point, `count` times, and an instruction between them.
+#[inline(never)]
+fn push(count: u64) {
+    // SAFETY: what is pushed is dropped, above the red zone's end since the stack is said to be used.
+    unsafe { asm!("2:", "push rax", "lea rsp, [rsp + 8]", "dec {0}", "jnz 2b", inout(reg) count => _) };
+}
+
 /// Microseconds a step, on the loop alone: what else is stepped through is the same for both counts.
 fn tortured(mode: Mode) -> f64 {
     let time = |count: u64| {
         let start = Instant::now();
         // SAFETY: a loop in registers.
-        let (_, report) = unsafe { Torture::new(mode).run(move || spin(black_box(count))) };
+        let (_, report) = unsafe { Torture::new(mode).run(move || match mode {
+            Mode::Breakpoints => push(black_box(count)),
+            _ => spin(black_box(count)),
+        }) };
         assert!(report.is_clean() && report.steps >= count);
         start.elapsed().as_secs_f64() * 1e6
     };

@@ -19,7 +19,7 @@
 //! - growth points in probe loops: the fault handler looks at the instruction behind them.
 
 use core::ops::Range;
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
@@ -51,24 +51,32 @@ static PATCHES: OnceLock<Result<Patches, &'static str>> = OnceLock::new();
 
 const INT3: u8 = 0xcc;
 
+/// The code is writable, and has breakpoints or had them.
+static INSERTED: AtomicBool = AtomicBool::new(false);
+
 /// Puts the breakpoints in.
 pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
     let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;
     protect(&patches.code, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?;
+    INSERTED.store(true, Ordering::Relaxed);
     patches.list.iter().for_each(|patch| write(patch.at, INT3));
     Ok(())
 }
 
-/// Takes them out again. Callable in a handler, and more than once.
+/// Takes them out again, if they are in. Callable in a handler, and more than once.
 pub(super) fn remove() {
-    if let Some(Ok(patches)) = PATCHES.get() {
+    if INSERTED.load(Ordering::Relaxed)
+        && let Some(Ok(patches)) = PATCHES.get()
+    {
         patches.list.iter().for_each(|patch| write(patch.at, patch.original));
     }
 }
 
 /// After [`remove`]: makes the code as it was.
 pub(super) fn seal() {
-    if let Some(Ok(patches)) = PATCHES.get() {
+    if INSERTED.swap(false, Ordering::Relaxed)
+        && let Some(Ok(patches)) = PATCHES.get()
+    {
         // Should it fail, the code stays writable: it does what it did.
         let _ = protect(&patches.code, libc::PROT_READ | libc::PROT_EXEC);
     }

@@ -236,6 +236,7 @@ impl Torture {
         // A coroutine that was left for a finding has suspended, to its resumer, and is done.
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
+                run::arm();
                 match coroutine.resume(()) {
                     CoroutineResult::Return(value) => break Some(value),
                     CoroutineResult::Yield(()) if coroutine.done() => break None,

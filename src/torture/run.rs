@@ -25,6 +25,8 @@ pub(super) struct Run {
     /// The outermost tortured coroutine's; null until it runs.
     pub handle: *mut Handle,
     pub leaves: &'static [Range<usize>],
+    /// A stack that is tortured was seen since stepping was switched on.
+    pub inside: bool,
     /// SIGTRAP is blocked, and one is pending.
     pub paused: bool,
     pub steps: u64,
@@ -179,6 +181,7 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
         limit,
         handle: ptr::null_mut(),
         leaves: leaf::ranges(),
+        inside: false,
         paused: false,
         steps: 0,
         moves: 0,
@@ -232,7 +235,7 @@ impl Turn {
     }
 }
 
-/// Starts stepping, on the coroutine. What it returns counts the stack's growths when it is dropped.
+/// Called by the tortured coroutine when it begins. What it returns counts the stack's growths when it is dropped.
 pub(super) fn enter() -> impl Drop {
     struct Leave;
     impl Drop for Leave {
@@ -240,11 +243,19 @@ pub(super) fn enter() -> impl Drop {
             count_growths();
         }
     }
-    // SAFETY: this thread's run, which no handler uses: nothing is stepped yet.
-    let run = unsafe { &mut *current() };
-    run.handle = switch::running().unwrap_or(ptr::null_mut());
-    set_trap_flag(run.by_steps());
+    // SAFETY: this thread's run; a handler in between looks at this field only in order to leave for a finding.
+    unsafe { (*current()).handle = switch::running().unwrap_or(ptr::null_mut()) };
     Leave
+}
+
+/// Switches stepping on, before each resume. The handler switches it off when the coroutine has been left.
+pub(super) fn arm() {
+    // SAFETY: this thread's run; nothing is stepped through now.
+    let run = unsafe { &mut *current() };
+    run.inside = false;
+    if run.by_steps() && !run.paused {
+        set_trap_flag(true);
+    }
 }
 
 /// Takes the growths of the running coroutine over into the report.

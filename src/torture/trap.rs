@@ -126,7 +126,13 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
     if blocks_traps(run, context) {
         return;
     }
-    let Some((handle, slot)) = moving_stack(context) else { return };
+    let Some((handle, slot)) = moving_stack(context) else {
+        if run.inside && switch::running().is_none() {
+            *context.flags() &= !TRAP_FLAG;
+        }
+        return;
+    };
+    run.inside = true;
     if run.has_stepped_enough() {
         *context.flags() &= !TRAP_FLAG;
         return;
