@@ -131,7 +131,8 @@ impl Run {
 
 /// Whether a finding is about a function with `name` in its name, or called by one.
 fn names(finding: &Finding, name: &str) -> bool {
-    finding.function.contains(name) || finding.backtrace.iter().any(|caller| caller.contains(name))
+    let functions = finding.backtrace.iter().chain([&finding.function]).chain(&finding.points_into);
+    functions.into_iter().any(|function| function.contains(name))
 }
 
 fn print_table(runs: &[Run]) {

@@ -57,10 +57,12 @@ fn tortured(mode: Mode) -> f64 {
     let time = |count: u64| {
         let start = Instant::now();
         // SAFETY: a loop in registers.
-        let (_, report) = unsafe { Torture::new(mode).run(move || match mode {
-            Mode::Breakpoints => push(black_box(count)),
-            _ => spin(black_box(count)),
-        }) };
+        let (_, report) = unsafe {
+            Torture::new(mode).run(move || match mode {
+                Mode::Breakpoints => push(black_box(count)),
+                _ => spin(black_box(count)),
+            })
+        };
         assert!(report.is_clean() && report.steps >= count);
         start.elapsed().as_secs_f64() * 1e6
     };

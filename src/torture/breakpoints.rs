@@ -14,7 +14,7 @@
 //!
 //! Not patched:
 //! - what the handlers call, since a trap in a handler is the end: every function that can be reached from them
-//!   by direct calls, or whose address is taken there. Calls that do not return (panics) are not followed;
+//!   by direct calls, or whose address is taken there or is in data that is used there. Calls that do not return (panics) are not followed;
 //! - functions that do not decode to their end (data in them);
 //! - growth points in probe loops: the fault handler looks at the instruction behind them.
 
@@ -28,7 +28,7 @@ use iced_x86::{
     InstructionBlock, MemoryOperand, Mnemonic, OpKind, Register,
 };
 
-use super::functions::{Object, holding, loaded_objects};
+use super::functions::{Object, holding, loaded_objects, read};
 use crate::grow::{is_growth_point, probe_loop_end};
 use crate::stack::class::PAGE;
 
@@ -167,20 +167,27 @@ fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
                 FlowControl::Call | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
                     next.push(instruction.near_branch_target() as usize);
                 }
-                FlowControl::IndirectCall | FlowControl::IndirectBranch
-                    if returns && instruction.is_ip_rel_memory_operand() =>
-                {
-                    // SAFETY: the linker's table of addresses, mapped as long as the code is.
-                    next.push(unsafe { *(instruction.memory_displacement64() as *const usize) });
-                }
-                _ if instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand() => {
-                    next.push(instruction.memory_displacement64() as usize);
+                FlowControl::IndirectCall if !returns => {}
+                _ if instruction.is_ip_rel_memory_operand() => {
+                    let address = instruction.memory_displacement64() as usize;
+                    next.push(address);
+                    next.extend(functions_in_data(object, address));
                 }
                 _ => {}
             }
         }
     }
     found
+}
+
+/// The addresses of functions in the data at `address`: one in the linker's table, or a structure of function pointers,
+/// as of a thread-local variable.
+fn functions_in_data(object: &Object, address: usize) -> Vec<usize> {
+    let mut bytes = [0; 64];
+    let length = if object.code.contains(&address) { 0 } else { read(address, &mut bytes) };
+    let (words, _) = bytes.get(..length).unwrap_or_default().as_chunks();
+    let words = words.iter().map(|word| usize::from_ne_bytes(*word));
+    words.filter(|&word| holding(&object.functions, word).is_some_and(|found| found.start == word)).collect()
 }
 
 /// Writes what is run in the stead of each of `points`, near `code`.

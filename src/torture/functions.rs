@@ -81,6 +81,15 @@ unsafe fn functions(base: usize, headers: &[libc::Elf64_Phdr]) -> Option<Vec<Ran
     Some(found)
 }
 
+/// Reads the memory at an address as far as there is any; returns how many bytes there were.
+pub(super) fn read(address: usize, bytes: &mut [u8]) -> usize {
+    let here = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let there = libc::iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
+    // SAFETY: the kernel checks both ranges.
+    let read = unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, &there, 1, 0) };
+    usize::try_from(read).unwrap_or(0)
+}
+
 /// The one of some sorted ranges that holds `address`.
 pub(super) fn holding(ranges: &[Range<usize>], address: usize) -> Option<&Range<usize>> {
     let after = ranges.partition_point(|range| range.start <= address);

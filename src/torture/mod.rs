@@ -42,6 +42,8 @@
 //! - **While SIGTRAP is blocked.** The kernel kills a process that is trapped then. A system call that would block it
 //!   (libc's `posix_spawn` and `pthread_create` block everything for a while) switches stepping off, and a SIGTRAP left
 //!   pending switches it on again as soon as it can be delivered.
+//! - **While this crate takes or gives back a slot.** A handler that changes the list of free slots at each instruction
+//!   would keep the exchange of its head from ever succeeding.
 //! - **On another stack**: in signal handlers with a stack of their own, and while another coroutine runs whose
 //!   stack grows in place. A nested coroutine whose stack moves is tortured like the outer one.
 //!
@@ -78,6 +80,7 @@ use crate::coroutine::{CoroutineResult, Yielder};
 use crate::thread;
 
 pub use report::{Finding, Hit, Kind, Report};
+pub(crate) use run::undisturbed;
 pub(crate) use trap::{catches, smallest_steps};
 
 /// Where to move the stack.

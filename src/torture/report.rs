@@ -9,7 +9,7 @@ use iced_x86::{
     Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register,
 };
 
-use super::functions::{holding, loaded_objects};
+use super::functions::{holding, loaded_objects, read};
 use super::{Mode, breakpoints};
 use crate::grow::{Context, NAMES};
 use crate::stack::{Record, Slot};
@@ -341,8 +341,11 @@ fn backtrace(frames: &[(usize, usize)]) -> Vec<String> {
 /// The source line that the innermost of the functions inlined at `pc` comes from.
 fn line(pc: usize) -> (Option<PathBuf>, Option<u32>) {
     let mut place = None;
-    backtrace::resolve(pc as *mut c_void, |symbol| {
-        place.get_or_insert_with(|| (symbol.filename().map(PathBuf::from), symbol.lineno()));
+    // It takes every address for a return address, one past the instruction meant.
+    backtrace::resolve((pc + 1) as *mut c_void, |symbol| {
+        if place.is_none() && symbol.lineno().is_some_and(|line| line != 0) {
+            place = Some((symbol.filename().map(PathBuf::from), symbol.lineno()));
+        }
     });
     place.unwrap_or_default()
 }
@@ -360,12 +363,8 @@ fn function(pc: usize) -> String {
 fn disassemble(pc: usize) -> (String, Vec<Register>) {
     const LONGEST: usize = 15;
     let mut bytes = [0; LONGEST];
-    // Near the end of a mapping there may be fewer than the longest.
-    let here = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: LONGEST };
-    let there = libc::iovec { iov_base: pc as *mut c_void, iov_len: LONGEST };
-    // SAFETY: the kernel checks both ranges.
-    let read = unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, &there, 1, 0) };
-    let bytes = bytes.get(..usize::try_from(read).unwrap_or(0)).unwrap_or_default();
+    let length = read(pc, &mut bytes); // less near the end of a mapping
+    let bytes = bytes.get(..length).unwrap_or_default();
     let instruction: Instruction = Decoder::with_ip(64, bytes, pc as u64, DecoderOptions::NONE).decode();
     let mut text = String::new();
     IntelFormatter::new().format(&instruction, &mut text);

@@ -115,6 +115,27 @@ thread_local! {
     static CURRENT: Cell<*mut Run> = const { Cell::new(ptr::null_mut()) };
 }
 
+thread_local! {
+    /// How many things of the kind that moves would disturb are under way. As above.
+    static UNDISTURBED: Cell<u32> = const { Cell::new(0) };
+}
+
+/// No moves on this thread until the value is dropped.
+pub(crate) fn undisturbed() -> impl Drop {
+    struct Over;
+    impl Drop for Over {
+        fn drop(&mut self) {
+            UNDISTURBED.set(UNDISTURBED.get() - 1);
+        }
+    }
+    UNDISTURBED.set(UNDISTURBED.get() + 1);
+    Over
+}
+
+pub(super) fn may_disturb() -> bool {
+    UNDISTURBED.get() == 0
+}
+
 /// This thread's torture, null if there is none.
 pub(super) fn current() -> *mut Run {
     CURRENT.get()

@@ -170,7 +170,7 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, rip: usize, handle: *mut
 
 /// The coroutine that runs, if its stack may move and is the one `rsp` is on.
 fn moving_stack(context: &Context<'_>) -> Option<(*mut Handle, Slot)> {
-    let handle = switch::running()?;
+    let handle = switch::running().filter(|_| run::may_disturb())?;
     let slot = Slot::containing(context.rsp())?;
     // SAFETY: the handle of a running coroutine is with its resumer, who waits; the record is accessible.
     let relocates = unsafe {

@@ -119,7 +119,7 @@ fn sha2() -> String {
 }
 
 fn flate2() -> String {
-    let data = bytes(4000);
+    let data = bytes(600);
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(&data).unwrap();
     let packed = encoder.finish().unwrap();
@@ -127,22 +127,22 @@ fn flate2() -> String {
     GzDecoder::new(&packed[..]).read_to_end(&mut back).unwrap();
     assert_eq!(back, data);
     let mut fast = DeflateEncoder::new(Vec::new(), Compression::fast());
-    fast.write_all(&data[..1000]).unwrap();
+    fast.write_all(&data[..300]).unwrap();
     let error = GzDecoder::new(&packed[..20]).read_to_end(&mut Vec::new()).unwrap_err();
     format!("{} {} {error}", packed.len(), fast.finish().unwrap().len())
 }
 
 fn png() -> String {
     let mut file = Vec::new();
-    let mut encoder = png::Encoder::new(&mut file, 24, 16);
+    let mut encoder = png::Encoder::new(&mut file, 12, 8);
     encoder.set_color(png::ColorType::Rgb);
     let mut writer = encoder.write_header().unwrap();
-    writer.write_image_data(&bytes(24 * 16 * 3)).unwrap();
+    writer.write_image_data(&bytes(12 * 8 * 3)).unwrap();
     writer.finish().unwrap();
     let mut reader = png::Decoder::new(Cursor::new(&file)).read_info().unwrap();
     let mut image = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut image).unwrap();
-    assert_eq!(image, bytes(24 * 16 * 3));
+    assert_eq!(image, bytes(12 * 8 * 3));
     format!("{} {info:?}", file.len())
 }
 
@@ -176,7 +176,7 @@ fn rhai() -> String {
     let script = r#"
         fn fib(n) { if n < 2 { n } else { fib(n - 1) + fib(n - 2) } }
         let list = [];
-        for i in 0..8 { list.push(fib(i)); }
+        for i in 0..5 { list.push(fib(i)); }
         let map = #{ name: "rhai", sum: list.reduce(|sum, x| sum + x, 0) };
         let text = `${map.name}: ${list}`;
         while map.sum < 100 { map.sum = host(map.sum); }

@@ -67,7 +67,7 @@ fn scrambled(count: usize) -> Vec<u32> {
 }
 
 fn sorting() -> String {
-    let mut stable = scrambled(300);
+    let mut stable = scrambled(90);
     let mut unstable = stable.clone();
     let mut strings: Vec<_> = stable.iter().map(|number| format!("{number:x}")).collect();
     stable.sort();
@@ -79,17 +79,17 @@ fn sorting() -> String {
         "{stable:?} {unstable:?} {} {} {:?}",
         strings.join(","),
         selected[50],
-        stable.binary_search(&stable[77])
+        stable.binary_search(&stable[70])
     )
 }
 
 fn hash_map() -> String {
     let mut counts: HashMap<String, Vec<usize>> = HashMap::new();
-    for (index, number) in scrambled(150).into_iter().enumerate() {
+    for (index, number) in scrambled(70).into_iter().enumerate() {
         counts.entry(format!("key {}", number % 40)).or_default().push(index);
     }
     counts.retain(|_, indices| indices.len() > 2);
-    let set: HashSet<u32> = scrambled(200).into_iter().map(|number| number % 64).collect();
+    let set: HashSet<u32> = scrambled(60).into_iter().map(|number| number % 64).collect();
     let mut entries: Vec<_> = counts.into_iter().collect();
     entries.sort();
     format!("{entries:?} {}", set.len())
@@ -97,7 +97,7 @@ fn hash_map() -> String {
 
 fn btree_map() -> String {
     let mut map: BTreeMap<u32, String> =
-        scrambled(200).into_iter().map(|n| (n % 500, n.to_string())).collect();
+        scrambled(60).into_iter().map(|n| (n % 500, n.to_string())).collect();
     let upper = map.split_off(&250);
     map.retain(|key, _| key % 3 != 0);
     let range: Vec<_> = upper.range(300..400).map(|(key, value)| format!("{key}={value}")).collect();
@@ -277,7 +277,7 @@ fn panics() -> String {
     }
     let noted = Rc::default();
     let mut messages = Vec::new();
-    for depth in 0..4 {
+    for depth in 0..3 {
         let payload = catch_unwind(AssertUnwindSafe(|| dive(depth, &noted))).unwrap_err();
         messages.push(payload.downcast_ref::<String>().cloned());
     }

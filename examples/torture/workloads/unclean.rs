@@ -9,7 +9,7 @@ pub const WORKLOADS: &[Workload] = &[
     Workload::unclean("vec-of-references", vec_of_references, "sum_of"),
     Workload::unclean("boxed-iterator", boxed_iterator, "sum_of_boxed"),
     Workload::unclean("thread-local-pointer", thread_local_pointer, "read_back"),
-    Workload::unclean("scoped-threads", scoped_threads, "in_a_scoped_thread"),
+    Workload::unclean("scoped-threads", scoped_threads, "scoped_threads"),
     Workload::unclean("regex-compile", regex_compile, "regex_syntax"),
     Workload::unclean("sqlite", sqlite, "sqlite3"),
 ];
