@@ -165,6 +165,7 @@ fn panics_are_passed_on() {
 #[test]
 fn code_that_blocks_sigtrap() {
     is_clean_everywhere(|| {
+        large::<16_000>(1); // SIGSEGV is blocked as well, so the stack cannot grow there
         let status = Command::new("true").status().unwrap();
         (status.success(), std::thread::spawn(|| 7).join().unwrap())
     });
@@ -192,6 +193,7 @@ fn code_that_blocks_sigtrap() {
 #[test]
 fn stepping_goes_on_after_sigtrap_was_blocked() {
     let (at, report) = torture(Mode::GrowthPoints, || {
+        large::<16_000>(1); // as above
         std::thread::spawn(|| ()).join().unwrap();
         (0..10).map(|_| pushes()).last().unwrap()
     });

@@ -14,7 +14,8 @@
 //!
 //! Not patched:
 //! - what the handlers call, since a trap in a handler is the end: every function that can be reached from them
-//!   by direct calls, or whose address is taken there or is in data that is used there. Calls that do not return (panics) are not followed;
+//!   by direct calls, or whose address is taken there or is in data that is used there. Functions that do not
+//!   return (panics) are not followed;
 //! - functions that do not decode to their end (data in them);
 //! - growth points in probe loops: the fault handler looks at the instruction behind them.
 
@@ -25,7 +26,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, Instruction,
-    InstructionBlock, MemoryOperand, Mnemonic, OpKind, Register,
+    InstructionBlock, OpKind, Register,
 };
 
 use super::functions::{Object, holding, loaded_objects, read};
@@ -55,6 +56,7 @@ const INT3: u8 = 0xcc;
 static INSERTED: AtomicBool = AtomicBool::new(false);
 
 /// Puts the breakpoints in.
+#[inline(never)]
 pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
     let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;
     protect(&patches.code, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?;
@@ -117,7 +119,8 @@ fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
     let ours = handlers.first().copied().unwrap_or_default();
     let object = loaded_objects().into_iter().find(|object| object.code.contains(&ours));
     let object = object.ok_or("this program's code has no unwind tables: use Mode::GrowthPoints")?;
-    let left_out = reachable(&object, handlers);
+    // What puts the breakpoints in does not stumble over them either.
+    let left_out = reachable(&object, &[handlers, &[insert as *const () as usize]].concat());
 
     let points: Vec<Instruction> = object
         .functions
@@ -156,43 +159,49 @@ fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
     let mut next = roots.to_vec();
     while let Some(address) = next.pop() {
         let Some(function) = holding(&object.functions, address) else { continue };
-        if !within(function, &object.code) || !found.insert(function.start) {
+        if !within(function, &object.code) || found.contains(&function.start) {
             continue;
         }
         let instructions = instructions(function).unwrap_or_default();
-        for (index, instruction) in instructions.iter().enumerate() {
-            let returns = instructions.get(index + 1).is_some_and(|next| next.mnemonic() != Mnemonic::Ud2);
-            match instruction.flow_control() {
-                FlowControl::Call if !returns => {}
-                FlowControl::Call | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
-                    next.push(instruction.near_branch_target() as usize);
-                }
-                FlowControl::IndirectCall if !returns => {}
-                _ if instruction.is_ip_rel_memory_operand() => {
-                    let address = instruction.memory_displacement64() as usize;
-                    next.push(address);
-                    next.extend(functions_in_data(object, address));
-                }
-                _ => {}
+        if !instructions.iter().any(|instruction| is_way_out(instruction, function)) {
+            continue;
+        }
+        found.insert(function.start);
+        for instruction in &instructions {
+            if instruction.is_ip_rel_memory_operand() {
+                let address = instruction.memory_displacement64() as usize;
+                next.push(address);
+                next.extend(function_in_data(object, address));
+            } else {
+                next.push(instruction.near_branch_target() as usize); // 0 for most instructions
             }
         }
     }
     found
 }
 
-/// The addresses of functions in the data at `address`: one in the linker's table, or a structure of function pointers,
-/// as of a thread-local variable.
-fn functions_in_data(object: &Object, address: usize) -> Vec<usize> {
-    let mut bytes = [0; 64];
-    let length = if object.code.contains(&address) { 0 } else { read(address, &mut bytes) };
-    let (words, _) = bytes.get(..length).unwrap_or_default().as_chunks();
-    let words = words.iter().map(|word| usize::from_ne_bytes(*word));
-    words.filter(|&word| holding(&object.functions, word).is_some_and(|found| found.start == word)).collect()
+/// Whether a function may return by this instruction: panics do not.
+fn is_way_out(instruction: &Instruction, function: &Range<usize>) -> bool {
+    match instruction.flow_control() {
+        FlowControl::Return | FlowControl::IndirectBranch => true,
+        FlowControl::UnconditionalBranch => !function.contains(&(instruction.near_branch_target() as usize)),
+        _ => false,
+    }
+}
+
+/// The address of a function that is in the data at `address`: in the linker's table, in a thread-local variable's key.
+fn function_in_data(object: &Object, address: usize) -> Option<usize> {
+    let mut word = [0; size_of::<usize>()];
+    if object.code.contains(&address) || read(address, &mut word) != word.len() {
+        return None;
+    }
+    let word = usize::from_ne_bytes(word);
+    holding(&object.functions, word).is_some_and(|found| found.start == word).then_some(word)
 }
 
 /// Writes what is run in the stead of each of `points`, near `code`.
 fn displace(points: &[Instruction], code: &Range<usize>) -> Result<Vec<Patch>, &'static str> {
-    const EACH: usize = 32; // for an instruction and a jump; or a push, a jump, and a return address
+    const EACH: usize = 32; // enough for an instruction and a jump, or for CONSTANT and a return address
     let bytes = (points.len() * EACH + PAGE).next_multiple_of(PAGE);
     let area = near(code, bytes).ok_or("no memory near the program's code: use Mode::GrowthPoints")?;
     let mut patches = Vec::with_capacity(points.len());
@@ -216,39 +225,58 @@ fn displace(points: &[Instruction], code: &Range<usize>) -> Result<Vec<Patch>, &
     }
 }
 
+/// Where the return address goes in what is run in the stead of a call.
+const CONSTANT: usize = 24;
+
 /// What is run at `at` in the stead of an instruction; `None` if there is no telling.
 fn out_of_line(point: &Instruction, at: usize) -> Option<Vec<u8>> {
-    const DATA: usize = 24; // where a return address goes
-    let back = Instruction::with_branch(Code::Jmp_rel32_64, point.next_ip()).ok()?;
-    let mut constant = None;
-    let code = match point.code() {
+    match point.code() {
         Code::Call_rel32_64 | Code::Call_rm64 => {
-            constant = Some(point.next_ip());
-            let address = MemoryOperand::with_base_displ(Register::RIP, (at + DATA) as i64);
-            let push = Instruction::with1(Code::Push_rm64, address).ok()?;
-            let jump = match point.code() {
-                Code::Call_rel32_64 => {
-                    Instruction::with_branch(Code::Jmp_rel32_64, point.near_branch_target()).ok()?
-                }
-                _ => indirect_jump(point),
+            let mut code = vec![0xff, 0x35]; // push [rip + ...]
+            code.extend_from_slice(&relative(at + 6, at + CONSTANT)?);
+            match point.code() {
+                Code::Call_rel32_64 => append_jump(&mut code, at, point.near_branch_target() as usize)?,
+                _ => code.extend(encoded(&indirect_jump(point), at + code.len())?),
+            }
+            if code.len() > CONSTANT {
+                return None;
+            }
+            code.resize(CONSTANT, INT3);
+            code.extend_from_slice(&point.next_ip().to_le_bytes());
+            Some(code)
+        }
+        _ if point.flow_control() == FlowControl::Next => {
+            let mut code = if point.is_ip_rel_memory_operand() {
+                encoded(point, at)?
+            } else {
+                // SAFETY: an instruction in the program's code.
+                unsafe { core::slice::from_raw_parts(point.ip() as *const u8, point.len()) }.to_vec()
             };
-            vec![push, jump]
+            append_jump(&mut code, at, point.next_ip() as usize)?;
+            Some(code)
         }
-        _ if point.flow_control() == FlowControl::Next => vec![*point, back],
-        _ => return None,
-    };
-    let options = BlockEncoderOptions::DONT_FIX_BRANCHES;
-    let mut bytes =
-        BlockEncoder::encode(64, InstructionBlock::new(&code, at as u64), options).ok()?.code_buffer;
-    match constant {
-        Some(_) if bytes.len() > DATA => return None,
-        Some(address) => {
-            bytes.resize(DATA, INT3);
-            bytes.extend_from_slice(&address.to_le_bytes());
-        }
-        None => {}
+        _ => None,
     }
-    Some(bytes)
+}
+
+/// Appends a jump to `code`, which is run at `at`.
+fn append_jump(code: &mut Vec<u8>, at: usize, target: usize) -> Option<()> {
+    code.push(0xe9);
+    let distance = relative(at + code.len() + size_of::<i32>(), target)?;
+    code.extend_from_slice(&distance);
+    Some(())
+}
+
+/// The bytes of a distance from the end of an instruction.
+fn relative(from: usize, to: usize) -> Option<[u8; 4]> {
+    i32::try_from(to.wrapping_sub(from) as isize).ok().map(i32::to_le_bytes)
+}
+
+/// The bytes of an instruction that is run at `at`.
+fn encoded(instruction: &Instruction, at: usize) -> Option<Vec<u8>> {
+    let instructions = [*instruction];
+    let block = InstructionBlock::new(&instructions, at as u64);
+    Some(BlockEncoder::encode(64, block, BlockEncoderOptions::DONT_FIX_BRANCHES).ok()?.code_buffer)
 }
 
 /// The jump that, after a push, goes where an indirect call would have gone.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, LinkedList, VecDeque};
 use std::fmt::Write as _;
+use std::hint::black_box;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
@@ -196,7 +197,15 @@ fn channels() -> String {
     format!("{} {numbers}", texts.join(" "))
 }
 
+/// libc blocks all signals while it creates a thread or a process, SIGSEGV with them: a stack that overflows there
+/// cannot grow, the process dies. So the room is made before.
+#[inline(never)]
+fn make_room() {
+    black_box([0u8; 16 << 10]);
+}
+
 fn threads() -> String {
+    make_room();
     let shared = Arc::new((Mutex::new(Vec::new()), Condvar::new(), RwLock::new(7), AtomicUsize::new(0)));
     let workers: Vec<_> = (0..3)
         .map(|worker| {
@@ -249,6 +258,7 @@ fn files() -> String {
 }
 
 fn processes() -> String {
+    make_room();
     let output =
         Command::new("echo").args(["spoken", "by", "a process"]).env("SOME", "thing").output().unwrap();
     let mut cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();

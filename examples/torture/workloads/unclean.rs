@@ -57,6 +57,7 @@ fn scoped_threads() -> String {
         std::thread::sleep(std::time::Duration::from_millis(20));
         local.fetch_add(1, Ordering::Relaxed);
     }
+    black_box([0u8; 16 << 10]); // as for `threads`
     let local = AtomicU32::new(0);
     std::thread::scope(|scope| {
         scope.spawn(|| in_a_scoped_thread(&local));
