@@ -151,6 +151,62 @@ fn probe_loops() {
     is_clean_everywhere(|| [large::<20_000>(1), large::<90_000>(2)]);
 }
 
+/// Each of these is a pointer into the stack across a growth point, and must be the one it would be if taken now.
+#[test]
+fn every_place_of_a_pointer_moves_with_the_stack() {
+    let general_and_red_zone = || {
+        let (wrong_general, wrong_red_zone): (u64, u64);
+        // SAFETY: keeps what it must; leaves the stack as it was.
+        unsafe {
+            asm!(
+                "push rbx", "push rbp", "sub rsp, 256",
+                "lea rbx, [rsp + 32]",
+                "mov rbp, rbx", "mov r8, rbx", "mov r9, rbx", "mov r10, rbx", "mov r11, rbx", "mov r12, rbx", "mov r13, rbx",
+                "mov r14, rbx", "mov r15, rbx", "mov rcx, rbx", "mov rdx, rbx", "mov rsi, rbx", "mov rdi, rbx",
+                "mov [rsp - 96], rbx",
+                "mov qword ptr [rsp - 120], 0", // moves here
+                "lea rax, [rsp + 32]",
+                "sub rbx, rax", "sub rbp, rax", "sub r8, rax", "sub r9, rax", "sub r10, rax", "sub r11, rax", "sub r12, rax",
+                "sub r13, rax", "sub r14, rax", "sub r15, rax", "sub rcx, rax", "sub rdx, rax", "sub rsi, rax", "sub rdi, rax",
+                "sub rax, [rsp - 96]",
+                "or rbx, rbp", "or rbx, r8", "or rbx, r9", "or rbx, r10", "or rbx, r11", "or rbx, r12", "or rbx, r13",
+                "or rbx, r14", "or rbx, r15", "or rbx, rcx", "or rbx, rdx", "or rbx, rsi", "or rbx, rdi",
+                "mov rcx, rbx",
+                "add rsp, 256", "pop rbp", "pop rbx",
+                out("rax") wrong_red_zone, out("rcx") wrong_general, out("rdx") _, out("rsi") _, out("rdi") _,
+                out("r8") _, out("r9") _, out("r10") _, out("r11") _, out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            );
+        }
+        (wrong_general, wrong_red_zone)
+    };
+    let vectors = || {
+        if !is_x86_feature_detected!("avx512f") {
+            return [0; 3];
+        }
+        let (x, y, z): (u64, u64, u64);
+        // SAFETY: the processor has these registers; leaves the stack as it was.
+        unsafe {
+            asm!(
+                "sub rsp, 256", "lea rax, [rsp + 32]",
+                "vpbroadcastq zmm3, rax", "vpbroadcastq zmm16, rax", "vpbroadcastq zmm31, rax",
+                "mov qword ptr [rsp - 120], 0", // moves here
+                "lea rax, [rsp + 32]",
+                "vpbroadcastq zmm4, rax",
+                "vpxorq zmm3, zmm3, zmm4", "vpxorq zmm16, zmm16, zmm4", "vpxorq zmm31, zmm31, zmm4",
+                "vptestmq k1, zmm3, zmm3", "kmovw eax, k1",
+                "vptestmq k1, zmm16, zmm16", "kmovw ecx, k1",
+                "vptestmq k1, zmm31, zmm31", "kmovw edx, k1",
+                "add rsp, 256",
+                out("rax") x, out("rcx") y, out("rdx") z, out("xmm3") _, out("xmm4") _, out("xmm16") _, out("xmm31") _, out("k1") _,
+            );
+        }
+        [x, y, z]
+    };
+    assert_eq!((general_and_red_zone(), vectors()), ((0, 0), [0; 3]));
+    is_clean_everywhere(general_and_red_zone);
+    is_clean_everywhere(vectors);
+}
+
 #[test]
 fn panics_are_passed_on() {
     for mode in MODES {
