@@ -50,7 +50,7 @@
 //! # Which slots
 //!
 //! A stack that returns to a slot makes the pointers right again that were left there. So slots are used again only
-//! after at least [`KEPT`](self#constants) more moves, 256 of them. Guards are put up and taken down by
+//! after at least 256 more moves. Guards are put up and taken down by
 //! `madvise`, 1.3 µs the pair.
 //!
 //! # Poison

@@ -188,7 +188,7 @@ fn rhai() -> String {
 }
 
 fn itertools() -> String {
-    let local = vec![5, 3, 8, 1, 9, 2]; // not an array: `sorted` makes a vector of references
+    let local = Vec::from([5, 3, 8, 1, 9, 2]); // not an array: `sorted` makes a vector of references
     let sorted = local.iter().sorted_by_key(|n| (*n % 3, **n)).join("<");
     let pairs: Vec<_> = local.iter().tuple_combinations().filter(|(a, b)| (*a + *b) % 4 == 0).collect();
     let product = local.iter().cartesian_product("ab".chars()).map(|(n, c)| format!("{n}{c}")).join(" ");
