@@ -263,11 +263,15 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// Why its stack grew in place when it last did although it may move; `None` if it never did.
     ///
     /// ```
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 10_000]);
+    /// }
     /// // SAFETY: nothing is kept outside the stack.
     /// let builder = unsafe { regrow::Builder::new().relocating() };
     /// let mut coroutine = builder.spawn(|yielder: &regrow::Yielder<(), ()>, ()| {
     ///     let pin = regrow::pin();
-    ///     std::hint::black_box([0u8; 10_000]);
+    ///     deeper();
     ///     drop(pin);
     ///     yielder.suspend(());
     /// });

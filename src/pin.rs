@@ -16,13 +16,17 @@ use crate::switch;
 /// A pin that is leaked holds for the rest of the coroutine's life.
 ///
 /// ```
+/// #[inline(never)]
+/// fn deeper() {
+///     std::hint::black_box([0u8; 10_000]);
+/// }
 /// // SAFETY: the pointer kept on the heap is used only while the stack is pinned.
 /// let builder = unsafe { regrow::Builder::new().relocating() };
 /// let mut coroutine = builder.spawn(|_: &regrow::Yielder<(), ()>, ()| {
 ///     let number = 7;
 ///     let pin = regrow::pin();
 ///     let kept = Box::new(&number); // would be stale after a move
-///     std::hint::black_box([0u8; 10_000]);
+///     deeper();
 ///     let seen = **kept;
 ///     drop(pin);
 ///     seen
