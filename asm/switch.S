@@ -58,4 +58,23 @@ regrow_entry_return:
     .cfi_endproc
     .size   regrow_entry, . - regrow_entry
 
+// regrow_watch: where a suspend lands, instead of its resumer, after the stack has grown (src/grow/shrink.rs).
+//
+//   in   rsp  the resumer's; rax the coroutine's; rdi, rsi as for the resumer
+//   out  rax with WATCHED set; goes on to the resumer's landing, kept at [rsp - 48]
+//
+// To an unwinder that comes from the coroutine it is a frame without extent between the first frame and the resumer.
+    .globl  regrow_watch
+    .type   regrow_watch, @function
+    .p2align 4
+regrow_watch:
+    .cfi_startproc
+    .cfi_signal_frame
+    .cfi_def_cfa rsp, 0
+    .cfi_offset rip, -48
+    or      rax, 2                      // WATCHED
+    jmp     qword ptr [rsp - 48]
+    .cfi_endproc
+    .size   regrow_watch, . - regrow_watch
+
     .section .note.GNU-stack, "", @progbits

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use crate::coroutine::{self, Coroutine, Yielder};
 use crate::error::Error;
-use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE};
-use crate::stack::{INLINE_CLOSURE, Record, cache, first_open};
+use crate::grow::{Shrink, Watch};
+use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE, open_bytes};
+use crate::stack::{INLINE_CLOSURE, Record, cache};
 use crate::stats::Growth;
 use crate::switch;
 
@@ -37,6 +38,7 @@ pub struct Builder {
     maximum: Option<usize>,
     growth: Growth,
     name: Option<Arc<str>>,
+    shrink: Shrink,
 }
 
 impl Default for Builder {
@@ -54,7 +56,13 @@ impl Builder {
     /// ```
     #[must_use]
     pub const fn new() -> Self {
-        Self { first_size: MIN_SIZE, maximum: None, growth: Growth::InPlace, name: None }
+        Self {
+            first_size: MIN_SIZE,
+            maximum: None,
+            growth: Growth::InPlace,
+            name: None,
+            shrink: Shrink::Default,
+        }
     }
 
     /// How many bytes of stack the coroutine has to begin with: a power of two from
@@ -82,6 +90,34 @@ impl Builder {
     #[must_use]
     pub const fn maximum(mut self, bytes: usize) -> Self {
         self.maximum = Some(bytes);
+        self
+    }
+
+    /// When the stack becomes smaller by itself. Looked at when a coroutine that has grown is resumed; costs nothing
+    /// before it has.
+    ///
+    /// ```
+    /// use regrow::{Builder, Shrink, Yielder};
+    ///
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 10_000]);
+    /// }
+    /// let mut coroutine = Builder::new().shrink(Shrink::Eager).spawn(|yielder: &Yielder<(), ()>, ()| {
+    ///     deeper();
+    ///     loop {
+    ///         yielder.suspend(());
+    ///     }
+    /// });
+    /// coroutine.resume(());
+    /// assert_eq!(coroutine.stats().size, 16384);
+    /// coroutine.resume(());
+    /// coroutine.resume(());
+    /// assert_eq!(coroutine.stats().size, 2048);
+    /// ```
+    #[must_use]
+    pub const fn shrink(mut self, policy: Shrink) -> Self {
+        self.shrink = policy;
         self
     }
 
@@ -178,7 +214,9 @@ impl Builder {
             Growth::InPlace => Class::staying(maximum),
             Growth::Relocate => Class::moving(self.first_size),
         };
-        make(f, class, self.growth, first_open(self.first_size), maximum, &self.name)
+        let plan =
+            Plan { class, growth: self.growth, first_size: self.first_size, maximum, shrink: self.shrink };
+        make(f, &plan, &self.name)
     }
 
     fn checked_maximum(&self) -> Result<usize, Error> {
@@ -207,45 +245,52 @@ where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
     const MAXIMUM: usize = DEFAULT_MAXIMUM_IN_PLACE;
-    make(f, Class::staying(MAXIMUM), Growth::InPlace, first_open(MIN_SIZE), MAXIMUM, &None)
+    const PLAN: Plan = Plan {
+        class: Class::staying(MAXIMUM),
+        growth: Growth::InPlace,
+        first_size: MIN_SIZE,
+        maximum: MAXIMUM,
+        shrink: Shrink::Default,
+    };
+    make(f, &PLAN, &None)
+}
+
+/// What a builder comes to, checked.
+struct Plan {
+    class: Class,
+    growth: Growth,
+    first_size: usize,
+    maximum: usize,
+    shrink: Shrink,
 }
 
 #[inline(always)]
-fn make<In, Out, Ret, F>(
-    f: F,
-    class: Class,
-    growth: Growth,
-    open: usize,
-    maximum: usize,
-    name: &Option<Arc<str>>,
-) -> Result<Coroutine<In, Out, Ret>, Error>
+fn make<In, Out, Ret, F>(f: F, plan: &Plan, name: &Option<Arc<str>>) -> Result<Coroutine<In, Out, Ret>, Error>
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    let record = cache::take(class, open)?;
+    let record = cache::take(plan.class, open_bytes(plan.first_size))?;
     if size_of::<F>() > INLINE_CLOSURE || align_of::<F>() > 16 {
         // A closure too large for the head goes to the heap, and the box into the head.
         let boxed = Box::new(f);
         let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
         // SAFETY: the slot was taken above; the box fits.
-        return Ok(unsafe { fill(record, f, growth, open, maximum, name) });
+        return Ok(unsafe { fill(record, f, plan, name) });
     }
     // SAFETY: the slot was taken above; the closure fits.
-    Ok(unsafe { fill(record, f, growth, open, maximum, name) })
+    Ok(unsafe { fill(record, f, plan, name) })
 }
 
 /// Writes the head of a slot that was just taken.
 ///
 /// # Safety
-/// The slot of `record` is the caller's and has `open` accessible bytes. `F` is at most
+/// The slot of `record` is the caller's and was taken for `plan`. `F` is at most
 /// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
 #[inline(always)]
 unsafe fn fill<In, Out, Ret, F>(
     record: *mut Record,
     f: F,
-    growth: Growth,
-    open: usize,
-    maximum: usize,
+    plan: &Plan,
     name: &Option<Arc<str>>,
 ) -> Coroutine<In, Out, Ret>
 where
@@ -256,10 +301,13 @@ where
     // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
     // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
     unsafe {
-        (*record).first_open = open;
-        (*record).maximum = maximum;
+        (*record).first_open = open_bytes(plan.first_size);
+        (*record).maximum = plan.maximum;
         (*record).old = 0;
-        (*record).growth = growth;
+        (*record).growth = plan.growth;
+        (*record).watch = Watch::new(plan.shrink);
+        (*record).first_log = plan.first_size.trailing_zeros() as u8;
+        (*record).shrinks = 0;
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
         (&raw mut (*record).name).write(name.clone());
@@ -269,7 +317,7 @@ where
         (*record).growths = 0;
         (*record).bytes_copied = 0;
         (*record).words_rewritten = 0;
-        (*record).highest = (*record).size();
+        (*record).highest = plan.first_size;
         place.cast::<MaybeUninit<ManuallyDrop<F>>>().write(MaybeUninit::new(ManuallyDrop::new(f)));
         let handle = switch::prepare(base, record, coroutine::entry::<In, Out, Ret, F>);
         Coroutine::from_handle(handle)

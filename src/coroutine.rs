@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::builder;
 use crate::error::Error;
-use crate::grow::NotMoved;
+use crate::grow::{self, NotMoved};
 use crate::stack::{self, Record};
 use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base, Handle, PANICKED, RESUME, RETURNED, UNWIND, Word, YIELDED};
@@ -166,9 +166,34 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[inline]
     #[track_caller]
     pub fn resume(&mut self, input: In) -> CoroutineResult<Out, Ret> {
-        if self.handle.sp == 0 {
+        if self.handle.is_special() {
+            return self.resume_specially(input);
+        }
+        self.run(input)
+    }
+
+    /// As [`resume`](Self::resume), for a coroutine that has ended, or whose stack has grown and is watched.
+    #[cold]
+    #[inline(never)]
+    #[track_caller]
+    fn resume_specially(&mut self, input: In) -> CoroutineResult<Out, Ret> {
+        if self.done() {
             resumed_after_end();
         }
+        // SAFETY: it has not ended, so it is suspended, and it is not just so: it is watched.
+        unsafe { grow::before_resume(&mut self.handle) };
+        let result = self.run(input);
+        if !self.done() {
+            // SAFETY: it has suspended again.
+            unsafe { grow::after_resume(&mut self.handle) };
+        }
+        result
+    }
+
+    /// Resumes a coroutine that is suspended and nothing else.
+    #[inline(always)]
+    fn run(&mut self, input: In) -> CoroutineResult<Out, Ret> {
+        debug_assert!(!self.handle.is_special());
         let input = Transfer::new(input);
         // SAFETY: a coroutine that has not ended is suspended (running, it is borrowed by its resume), and takes an
         // `In` with `RESUME`, in its first frame as at every suspend.
@@ -211,7 +236,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[inline]
     #[must_use]
     pub fn done(&self) -> bool {
-        self.handle.sp == 0
+        self.handle.has_ended()
     }
 
     /// True if the coroutine has been resumed at least once.
@@ -225,7 +250,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[must_use]
     pub fn started(&self) -> bool {
         // SAFETY: a coroutine that has not ended is suspended here.
-        self.done() || !unsafe { switch::is_fresh(self.handle.sp) }
+        self.done() || !unsafe { switch::is_fresh(self.handle.sp & !switch::WATCHED) }
     }
 
     /// How its stack grows. After the end: how it grew is no longer known, [`Growth::InPlace`].
@@ -258,6 +283,41 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.record().map_or(Stats::NONE, Record::stats)
+    }
+
+    /// Makes the stack as small as it can be with as much room as is used now, and no smaller than it was at first.
+    /// True if it became smaller. Memory below what remains goes back to the kernel.
+    ///
+    /// A stack that is [pinned](crate::pin()) does not move and stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for the smaller slot; nothing has changed then.
+    ///
+    /// ```
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 50_000]);
+    /// }
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| {
+    ///     deeper();
+    ///     yielder.suspend(());
+    /// });
+    /// coroutine.resume(());
+    /// assert_eq!(coroutine.stats().size, 65536);
+    /// assert!(coroutine.shrink()?);
+    /// assert_eq!(coroutine.stats().size, 2048);
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    pub fn shrink(&mut self) -> Result<bool, Error> {
+        if self.done() {
+            return Ok(false);
+        }
+        let watched = self.handle.sp & switch::WATCHED;
+        self.handle.sp &= !switch::WATCHED;
+        // SAFETY: it has not ended, so it is suspended.
+        let outcome = unsafe { grow::shrink(&mut self.handle) };
+        self.handle.sp |= watched;
+        outcome
     }
 
     /// Why its stack grew in place when it last did although it may move; `None` if it never did.
@@ -297,7 +357,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         // the stack cannot grow; there is nobody to tell, and it may not need to.
         let _ = thread::prepare();
         for _ in 0..PATIENCE {
-            // SAFETY: as in `resume`; with `UNWIND` no value is passed.
+            self.handle.sp &= !switch::WATCHED;
+            // SAFETY: as in `run`; with `UNWIND` no value is passed.
             let (word, outcome) = unsafe { switch::resume(&mut self.handle, Word::uninit(), UNWIND) };
             if outcome == YIELDED {
                 // SAFETY: with this outcome comes an `Out`.
@@ -317,7 +378,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
 impl<In, Out, Ret> Drop for Coroutine<In, Out, Ret> {
     #[inline]
     fn drop(&mut self) {
-        if self.handle.sp != 0 {
+        if !self.done() {
             self.drop_unfinished();
         }
     }
@@ -326,6 +387,7 @@ impl<In, Out, Ret> Drop for Coroutine<In, Out, Ret> {
 impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[cold]
     fn drop_unfinished(&mut self) {
+        self.handle.sp &= !switch::WATCHED;
         if self.started() {
             if cfg!(panic = "unwind") {
                 self.unwind();
@@ -335,7 +397,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         // SAFETY: it never ran, so its closure is where the builder put it, and nothing else is on its stack.
         unsafe {
             let record = (*self.handle.base).record;
-            self.handle.sp = 0;
+            self.handle.sp = switch::ENDED;
             // The stack is given back even if the closure's destructor panics.
             let release = OnDrop(|| stack::release(record));
             ((*record).drop_closure)(record.cast());

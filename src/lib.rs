@@ -54,7 +54,7 @@ mod thread;
 pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE};
 pub use coroutine::{Coroutine, CoroutineResult, Yielder, current_stats};
 pub use error::Error;
-pub use grow::{NotMoved, Reason, not_moved};
+pub use grow::{NotMoved, Reason, Shrink, not_moved};
 pub use pin::{Pinned, pin, pinned_room};
 pub use stack::class::{MAX_SIZE, MIN_SIZE};
 pub use stats::{Growth, LastGrowth, Stats, Totals, totals};

@@ -42,6 +42,8 @@ pub struct LastGrowth {
 pub struct Stats {
     /// How often the stack grew, either way.
     pub growths: u64,
+    /// How often it became smaller.
+    pub shrinks: u64,
     /// Bytes copied by moving.
     pub bytes_copied: u64,
     /// Words rewritten by moving.
@@ -57,7 +59,7 @@ pub struct Stats {
 impl Stats {
     /// Of a coroutine that has ended.
     pub(crate) const NONE: Self =
-        Self { growths: 0, bytes_copied: 0, words_rewritten: 0, size: 0, highest: 0, last: None };
+        Self { growths: 0, shrinks: 0, bytes_copied: 0, words_rewritten: 0, size: 0, highest: 0, last: None };
 }
 
 /// Counters of the process since it started; see [`totals`].
@@ -67,6 +69,8 @@ pub struct Totals {
     pub moves: u64,
     /// Growths in place.
     pub in_place: u64,
+    /// How often stacks became smaller.
+    pub shrinks: u64,
     /// Bytes copied.
     pub bytes_copied: u64,
     /// Words rewritten.
@@ -77,6 +81,7 @@ pub struct Totals {
 
 static MOVES: AtomicU64 = AtomicU64::new(0);
 static IN_PLACE: AtomicU64 = AtomicU64::new(0);
+static SHRINKS: AtomicU64 = AtomicU64::new(0);
 static BYTES_COPIED: AtomicU64 = AtomicU64::new(0);
 static WORDS_REWRITTEN: AtomicU64 = AtomicU64::new(0);
 static HIGHEST: AtomicUsize = AtomicUsize::new(0);
@@ -96,10 +101,16 @@ pub fn totals() -> Totals {
     Totals {
         moves: MOVES.load(Ordering::Relaxed),
         in_place: IN_PLACE.load(Ordering::Relaxed),
+        shrinks: SHRINKS.load(Ordering::Relaxed),
         bytes_copied: BYTES_COPIED.load(Ordering::Relaxed),
         words_rewritten: WORDS_REWRITTEN.load(Ordering::Relaxed),
         highest: HIGHEST.load(Ordering::Relaxed),
     }
+}
+
+/// Adds one shrink to the process-wide counters.
+pub(crate) fn count_shrink() {
+    SHRINKS.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Adds one growth to the process-wide counters.

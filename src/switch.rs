@@ -10,6 +10,7 @@
 //!   R - 24   rbx                                S - 24   rbx
 //!   R - 32   address of the Handle
 //!   R - 40   the resumer's own resumer
+//!   R - 48   where regrow_watch goes on, if the stack has grown since
 //! ```
 //!
 //! A coroutine that never ran looks suspended in its first frame, at the base of its stack:
@@ -39,10 +40,29 @@ use crate::stack::Record;
 /// What the owner of a coroutine keeps of it: two words.
 #[repr(C)]
 pub(crate) struct Handle {
-    /// The coroutine's stack pointer while it is suspended, 0 once it has ended.
+    /// The coroutine's stack pointer while it is suspended, a multiple of 16. [`ENDED`] once it has ended;
+    /// with [`WATCHED`] added if something is to be done before it is resumed.
     pub sp: usize,
     /// The outermost frame, at the top of its stack.
     pub base: *mut Base,
+}
+
+/// The `sp` of a coroutine that has ended (asm/finish.s).
+pub(crate) const ENDED: usize = 1;
+/// Set in the `sp` of a coroutine whose stack has grown (`regrow_watch` in asm/switch.S, src/grow/shrink.rs).
+pub(crate) const WATCHED: usize = 2;
+
+impl Handle {
+    /// True if the coroutine cannot just be resumed.
+    #[inline(always)]
+    pub fn is_special(&self) -> bool {
+        self.sp & 15 != 0
+    }
+
+    #[inline(always)]
+    pub fn has_ended(&self) -> bool {
+        self.sp & ENDED != 0
+    }
 }
 
 /// The outermost frame of a coroutine. A `Yielder` is a reference to it.
@@ -78,6 +98,7 @@ pub(crate) type Entry = unsafe extern "C" fn(word: Word, command: usize, base: &
 unsafe extern "C" {
     fn regrow_entry();
     fn regrow_entry_return();
+    fn regrow_watch();
 }
 
 /// Writes the first frame of a coroutine below and into `base`, and returns its handle.
@@ -194,6 +215,23 @@ pub(crate) fn running() -> Option<*mut Handle> {
         0 => None,
         // SAFETY: a non-zero resumer waits in asm/resume.s.
         sp => Some(unsafe { handle_of(sp) }),
+    }
+}
+
+/// Lets the next suspend of the running coroutine set [`WATCHED`] in its handle.
+pub(crate) fn watch_running() {
+    let resumer = resumer() as *mut usize;
+    if resumer.is_null() {
+        return;
+    }
+    let watch = regrow_watch as *const () as usize;
+    // SAFETY: a resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
+    unsafe {
+        let landing = resumer.sub(1);
+        if *landing != watch {
+            *resumer.sub(6) = *landing;
+            *landing = watch;
+        }
     }
 }
 

@@ -12,16 +12,19 @@ mod point;
 mod reason;
 mod relocate;
 mod rewrite;
+mod shrink;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
 pub use reason::{NotMoved, Reason, not_moved};
+pub use shrink::Shrink;
+pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
 
 use crate::error::Error;
 use crate::report;
 use crate::stack::{Record, Slot, class, class::PAGE, guard};
 use crate::stats::{self, Growth, LastGrowth};
-use crate::switch::{Handle, RED_ZONE};
+use crate::switch::{self, Handle, RED_ZONE};
 
 /// A fault that a larger stack will cure.
 struct Fault {
@@ -73,6 +76,10 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
             record.words_rewritten += words as u64;
             record.highest = record.highest.max(last.to);
             record.last = last;
+            record.watch.start_over(record.shrinks != 0);
+            if record.watch.policy() != Shrink::Off {
+                switch::watch_running();
+            }
             stats::count(growth, &last);
         }
         Err(refusal) => report::overflow(record, fault.slot.end() - fault.lowest, &refusal, context),

@@ -7,7 +7,7 @@ pub(crate) mod guard;
 mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};
-pub(crate) use record::{INLINE_CLOSURE, Record, first_open};
+pub(crate) use record::{INLINE_CLOSURE, Record};
 
 use core::sync::atomic::Ordering;
 
