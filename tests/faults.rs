@@ -51,9 +51,13 @@ fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
     const TEST: &str = "a_wild_pointer_in_a_coroutine_dies_by_sigsegv";
     static CONSTANT: u64 = 5;
     let wild: [(&str, fn()); 5] = [
-        ("null", || drop(black_box(load(0)))),
+        ("null", || {
+            load(0);
+        }),
         ("null, written", || store(8)),
-        ("not canonical", || drop(black_box(load(0x8000_0000_0000_0000)))),
+        ("not canonical", || {
+            load(0x8000_0000_0000_0000);
+        }),
         ("read-only", || store(&raw const CONSTANT as usize)),
         ("called", || {
             // SAFETY: none: it is made to fault.
@@ -132,7 +136,9 @@ fn a_bus_error_in_a_coroutine_dies_by_sigbus() {
                 let file = libc::memfd_create(c"empty".as_ptr(), 0);
                 libc::mmap(ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, file, 0)
             } as usize;
-            in_a_coroutine(&relocating(), move || drop(black_box(load(page))));
+            in_a_coroutine(&relocating(), move || {
+                load(page);
+            });
         }
     }
 }
@@ -238,7 +244,9 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
         }
         return;
     };
-    let faults = || drop(black_box(load(FAULT_AT)));
+    let faults = || {
+        load(FAULT_AT);
+    };
     let sent = || {
         let before = growths();
         // SAFETY: the handler, or its absence, is what this is about.
@@ -331,7 +339,8 @@ fn sigsegv_from_outside_kills_as_it_would_have() {
 #[inline(never)]
 fn recurses_for_ever(depth: u64) -> u64 {
     let here = black_box([depth; 32]);
-    recurses_for_ever(depth + 1) + black_box(here)[3]
+    let below = if black_box(true) { recurses_for_ever(depth + 1) } else { 0 };
+    below + black_box(here)[3]
 }
 
 #[test]

@@ -844,6 +844,39 @@ fn alignment_is_kept_by_moves() {
     }
 }
 
+/// Larger than a page, a frame is probed page by page; the register that holds where that ends may point
+/// far outside the stack as it is.
+#[test]
+fn frames_much_larger_than_the_stack_survive() {
+    #[inline(never)]
+    fn large<const N: usize>(caller: &mut usize) -> usize {
+        let bytes = black_box([7u8; N]);
+        *caller += N;
+        bytes.iter().map(|&byte| usize::from(byte)).sum()
+    }
+
+    fn of<const N: usize>() {
+        for builder in both_ways() {
+            for steps in 0..20 {
+                run(&builder, move || {
+                    let mut caller = steps;
+                    below(steps, &mut || assert_eq!(large::<N>(&mut caller), 7 * N));
+                    assert_eq!(caller, steps + N);
+                    assert!(growths() > 0);
+                    assert!(
+                        current_stats().unwrap().size <= 8 * N.next_power_of_two(),
+                        "no more than it needs"
+                    );
+                });
+            }
+        }
+    }
+    of::<9_000>();
+    of::<20_000>();
+    of::<100_000>();
+    of::<1_000_000>();
+}
+
 #[test]
 fn a_larger_first_size_needs_no_growth() {
     for builder in both_ways() {
