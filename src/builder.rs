@@ -263,6 +263,9 @@ where
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
         (&raw mut (*record).name).write(name.clone());
+        (&raw mut (*record).pins).write(None);
+        (*record).not_moved = None;
+        (*record).tidy = name.is_some();
         (*record).growths = 0;
         (*record).bytes_copied = 0;
         (*record).words_rewritten = 0;

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::builder;
 use crate::error::Error;
+use crate::grow::NotMoved;
 use crate::stack::{self, Record};
 use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base, Handle, PANICKED, RESUME, RETURNED, UNWIND, Word, YIELDED};
@@ -257,6 +258,29 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.record().map_or(Stats::NONE, Record::stats)
+    }
+
+    /// Why its stack grew in place when it last did although it may move; `None` if it never did.
+    ///
+    /// ```
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 10_000]);
+    /// }
+    /// // SAFETY: nothing is kept outside the stack.
+    /// let builder = unsafe { regrow::Builder::new().relocating() };
+    /// let mut coroutine = builder.spawn(|yielder: &regrow::Yielder<(), ()>, ()| {
+    ///     let pin = regrow::pin();
+    ///     deeper();
+    ///     drop(pin);
+    ///     yielder.suspend(());
+    /// });
+    /// coroutine.resume(());
+    /// assert_eq!(coroutine.last_not_moved().unwrap().reason, regrow::Reason::Pinned);
+    /// ```
+    #[must_use]
+    pub fn last_not_moved(&self) -> Option<NotMoved> {
+        self.record().and_then(|record| record.not_moved)
     }
 
     fn record(&self) -> Option<&Record> {

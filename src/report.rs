@@ -39,6 +39,12 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, contex
             Name(record)
         ),
     };
+    // SAFETY: as above.
+    if let (Refusal::Slack, Some(not_moved)) = (why, unsafe { (*record).not_moved }) {
+        let _ = write!(out, "  not moved: {:?}, at ", not_moved.reason);
+        let _ = symbol::describe(not_moved.frame, &mut out);
+        let _ = writeln!(out);
+    }
     let _ = writeln!(out, "\n{} [running]:", Name(record));
     frames(&mut out, context.rip());
     out.abort()

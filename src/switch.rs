@@ -197,6 +197,14 @@ pub(crate) fn running() -> Option<*mut Handle> {
     }
 }
 
+/// The record of the coroutine that runs, if one does. It lies in the window of the stack: when the stack moves, so
+/// does this pointer.
+#[inline(always)]
+pub(crate) fn running_record() -> Option<*mut Record> {
+    // SAFETY: the running coroutine's handle is with its resumer, who waits; its base is accessible.
+    running().map(|handle| unsafe { (*(*handle).base).record })
+}
+
 /// The base of the coroutine that runs.
 ///
 /// # Safety

@@ -9,11 +9,13 @@
 mod context;
 mod fault;
 mod point;
+mod reason;
 mod relocate;
 mod rewrite;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
+pub use reason::{NotMoved, Reason, not_moved};
 
 use crate::error::Error;
 use crate::report;
@@ -55,8 +57,7 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     // SAFETY: by the caller's word.
     let outcome = unsafe {
         match growth {
-            Growth::Relocate if fault.growth_point => move_up(context, fault),
-            Growth::Relocate => open_slack(fault),
+            Growth::Relocate => move_up(context, fault),
             Growth::InPlace => open_window(fault),
         }
     };
@@ -66,6 +67,7 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
             let record = unsafe { &mut *record };
             let last =
                 LastGrowth { from, to: record.size(), bytes, words, nanoseconds: now().wrapping_sub(start) };
+            record.tidy = true;
             record.growths += 1;
             record.bytes_copied += bytes as u64;
             record.words_rewritten += words as u64;
@@ -85,30 +87,51 @@ struct Done {
     words: usize,
 }
 
-/// Moves the stack to a slot that holds what is needed; into the slack if there is no memory for that.
+/// Moves the stack to a slot that holds what is needed; opens its slack if it may not move now.
 ///
 /// # Safety
-/// As for [`grow`], at a growth point.
+/// As for [`grow`].
 unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refusal> {
-    // SAFETY: the running coroutine's record, as in `grow`.
-    let (size, maximum) = unsafe {
-        let record = Record::at(fault.slot.end());
-        ((*record).size(), (*record).maximum)
-    };
-    let lowest = fault.lowest.min(context.rsp() - RED_ZONE);
-    let size = class::grown(size, fault.slot.end() - lowest, maximum).ok_or(Refusal::Maximum)?;
-    // SAFETY: by the caller's word; who asked for `Growth::Relocate` made the promise about pointers.
-    match unsafe { relocate::relocate(context, fault, size) } {
-        Ok(moved) => Ok(Done {
-            // SAFETY: `relocate` has corrected the handle.
-            record: unsafe { (*(*fault.handle).base).record },
-            growth: Growth::Relocate,
-            bytes: moved.bytes,
-            words: moved.words,
-        }),
-        // SAFETY: by the caller's word; nothing has changed.
-        Err(error) => unsafe { open_slack(fault) }.map_err(|_| Refusal::Kernel(error)),
+    let record = Record::at(fault.slot.end());
+    // SAFETY: the running coroutine's record, as in `grow`; before an error nothing has changed, and who
+    // asked for `Growth::Relocate` made the promise about pointers.
+    unsafe {
+        let blame = match may_move(&*record, fault) {
+            Ok(()) => {
+                let lowest = fault.lowest.min(context.rsp() - RED_ZONE);
+                let need = fault.slot.end() - lowest;
+                let size = class::grown((*record).size(), need, (*record).maximum).ok_or(Refusal::Maximum)?;
+                match relocate::relocate(context, fault, size) {
+                    Ok(moved) => return Ok(moved),
+                    Err(error) => {
+                        Blame { reason: Reason::NoMemory, frame: context.rip(), error: Some(error) }
+                    }
+                }
+            }
+            Err(reason) => Blame { reason, frame: context.rip(), error: None },
+        };
+        reason::count(blame.reason);
+        (*record).not_moved = Some(NotMoved { reason: blame.reason, frame: blame.frame });
+        open_slack(fault).map_err(|refusal| blame.error.map_or(refusal, Refusal::Kernel))
     }
+}
+
+/// What speaks against moving now, looking at the instruction and the coroutine only.
+fn may_move(record: &Record, fault: &Fault) -> Result<(), Reason> {
+    if !fault.growth_point {
+        Err(Reason::NotAGrowthPoint)
+    } else if record.is_pinned() {
+        Err(Reason::Pinned)
+    } else {
+        Ok(())
+    }
+}
+
+/// Why a stack does not move, and the frame that is the reason.
+struct Blame {
+    reason: Reason,
+    frame: usize,
+    error: Option<Error>,
 }
 
 /// Opens the pages down to the fault, in a slot whose stack may move, but not now.

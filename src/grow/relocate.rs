@@ -20,18 +20,13 @@ use core::ptr;
 use core::slice;
 use core::sync::atomic::Ordering;
 
-use super::Fault;
 use super::context::Context;
 use super::rewrite::Window;
+use super::{Done, Fault};
 use crate::error::Error;
 use crate::stack::{self, OLD, Record, Slot, cache, class::Class, class::open_bytes, guard};
+use crate::stats::Growth;
 use crate::switch::RED_ZONE;
-
-/// What a move did.
-pub(super) struct Moved {
-    pub bytes: usize,
-    pub words: usize,
-}
 
 /// Moves the stack that `context` was interrupted on to a slot of `size` bytes. After an error
 /// nothing has changed.
@@ -39,7 +34,7 @@ pub(super) struct Moved {
 /// # Safety
 /// `fault` is at a growth point, in the coroutine that `context` interrupted, whose owner promised that
 /// pointers into its stack are only in it and in registers.
-pub(super) unsafe fn relocate(context: &mut Context<'_>, fault: &Fault, size: usize) -> Result<Moved, Error> {
+pub(super) unsafe fn relocate(context: &mut Context<'_>, fault: &Fault, size: usize) -> Result<Done, Error> {
     let from = fault.slot;
     let record = Record::at(from.end());
     // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
@@ -77,7 +72,7 @@ pub(super) unsafe fn relocate(context: &mut Context<'_>, fault: &Fault, size: us
     for stretch in context.vectors() {
         registers += window.rewrite(stretch);
     }
-    Ok(Moved { bytes: from.end() - lowest, words: words + registers })
+    Ok(Done { record: new, growth: Growth::Relocate, bytes: from.end() - lowest, words: words + registers })
 }
 
 /// Copies `[lowest, end)` to where `window` moves it, and rewrites the frames, not the record.

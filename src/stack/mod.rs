@@ -19,7 +19,7 @@ use core::sync::atomic::Ordering;
 pub(crate) unsafe fn release(record: *mut Record) {
     // SAFETY: by the caller's word.
     unsafe {
-        if (*record).name.is_some() || (*record).growths != 0 {
+        if (*record).tidy {
             tidy(record);
         }
         cache::put(record);
@@ -34,6 +34,7 @@ unsafe fn tidy(record: *mut Record) {
     // SAFETY: by the caller's word.
     unsafe {
         drop((*record).name.take());
+        drop((*record).pins.take());
         let mut link = core::mem::take(&mut (*record).old);
         while let Some(slot) = Slot::from_link(link) {
             link = slot.meta().next.load(Ordering::Relaxed);

@@ -19,10 +19,13 @@
 //!
 //! When the stack moves, all of it moves, so every distance from the end stays what it was.
 
+use core::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::arena::{Link, Slot};
 use super::class::{Class, HEAD, MIN_SIZE, open_bytes, size_of_open};
+use crate::grow::NotMoved;
 use crate::stats::{Growth, LastGrowth, Stats};
 use crate::switch::Base;
 
@@ -49,6 +52,12 @@ pub(crate) struct Record {
     /// The slot's class.
     pub class: Class,
     pub growth: Growth,
+    /// The owner leaves something behind that is not just forgotten: `release` has more to do.
+    pub tidy: bool,
+    /// Why the stack grew in place at its latest growth that might have moved it.
+    pub not_moved: Option<NotMoved>,
+    /// How many pins hold the stack, once there was one.
+    pub pins: Option<Rc<Cell<usize>>>,
     /// Distance from the base to the end.
     pub base_offset: u16,
     /// Drops a closure that never ran, given the address of its place in the head.
@@ -91,6 +100,10 @@ impl Record {
 
     pub(crate) fn size(&self) -> usize {
         size_of_open(self.open)
+    }
+
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins.as_ref().is_some_and(|count| count.get() != 0)
     }
 
     pub(crate) fn slot(record: *const Self) -> Option<Slot> {
