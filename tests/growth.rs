@@ -821,6 +821,33 @@ fn integers_that_look_like_other_addresses_stay() {
     fn addresses_on_this_thread() {}
 }
 
+/// A word need not be one value. Where a small one was stored over part of a dead pointer the word as a whole
+/// still looks like a pointer into the stack.
+#[test]
+fn small_values_over_dead_pointers_stay() {
+    for builder in both_ways() {
+        run(&builder, || {
+            let mut words = [0u64; 64];
+            let at = &raw mut words[0];
+            for (n, word) in words.iter_mut().enumerate() {
+                *word = black_box(at) as u64;
+                // SAFETY: the low bytes of a word, on a little-endian machine.
+                unsafe { (&raw mut *word).cast::<u16>().write_volatile(0x0401 * n as u16) };
+            }
+            black_box(&mut words);
+            let mut seen = 0;
+            for size in [9000, 20_000, 60_000, 200_000] {
+                // SAFETY: it keeps the calling convention, and has a stack that grows.
+                unsafe { regrow_test_pushes(size / 8) };
+                seen += 1;
+                let low = words.map(|word| black_box(word) as u16);
+                assert_eq!(low, std::array::from_fn(|n| 0x0401 * n as u16));
+                assert!(growths() >= seen);
+            }
+        });
+    }
+}
+
 #[test]
 fn alignment_is_kept_by_moves() {
     #[repr(align(64))]
