@@ -77,4 +77,25 @@ regrow_watch:
     .cfi_endproc
     .size   regrow_watch, . - regrow_watch
 
+// regrow_call_on: calls a function on another stack. Unwinders pass through it.
+//
+//   in   rdi  the function's argument     rsi  the function     rdx  the end of the stack, 16-byte aligned
+    .globl  regrow_call_on
+    .type   regrow_call_on, @function
+    .p2align 4
+regrow_call_on:
+    .cfi_startproc
+    push    rbp
+    .cfi_def_cfa_offset 16
+    .cfi_offset rbp, -16
+    mov     rbp, rsp                    // rbp <- this stack, to unwinders as well
+    .cfi_def_cfa_register rbp
+    mov     rsp, rdx
+    call    rsi
+    leave                               // rsp <- this stack
+    .cfi_def_cfa rsp, 8
+    ret
+    .cfi_endproc
+    .size   regrow_call_on, . - regrow_call_on
+
     .section .note.GNU-stack, "", @progbits

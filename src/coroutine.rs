@@ -303,7 +303,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     ///     yielder.suspend(());
     /// });
     /// coroutine.resume(());
-    /// assert_eq!(coroutine.stats().size, 65536);
+    /// assert!(coroutine.stats().size > 32768);
     /// assert!(coroutine.shrink()?);
     /// assert_eq!(coroutine.stats().size, 2048);
     /// # Ok::<(), regrow::Error>(())

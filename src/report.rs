@@ -7,7 +7,7 @@ use core::ffi::{c_int, c_void};
 use core::fmt::{self, Write};
 
 use crate::grow::{Context, NAMES, Refusal};
-use crate::stack::{Record, Slot, class::size_of_open};
+use crate::stack::{Record, Slot, class::size_of_open, guard};
 use crate::symbol;
 
 /// Frames shown, innermost first.
@@ -95,13 +95,57 @@ impl fmt::Display for Name {
     }
 }
 
+/// Bytes of the stack that frames are walked and looked up on.
+const STACK: usize = 128 << 10;
+
 /// Writes the frames from the one interrupted at `rip` outwards.
+///
+/// On a stack of its own: the alternate stack of a thread that never ran a coroutine is std's, or
+/// whoever's, and too small for an unwinder.
 fn frames(out: &mut Stderr, rip: usize) {
     let mut walk = Walk { out, rip, shown: 0 };
-    // SAFETY: the callback matches the unwinder's signature and gets its own argument back.
-    unsafe { _Unwind_Backtrace(on_frame, (&raw mut walk).cast()) };
+    let argument = (&raw mut walk).cast();
+    match guard::reserve(STACK, libc::PROT_READ | libc::PROT_WRITE) {
+        // SAFETY: the stack was mapped above, and the function gets the argument it expects.
+        Ok(stack) => unsafe { regrow_call_on(argument, walk_frames, stack + STACK) },
+        Err(_) => walk_frames(argument),
+    }
+}
+
+unsafe extern "C" {
+    /// Calls `function` on the stack that ends at `end` (asm/switch.S).
+    fn regrow_call_on(argument: *mut c_void, function: extern "C" fn(*mut c_void), end: usize);
+}
+
+/// Sees that a fault from here on ends the process by SIGABRT, as the report is meant to: a walk over frames
+/// whose unwind tables are wrong may run into anything, and would otherwise die of the blocked SIGSEGV.
+fn abort_on_faults() {
+    extern "C" fn abort(_signal: c_int) {
+        // SAFETY: ends the process.
+        unsafe { libc::abort() }
+    }
+    // SAFETY: plain data for system calls.
+    unsafe {
+        let mut action: libc::sigaction = core::mem::zeroed();
+        action.sa_sigaction = abort as *const () as usize;
+        let mut faults: libc::sigset_t = core::mem::zeroed();
+        for signal in [libc::SIGSEGV, libc::SIGBUS] {
+            libc::sigaction(signal, &action, core::ptr::null_mut());
+            libc::sigaddset(&mut faults, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &faults, core::ptr::null_mut());
+    }
+}
+
+extern "C" fn walk_frames(argument: *mut c_void) {
+    abort_on_faults();
+    // SAFETY: `frames` passes a `Walk`; the callback matches the unwinder's signature and gets the same.
+    let walk = unsafe {
+        _Unwind_Backtrace(on_frame, argument);
+        &mut *argument.cast::<Walk<'_>>()
+    };
     if walk.shown == 0 {
-        walk.show(rip); // the unwinder did not get through the signal frame
+        walk.show(walk.rip); // the unwinder did not get through the signal frame
     }
     if walk.shown > FRAMES {
         let _ = writeln!(walk.out, "  ...");
@@ -142,6 +186,9 @@ extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     let (walk, pc) = unsafe {
         let mut before = 0;
         let pc = _Unwind_GetIPInfo(context, &mut before);
+        if pc == 0 {
+            return STOP; // below a thread's first function
+        }
         // A return address is one past its call, which may be in the next function already.
         (&mut *argument.cast::<Walk<'_>>(), if before == 0 { pc.wrapping_sub(1) } else { pc })
     };

@@ -8,8 +8,9 @@ use core::ffi::CStr;
 use core::fmt::{self, Write};
 use core::slice;
 
-use object::read::elf::ElfFile64;
-use object::{Object, ObjectSegment, ObjectSymbol, SymbolKind};
+use object::LittleEndian;
+use object::elf::{FileHeader64, PT_LOAD, SHT_DYNSYM, SHT_SYMTAB, STT_FUNC};
+use object::read::elf::{FileHeader, ProgramHeader, Sym};
 
 /// Writes `0x1234 function+0x10 (file)`, as much of it as can be found.
 pub(crate) fn describe(pc: usize, out: &mut impl Write) -> fmt::Result {
@@ -27,20 +28,32 @@ pub(crate) fn describe(pc: usize, out: &mut impl Write) -> fmt::Result {
 
 /// Writes the function at an offset in an ELF file.
 fn function(elf: &[u8], offset: usize, out: &mut impl Write) -> fmt::Result {
-    let Ok(elf) = ElfFile64::<object::Endianness>::parse(elf) else { return out.write_str("?") };
-    let address = elf.segments().find_map(|segment| {
-        let (start, length) = segment.file_range();
-        (offset as u64).checked_sub(start).filter(|at| *at < length).map(|at| segment.address() + at)
-    });
-    let Some(address) = address else { return out.write_str("?") };
-    let covers = |symbol: &object::read::elf::ElfSymbol64<'_, '_>| {
-        symbol.kind() == SymbolKind::Text && address.wrapping_sub(symbol.address()) < symbol.size().max(1)
-    };
-    let found = elf.symbols().find(covers).or_else(|| elf.dynamic_symbols().find(covers));
-    match found.and_then(|symbol| Some((symbol.name().ok()?, address - symbol.address()))) {
+    match find(elf, offset as u64) {
         Some((name, into)) => write!(out, "{:#}+{into:#x}", rustc_demangle::demangle(name)),
         None => out.write_str("?"),
     }
+}
+
+/// The name of the function at an offset in an ELF file, and how far into it that is. By the lower of `object`'s
+/// two interfaces: its `ElfFile` allocates.
+fn find(elf: &[u8], offset: u64) -> Option<(&str, u64)> {
+    const ENDIAN: LittleEndian = LittleEndian;
+    let header = FileHeader64::<LittleEndian>::parse(elf).ok()?;
+    let address = header.program_headers(ENDIAN, elf).ok()?.iter().find_map(|segment| {
+        let (start, length) = segment.file_range(ENDIAN);
+        let into = offset.checked_sub(start).filter(|into| *into < length)?;
+        (segment.p_type(ENDIAN) == PT_LOAD).then(|| segment.p_vaddr(ENDIAN).wrapping_add(into))
+    })?;
+    let sections = header.sections(ENDIAN, elf).ok()?;
+    [SHT_SYMTAB, SHT_DYNSYM].into_iter().find_map(|table| {
+        let symbols = sections.symbols(ENDIAN, elf, table).ok()?;
+        let symbol = symbols.iter().find(|symbol| {
+            let into = address.wrapping_sub(symbol.st_value(ENDIAN));
+            symbol.st_type() == STT_FUNC && into < symbol.st_size(ENDIAN).max(1)
+        })?;
+        let name = symbols.symbol_name(ENDIAN, symbol).ok()?;
+        Some((core::str::from_utf8(name).ok()?, address - symbol.st_value(ENDIAN)))
+    })
 }
 
 /// A whole file, mapped.

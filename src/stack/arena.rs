@@ -14,7 +14,7 @@
 
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use super::class::{CLASSES, Class, PAGE};
+use super::class::{ALIGN, CLASSES, Class, PAGE};
 use super::guard;
 use crate::error::Error;
 
@@ -276,7 +276,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     };
     let mut slots = largest.min(MAX_SLOTS);
     let start = loop {
-        match guard::reserve(slots as usize * class.stride(), libc::PROT_NONE) {
+        match guard::reserve_aligned(slots as usize * class.stride(), ALIGN) {
             Ok(start) => break start,
             Err(error) if slots == 1 => return Err(error),
             Err(_) => slots = slots.div_ceil(4),

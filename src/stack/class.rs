@@ -28,6 +28,12 @@ pub(crate) const GUARD: usize = 4 * PAGE;
 /// The least slack of a slot whose stack moves: with guard and stack the smallest slot takes 64 KiB.
 const MIN_SLACK: usize = 11 * PAGE;
 
+/// Slots of moving stacks end at multiples of this, so that a move changes no address in its low 16 bits.
+///
+/// A word of a frame need not be one value: a `u16` that was stored over half a dead pointer leaves a word that
+/// looks like a pointer into the stack, and is rewritten as one. The `u16` in it must not change by that.
+pub(crate) const ALIGN: usize = 1 << 16;
+
 /// How many classes there are: those of moving stacks, then those of stacks that stay.
 pub(crate) const CLASSES: usize = 2 * SIZES;
 const SIZES: usize = 22;
@@ -76,9 +82,10 @@ impl Class {
         }
     }
 
-    /// Bytes from one slot to the next.
+    /// Bytes from one slot to the next, a multiple of [`ALIGN`] where stacks move.
     pub(crate) const fn stride(self) -> usize {
-        GUARD + self.window()
+        let bytes = GUARD + self.window();
+        if self.is_moving() { bytes.next_multiple_of(ALIGN) } else { bytes }
     }
 }
 
@@ -123,6 +130,13 @@ mod tests {
                 assert_eq!(Class::from_index(class.index()), class);
                 assert_eq!(class.stride() % PAGE, 0);
             }
+        }
+    }
+
+    #[test]
+    fn moves_change_no_low_bits() {
+        for log in 11..=32 {
+            assert_eq!(Class::moving(1 << log).stride() % ALIGN, 0);
         }
     }
 

@@ -61,6 +61,23 @@ pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
     Ok(at as usize)
 }
 
+/// As [`reserve`] without access, at a multiple of `align`, which is a multiple of a page.
+pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error> {
+    let from = reserve(bytes + align - PAGE, libc::PROT_NONE)?;
+    let start = from.next_multiple_of(align);
+    let (before, after) = (start - from, align - PAGE - (start - from));
+    // SAFETY: what is left over at both ends of a stretch reserved above; nothing is there.
+    unsafe {
+        if before != 0 {
+            unreserve(from, before);
+        }
+        if after != 0 {
+            unreserve(start + bytes, after);
+        }
+    }
+    Ok(start)
+}
+
 /// Gives reserved address space back.
 ///
 /// # Safety

@@ -1,0 +1,434 @@
+//! A fault that is not a growth ends as it would have without this crate, and reaches who was there before; an
+//! overflow at the maximum ends in a report. Each in a child process.
+
+use std::arch::asm;
+use std::cell::UnsafeCell;
+use std::ffi::{c_int, c_void};
+use std::hint::black_box;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use regrow::{Builder, Coroutine, Yielder};
+
+mod support;
+use support::{both_ways, child, child_command, frame, growths, relocating, run, variant};
+
+/// Reads a word by one instruction that is no growth point. What compilers emit, without their checks.
+#[inline(never)]
+fn load(address: usize) -> u64 {
+    let word;
+    // SAFETY: none: it is made to fault.
+    unsafe { asm!("mov {}, [{}]", out(reg) word, in(reg) address) };
+    word
+}
+
+#[inline(never)]
+fn store(address: usize) {
+    // SAFETY: none: it is made to fault.
+    unsafe { asm!("mov qword ptr [{}], 1", in(reg) address) };
+}
+
+/// Runs `f` in a coroutine that has grown, so that all is installed and in use.
+fn in_a_coroutine(builder: &Builder, f: impl FnOnce() + 'static) {
+    run(builder, || {
+        frame::<9000>(1);
+        assert!(growths() > 0);
+        f();
+    });
+}
+
+fn say(text: &str) {
+    // SAFETY: writes a string; allowed in a signal handler.
+    unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}
+
+// --- faults that are not ours ------------------------------------------------------------------------------------
+
+#[test]
+fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
+    const TEST: &str = "a_wild_pointer_in_a_coroutine_dies_by_sigsegv";
+    static CONSTANT: u64 = 5;
+    let wild: [(&str, fn()); 5] = [
+        ("null", || {
+            load(0);
+        }),
+        ("null, written", || store(8)),
+        ("not canonical", || {
+            load(0x8000_0000_0000_0000);
+        }),
+        ("read-only", || store(&raw const CONSTANT as usize)),
+        ("called", || {
+            // SAFETY: none: it is made to fault.
+            let f: extern "C" fn() = unsafe { std::mem::transmute(black_box(16usize)) };
+            f();
+        }),
+    ];
+    match variant() {
+        None => {
+            for (name, _) in wild {
+                for way in ["0", "1"] {
+                    let outcome = child(TEST, &format!("{way}{name}"));
+                    assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{name}: {outcome}");
+                    assert!(!outcome.stderr.contains("regrow"), "{name}: {outcome}");
+                }
+            }
+        }
+        Some(which) => {
+            let (way, name) = which.split_at(1);
+            let (_, f) = wild.into_iter().find(|&(known, _)| known == name).unwrap();
+            in_a_coroutine(&both_ways()[way.parse::<usize>().unwrap()], f);
+        }
+    }
+}
+
+/// An address in the guard of a coroutine that is suspended: below the page its local is on.
+fn guard_of(coroutine: &mut Coroutine<(), usize, ()>) -> usize {
+    let local = coroutine.resume(()).yielded().unwrap();
+    local / 4096 * 4096 - 64
+}
+
+fn suspended(builder: &Builder) -> Coroutine<(), usize, ()> {
+    builder.spawn(|yielder: &Yielder<(), usize>, ()| {
+        let local = black_box(1u64);
+        yielder.suspend(&raw const local as usize);
+    })
+}
+
+#[test]
+fn a_wild_pointer_into_a_guard_dies_by_sigsegv() {
+    const TEST: &str = "a_wild_pointer_into_a_guard_dies_by_sigsegv";
+    match variant().as_deref() {
+        None => {
+            for which in ["of another, from a thread", "of another, from a coroutine", "own, far below"] {
+                let outcome = child(TEST, which);
+                assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{which}: {outcome}");
+            }
+        }
+        Some("of another, from a thread") => {
+            let mut other = suspended(&relocating());
+            store(guard_of(&mut other));
+        }
+        Some("of another, from a coroutine") => {
+            let mut other = suspended(&relocating());
+            let guard = guard_of(&mut other);
+            in_a_coroutine(&relocating(), move || store(guard));
+        }
+        // Below everything the frame may use, by an instruction that no frame is made with.
+        Some(_) => run(&relocating(), || {
+            let local = black_box(1u64);
+            store((&raw const local as usize) - 6000);
+        }),
+    }
+}
+
+#[test]
+fn a_bus_error_in_a_coroutine_dies_by_sigbus() {
+    match variant() {
+        None => {
+            let outcome = child("a_bus_error_in_a_coroutine_dies_by_sigbus", "");
+            assert_eq!(outcome.signal(), Some(libc::SIGBUS), "{outcome}");
+        }
+        Some(_) => {
+            // SAFETY: a mapping past the end of an empty file, touched nowhere else.
+            let page = unsafe {
+                let file = libc::memfd_create(c"empty".as_ptr(), 0);
+                libc::mmap(ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, file, 0)
+            } as usize;
+            in_a_coroutine(&relocating(), move || {
+                load(page);
+            });
+        }
+    }
+}
+
+// --- handlers that were there before -------------------------------------------------------------------------------
+
+const FAULT_AT: usize = 0x10;
+
+fn install(handler: usize, flags: c_int) {
+    // SAFETY: plain data for system calls; each handler below has the signature its flags ask for.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler;
+        action.sa_flags = flags;
+        libc::sigaddset(&mut action.sa_mask, libc::SIGUSR1);
+        assert_eq!(libc::sigaction(libc::SIGSEGV, &action, ptr::null_mut()), 0);
+    }
+}
+
+/// Which of some signals are blocked now.
+fn blocked() -> [bool; 4] {
+    // SAFETY: plain data for a system call.
+    unsafe {
+        let mut mask = std::mem::zeroed();
+        libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), &mut mask);
+        [libc::SIGSEGV, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM]
+            .map(|signal| libc::sigismember(&mask, signal) == 1)
+    }
+}
+
+unsafe extern "C" fn with_siginfo(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel's, or so it must look.
+    let (address, code, rip) = unsafe {
+        let context = &*context.cast::<libc::ucontext_t>();
+        (
+            (*info).si_addr() as usize,
+            (*info).si_code,
+            context.uc_mcontext.gregs[libc::REG_RIP as usize] as usize,
+        )
+    };
+    let in_load = rip.wrapping_sub(load as *const () as usize) < 64;
+    let right = signal == libc::SIGSEGV && address == FAULT_AT && code == 1 && in_load;
+    say(if right { "reached with siginfo" } else { "reached with something else" });
+    say(if blocked() == [true, true, false, false] { ", masked" } else { ", masked otherwise" });
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(42) }
+}
+
+unsafe extern "C" fn without_siginfo(signal: c_int) {
+    say(if signal == libc::SIGSEGV { "reached" } else { "reached by something else" });
+    say(if blocked() == [false, true, false, false] { ", masked" } else { ", masked otherwise" });
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(43) }
+}
+
+unsafe extern "C" fn returns(_signal: c_int) {
+    say("reached once");
+}
+
+struct Page(UnsafeCell<usize>);
+// SAFETY: written before the one thread faults.
+unsafe impl Sync for Page {}
+static PAGE: Page = Page(UnsafeCell::new(0));
+
+/// A pager in user space: gives access to the page and lets the instruction run again.
+unsafe extern "C" fn opens_the_page(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
+    // SAFETY: the page is this test's.
+    unsafe {
+        let page = *PAGE.0.get();
+        if (*info).si_addr() as usize / 4096 * 4096 != page {
+            libc::_exit(1);
+        }
+        libc::mprotect(page as *mut c_void, 4096, libc::PROT_READ | libc::PROT_WRITE);
+        *libc::__errno_location() = 77;
+    }
+}
+
+static COUNTED: AtomicU32 = AtomicU32::new(0);
+
+unsafe extern "C" fn counts(_signal: c_int) {
+    COUNTED.fetch_add(1, Ordering::Relaxed);
+}
+
+#[test]
+fn a_handler_installed_before_is_reached_as_the_kernel_would() {
+    const TEST: &str = "a_handler_installed_before_is_reached_as_the_kernel_would";
+    let Some(how) = variant() else {
+        let exits = |how, code, text: &str| {
+            let outcome = child(TEST, how);
+            assert_eq!(outcome.status.code(), Some(code), "{how}: {outcome}");
+            assert!(outcome.stderr.contains(text), "{how}: {outcome}");
+        };
+        exits("siginfo", 42, "reached with siginfo, masked");
+        exits("siginfo, no stack of its own", 42, "reached with siginfo, masked");
+        exits("plain, nodefer", 43, "reached, masked");
+        exits("recovers", 0, "went on");
+        exits("sent", 0, "went on");
+        exits("sent, ignored", 0, "went on");
+        for (how, times) in [("reset", 1), ("ignored", 0), ("default", 0)] {
+            let outcome = child(TEST, how);
+            assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{how}: {outcome}");
+            assert_eq!(outcome.stderr.matches("reached once").count(), times, "{how}: {outcome}");
+        }
+        return;
+    };
+    let faults = || {
+        load(FAULT_AT);
+    };
+    let sent = || {
+        let before = growths();
+        // SAFETY: the handler, or its absence, is what this is about.
+        unsafe { libc::raise(libc::SIGSEGV) };
+        frame::<100_000>(1);
+        assert!(growths() > before);
+        say("went on");
+    };
+    match how.as_str() {
+        "siginfo" => install(with_siginfo as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK),
+        "siginfo, no stack of its own" => install(with_siginfo as *const () as usize, libc::SA_SIGINFO),
+        "plain, nodefer" => install(without_siginfo as *const () as usize, libc::SA_NODEFER),
+        "reset" => install(returns as *const () as usize, libc::SA_RESETHAND),
+        "ignored" | "sent, ignored" => install(libc::SIG_IGN, 0),
+        "default" => install(libc::SIG_DFL, 0),
+        "recovers" => install(opens_the_page as *const () as usize, libc::SA_SIGINFO),
+        "sent" => install(counts as *const () as usize, 0),
+        _ => unreachable!(),
+    }
+    match how.as_str() {
+        "recovers" => {
+            // SAFETY: a new page.
+            let page = unsafe {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                libc::mmap(ptr::null_mut(), 4096, libc::PROT_NONE, flags, -1, 0)
+            } as usize;
+            // SAFETY: before the handler can run.
+            unsafe { *PAGE.0.get() = page };
+            in_a_coroutine(&relocating(), move || {
+                let mask = blocked();
+                // SAFETY: this thread's errno.
+                unsafe { *libc::__errno_location() = 5 };
+                store(page + 80);
+                // SAFETY: as above.
+                assert_eq!(unsafe { *libc::__errno_location() }, 5);
+                assert_eq!((load(page + 80), blocked()), (1, mask));
+                say("went on");
+            });
+        }
+        "sent" => {
+            in_a_coroutine(&relocating(), sent);
+            assert_eq!(COUNTED.load(Ordering::Relaxed), 1);
+        }
+        "sent, ignored" => in_a_coroutine(&relocating(), sent),
+        _ => in_a_coroutine(&relocating(), faults),
+    }
+}
+
+#[test]
+fn sigsegv_from_outside_kills_as_it_would_have() {
+    const TEST: &str = "sigsegv_from_outside_kills_as_it_would_have";
+    match variant().as_deref() {
+        None => {
+            for how in ["the default action", "what std installed"] {
+                let mut process = child_command(TEST, how).spawn().unwrap();
+                let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+                lines.find(|line| line.as_ref().unwrap().ends_with("ready")).unwrap().unwrap();
+                // Std's handler takes the first for a fault, restores the default action and returns.
+                let status = loop {
+                    // SAFETY: the child was not waited for yet.
+                    unsafe { libc::kill(process.id() as i32, libc::SIGSEGV) };
+                    if how == "the default action" {
+                        break process.wait().unwrap();
+                    }
+                    std::thread::sleep(std::time::Duration::from_millis(2));
+                    if let Some(status) = process.try_wait().unwrap() {
+                        break status;
+                    }
+                };
+                assert_eq!(status.signal(), Some(libc::SIGSEGV), "{how}");
+            }
+        }
+        Some(how) => {
+            if how == "the default action" {
+                install(libc::SIG_DFL, 0);
+            }
+            in_a_coroutine(&relocating(), || {
+                println!("\nready");
+                loop {
+                    // SAFETY: waits for a signal.
+                    unsafe { libc::pause() };
+                }
+            });
+        }
+    }
+}
+
+// --- overflow ----------------------------------------------------------------------------------------------------
+
+#[inline(never)]
+fn recurses_for_ever(depth: u64) -> u64 {
+    let here = black_box([depth; 32]);
+    let below = if black_box(true) { recurses_for_ever(depth + 1) } else { 0 };
+    below + black_box(here)[3]
+}
+
+#[test]
+fn an_overflow_of_a_plain_thread_is_still_told_by_std() {
+    const TEST: &str = "an_overflow_of_a_plain_thread_is_still_told_by_std";
+    match variant().as_deref() {
+        None => {
+            for how in ["a thread without coroutines", "a thread that ran one", "a thread that runs one"] {
+                let outcome = child(TEST, how);
+                assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{how}: {outcome}");
+                assert!(outcome.stderr.contains("has overflowed its stack"), "{how}: {outcome}");
+                assert!(!outcome.stderr.contains("regrow"), "{how}: {outcome}");
+            }
+        }
+        Some(how) => {
+            in_a_coroutine(&relocating(), || ());
+            let how = how.to_string();
+            let thread = std::thread::spawn(move || {
+                let mut alive = None;
+                if how != "a thread without coroutines" {
+                    in_a_coroutine(&relocating(), || ());
+                }
+                if how == "a thread that runs one" {
+                    let mut coroutine = suspended(&relocating());
+                    coroutine.resume(());
+                    alive = Some(coroutine);
+                }
+                black_box(recurses_for_ever(0));
+                drop(alive);
+            });
+            let _ = thread.join();
+        }
+    }
+}
+
+#[test]
+fn an_overflow_at_the_maximum_is_reported() {
+    const TEST: &str = "an_overflow_at_the_maximum_is_reported";
+    let builders = both_ways();
+    match variant() {
+        None => {
+            for way in ["0", "1"] {
+                let outcome = child(TEST, way);
+                assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+                for part in [
+                    "regrow: coroutine \"deep one\" exceeds its 16384-byte stack limit\n",
+                    "fatal error: stack overflow\n",
+                    "  size 16384 bytes, ",
+                    "raise Builder::maximum",
+                    "coroutine \"deep one\" [running]:\n",
+                    "faults::recurses_for_ever+0x",
+                    "(faults-",
+                ] {
+                    assert!(outcome.stderr.contains(part), "no {part:?} in\n{outcome}");
+                }
+            }
+        }
+        Some(way) => {
+            let builder = &builders[way.parse::<usize>().unwrap()];
+            let builder = builder.clone().name("deep one").maximum(16 << 10);
+            run(&builder, || black_box(recurses_for_ever(0)));
+        }
+    }
+}
+
+#[test]
+fn a_stack_that_may_not_move_and_has_no_slack_left_is_reported() {
+    match variant() {
+        None => {
+            let outcome = child("a_stack_that_may_not_move_and_has_no_slack_left_is_reported", "");
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+            assert!(
+                outcome.stderr.contains("may not move its stack here and has used up its slack"),
+                "{outcome}"
+            );
+            assert!(outcome.stderr.contains("Builder::first_size"), "{outcome}");
+        }
+        Some(_) => run(&relocating(), || {
+            // SAFETY: a frame below this one, touched only at its lowest word, by no growth point.
+            unsafe {
+                asm!(
+                    "sub rsp, 50000",
+                    "mov {low}, rsp",
+                    "mov qword ptr [{low}], 0",
+                    "add rsp, 50000",
+                    low = out(reg) _,
+                );
+            }
+        }),
+    }
+}

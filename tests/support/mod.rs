@@ -1,0 +1,124 @@
+//! What the integration tests share: both ways of growing, functions that use stack, child processes.
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
+
+use std::fmt;
+use std::hint::black_box;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus, Stdio};
+
+use regrow::{Builder, Yielder, current_stats};
+
+/// A builder of coroutines whose stacks move.
+pub fn relocating() -> Builder {
+    // SAFETY: the tests keep no pointer into a coroutine's stack outside it, but for those that are about just
+    // this: they do it in a child process, which ends at the first use of such a pointer.
+    unsafe { Builder::new().relocating() }
+}
+
+/// A builder for each way of growing.
+pub fn both_ways() -> [Builder; 2] {
+    [relocating(), Builder::new().maximum(64 << 20)]
+}
+
+/// Runs `f` in a coroutine of its own, to its end.
+pub fn run<R: 'static>(builder: &Builder, f: impl FnOnce() -> R + 'static) -> R {
+    let mut coroutine = builder.spawn(move |_: &Yielder<(), ()>, ()| f());
+    coroutine.resume(()).returned().expect("it never suspends")
+}
+
+/// How often the running coroutine has grown.
+pub fn growths() -> u64 {
+    current_stats().expect("called in a coroutine").growths
+}
+
+/// Calls `f` from `steps` small frames further down.
+#[inline(never)]
+pub fn below(steps: usize, f: &mut dyn FnMut()) {
+    let here = black_box([steps; 4]);
+    match steps {
+        0 => f(),
+        _ => below(steps - 1, f),
+    }
+    assert_eq!(black_box(here), [steps; 4]);
+}
+
+/// A frame of at least `N` bytes, all of them written and read.
+#[inline(never)]
+pub fn frame<const N: usize>(seed: u8) -> u64 {
+    let bytes = black_box([seed; N]);
+    let sum = bytes.iter().map(|&byte| u64::from(byte)).sum();
+    assert_eq!(sum, u64::from(seed) * N as u64);
+    sum
+}
+
+/// Calls its function when it is dropped.
+pub struct OnDrop<F: FnMut()>(pub F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+/// SplitMix64: the next of a sequence of well-mixed numbers.
+pub fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mixed = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 31
+}
+
+const VARIANT: &str = "REGROW_TEST_CHILD";
+
+/// In a child process: which variant of the test it is to run. `None` in the test proper.
+pub fn variant() -> Option<String> {
+    let variant = std::env::var(VARIANT).ok()?;
+    let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: plain system calls. A child is meant to crash without a core file, and not to hang.
+    unsafe {
+        libc::setrlimit(libc::RLIMIT_CORE, &no_core);
+        libc::alarm(100);
+    }
+    Some(variant)
+}
+
+/// How a child process ended and what it said.
+pub struct Outcome {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Outcome {
+    pub fn signal(&self) -> Option<i32> {
+        self.status.signal()
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n--- stdout\n{}\n--- stderr\n{}", self.status, self.stdout, self.stderr)
+    }
+}
+
+/// The command that runs one test of this binary in a process of its own, where [`variant`] is `Some`.
+pub fn child_command(test: &str, variant: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(VARIANT, variant);
+    command.env_remove("RUST_BACKTRACE").stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs one test of this binary in a process of its own, where [`variant`] is `Some`.
+pub fn child(test: &str, variant: &str) -> Outcome {
+    outcome(&mut child_command(test, variant))
+}
+
+pub fn outcome(command: &mut Command) -> Outcome {
+    let output = command.output().unwrap();
+    Outcome {
+        status: output.status,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
