@@ -529,20 +529,21 @@ impl Functions {
             return;
         }
         self.count += 1;
+        let is_base = start == regrow_entry as *const () as usize;
         let mut context = core::mem::take(&mut self.context);
         let mut covered = start;
         if let Ok(mut rows) = fde.rows(&tables.section, &tables.bases, &mut context) {
             while let Ok(Some(row)) = rows.next_row() {
                 let row_end = (row.end_address() as usize).clamp(covered, end);
-                self.push_row(covered..row_end, tables.rules(row, fde));
+                self.push_row(covered..row_end, tables.rules(row, fde), is_base);
                 covered = row_end;
             }
         }
-        self.push_row(covered..end, Err(Unwalkable::Malformed));
+        self.push_row(covered..end, Err(Unwalkable::Malformed), is_base);
         self.context = context;
     }
 
-    fn push_row(&mut self, mut range: Range<usize>, rules: Result<Rules, Unwalkable>) {
+    fn push_row(&mut self, mut range: Range<usize>, rules: Result<Rules, Unwalkable>, is_base: bool) {
         if let Some(last) = self.maps.last().filter(|last| last.range.start <= range.start) {
             range.start = range.start.max(last.range.end);
         }
@@ -553,11 +554,7 @@ impl Functions {
             self.unwalkable.push((range.clone(), reason));
         }
         let map = FrameMap { rules: Some(rules), ..FrameMap::new(range) }.source(Source::EhFrame);
-        self.maps.push(if map.range.contains(&(regrow_entry as *const () as usize)) {
-            base(map)
-        } else {
-            map
-        });
+        self.maps.push(if is_base { base(map) } else { map });
     }
 }
 
