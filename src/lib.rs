@@ -43,6 +43,7 @@ mod builder;
 mod coroutine;
 mod error;
 mod grow;
+pub mod map;
 mod pin;
 mod report;
 mod stack;

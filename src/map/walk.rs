@@ -1,0 +1,528 @@
+//! Walking a stack: from the registers of a context, frame by frame, to a coroutine's base or the end of the thread.
+//!
+//! ```text
+//!               ┌──────────────────────┐ ◄ frame.range().end = CFA = where the caller's frame begins
+//!               │ return address       │ ◄ frame.return_address(): says where in the caller
+//!               │ caller's rbp, rbx .. │ ◄ frame.saved(i): values of whichever frame further out saved them itself
+//!    a frame    │ words                │ ◄ frame.word(address)
+//!               └──────────────────────┘ ◄ frame.range().start = rsp
+//!               ┌──────────────────────┐
+//!    further in │ a saved register     │ ◄ frame.register(i): where this frame's own value of it lies now
+//!               └──────────────────────┘
+//! ```
+//!
+//! A callee-saved register belongs to the innermost frame, further out than where it lies, that has saved its caller's value: that one
+//! uses it. Frames in between have not touched it.
+//!
+//! Nothing here allocates, panics, or uses unsafe code: memory is read through a function that may refuse.
+#![forbid(unsafe_code)]
+
+use core::fmt;
+use core::ops::Range;
+
+use super::frame_map::{Cfa, Kind, Origin, Place, Register, Rules, SAVED, Unwalkable, Verdict};
+use super::stack_maps::{Map, Reader};
+
+const WORD: usize = size_of::<usize>();
+
+/// A walk that goes on across bases or signal frames this often without end is taken for a loop.
+const MOST_STACKS: u32 = 1 << 16;
+
+/// The registers that a walk starts from. Those that are not given are not known.
+///
+/// ```
+/// use regrow::map::{Register, Registers};
+/// let registers = Registers::new(0x1234, 0x7fff_0000).with(Register::RBP, 7);
+/// assert_eq!(registers.get(Register::RSP), Some(0x7fff_0000));
+/// assert_eq!(registers.get(Register::RBX), None);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Registers {
+    pc: usize,
+    general: [usize; 16],
+    known: u16,
+}
+
+impl Registers {
+    /// `pc`: the instruction that was interrupted, or will run next.
+    #[must_use]
+    pub fn new(pc: usize, rsp: usize) -> Self {
+        Self { pc, general: [0; 16], known: 0 }.with(Register::RSP, rsp)
+    }
+
+    /// Adds a register's value.
+    #[must_use]
+    pub fn with(mut self, register: Register, value: usize) -> Self {
+        self.general[usize::from(register.dwarf())] = value;
+        self.known |= 1 << register.dwarf();
+        self
+    }
+
+    /// A register's value, if it is known.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, register: Register) -> Option<usize> {
+        let known = self.known >> register.dwarf() & 1 != 0;
+        if known { self.general.get(usize::from(register.dwarf())).copied() } else { None }
+    }
+
+    /// The address of the instruction.
+    #[must_use]
+    pub fn pc(&self) -> usize {
+        self.pc
+    }
+}
+
+impl fmt::Debug for Registers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rip {:#x}", self.pc)?;
+        for register in (0..16).filter_map(Register::from_dwarf) {
+            if let Some(value) = self.get(register) {
+                write!(f, ", {register} {value:#x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the value lies that a callee-saved register has in a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Location {
+    /// Still in the register.
+    Register,
+    /// At this address, in a frame further in.
+    Memory(usize),
+    /// Nowhere: it was not known when the walk began, or a frame did not keep it.
+    Lost,
+}
+
+/// A [`Location`] in one word. No stack lies at the two highest addresses.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Packed(usize);
+
+impl Packed {
+    const REGISTER: Self = Self(usize::MAX);
+    const LOST: Self = Self(usize::MAX - 1);
+
+    #[inline]
+    fn location(self) -> Location {
+        match self {
+            Self::REGISTER => Location::Register,
+            Self::LOST => Location::Lost,
+            Self(address) => Location::Memory(address),
+        }
+    }
+}
+
+/// Whose a word of a frame is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Word {
+    /// The return address.
+    ReturnAddress,
+    /// A register that the frame keeps for its callers: the verdict is given by the frame it belongs to.
+    Saved(Register),
+    /// The frame's own.
+    Own(Verdict),
+}
+
+/// One frame.
+#[derive(Clone, Copy)]
+pub struct Frame<'a> {
+    pc: usize,
+    exact: bool,
+    kind: Kind,
+    rsp: usize,
+    cfa: usize,
+    /// 0 if there is none.
+    return_address: usize,
+    /// Where the frame's own values are.
+    registers: [Packed; SAVED],
+    /// Where it has put its callers', 0 if not in memory or untouched.
+    saved: [usize; SAVED],
+    /// Which of the registers it uses itself.
+    owned: u8,
+    /// The frame's own values, as far as its words are counted from them; 0 otherwise.
+    values: [usize; SAVED],
+    map: Map<'a>,
+}
+
+impl<'a> Frame<'a> {
+    /// Where its code was interrupted, or where its call will return to.
+    #[must_use]
+    pub fn pc(&self) -> usize {
+        self.pc
+    }
+
+    /// The address that its map was looked up by: inside the instruction that is running, or the call that has not returned.
+    #[must_use]
+    pub fn code(&self) -> usize {
+        if self.exact { self.pc } else { self.pc.wrapping_sub(1) }
+    }
+
+    /// What it is to a walker.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its bytes on the stack: from its stack pointer to where its caller's frame begins.
+    ///
+    /// A signal frame ends where the interrupted stack pointer was, and a base where its resumer's is, both of
+    /// which may be on another stack, even below: the range is empty then.
+    #[inline]
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.rsp..self.cfa
+    }
+
+    /// The address of its return address. It has none if it is the thread's outermost frame.
+    #[must_use]
+    pub fn return_address(&self) -> Option<usize> {
+        (self.return_address != 0).then_some(self.return_address)
+    }
+
+    /// Where the value lies that the `index`th of [`Register::CALLEE_SAVED`] has in this frame.
+    ///
+    /// ```no_run
+    /// # let frame: regrow::map::Frame<'_> = unimplemented!();
+    /// use regrow::map::{Location, Register};
+    /// if let Location::Memory(address) = frame.register(Register::RBX.saved_index().unwrap()) {
+    ///     println!("rbx was saved at {address:#x}");
+    /// }
+    /// ```
+    #[inline]
+    #[must_use]
+    pub fn register(&self, index: usize) -> Location {
+        self.registers.get(index).map_or(Location::Lost, |packed| packed.location())
+    }
+
+    /// True if the frame uses that register itself: the value at [`register`](Self::register) is its own, and takes its verdict.
+    #[inline]
+    #[must_use]
+    pub fn owns(&self, index: usize) -> bool {
+        index < SAVED && self.owned >> index & 1 != 0
+    }
+
+    /// Where it has saved the value that this register had when it was called.
+    #[inline]
+    #[must_use]
+    pub fn saved(&self, index: usize) -> Option<usize> {
+        self.saved.get(index).copied().filter(|&address| address != 0)
+    }
+
+    /// The map it is walked by.
+    #[must_use]
+    pub fn map(&self) -> &Map<'a> {
+        &self.map
+    }
+
+    /// Whose the word at `address` is, and what is known about it.
+    #[inline]
+    #[must_use]
+    pub fn word(&self, address: usize) -> Word {
+        if address == self.return_address {
+            return Word::ReturnAddress;
+        }
+        if let Some(index) = self.saved.iter().position(|&place| place == address)
+            && let Some(&register) = Register::CALLEE_SAVED.get(index)
+        {
+            return Word::Saved(register);
+        }
+        Word::Own(self.map.word(address, |place| self.address_of(place)))
+    }
+
+    /// True if no word of it, and no register it uses, is ambiguous.
+    #[must_use]
+    pub fn is_precise(&self) -> bool {
+        let words = self.range().step_by(WORD);
+        let registers = 0..SAVED;
+        words.into_iter().all(|address| self.word(address) != Word::Own(Verdict::Ambiguous))
+            && registers
+                .into_iter()
+                .all(|index| !self.owns(index) || self.map.register(index) != Verdict::Ambiguous)
+    }
+
+    fn address_of(&self, place: Place) -> Option<usize> {
+        let origin = match place.origin() {
+            Origin::Cfa => self.cfa,
+            Origin::Register(Register::RSP) => self.rsp,
+            Origin::Register(register) => *self.values.get(register.saved_index()?)?,
+            Origin::Same | Origin::Undefined => return None,
+        };
+        Some(origin.wrapping_add_signed(place.offset() as isize))
+    }
+}
+
+impl fmt::Debug for Frame<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} at {:#x}, {:#x}..{:#x}", self.kind, self.pc, self.rsp, self.cfa)
+    }
+}
+
+/// How a walk ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// At a coroutine's base, which was its last frame.
+    Base,
+    /// At the outermost frame of a thread, which was its last.
+    Outermost,
+    /// Before a frame that it could not get through.
+    Stuck {
+        /// The frame's program counter.
+        pc: usize,
+        /// Why not.
+        why: Stuck,
+    },
+}
+
+/// Why a walk cannot go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stuck {
+    /// No map is for this code: compiled at run time, or written by hand, without unwind tables.
+    NoMap,
+    /// What is known about this code is about words only, and it has no unwind tables.
+    NoRules,
+    /// Its unwind tables cannot be followed.
+    Rules(Unwalkable),
+    /// The word at this address cannot be read.
+    Memory(usize),
+    /// The frame's end or words are counted from this register, whose value is not known.
+    Register(Register),
+    /// The caller's frame would not lie above this one: memory is corrupt, or the walk runs in circles.
+    NoProgress,
+}
+
+impl fmt::Display for Stuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoMap => f.write_str("no map is for its code"),
+            Self::NoRules => f.write_str("a map gives its words, but nothing says where it ends"),
+            Self::Rules(reason) => reason.fmt(f),
+            Self::Memory(address) => write!(f, "the word at {address:#x} cannot be read"),
+            Self::Register(register) => write!(f, "the value of {register} is not known"),
+            Self::NoProgress => f.write_str("its caller's frame would not lie above it"),
+        }
+    }
+}
+
+/// The frames of a stack, innermost first.
+///
+/// ```
+/// use regrow::map::{Cfa, End, FrameMap, Kind, Register, Registers, Rules, StackMaps, Walk};
+///
+/// let maps = StackMaps::new();
+/// let _registration = maps.register(vec![
+///     FrameMap::new(0x1000..0x1100).rules(Rules::new(Cfa::rsp(16))), // a leaf with one word
+///     FrameMap::new(0x2000..0x2100).rules(Rules::new(Cfa::rsp(8)).kind(Kind::Base)),
+/// ]);
+/// let stack = [7, 0x2050, 0]; // at address 0x8000: the leaf's word, its return address, the base's frame
+/// let memory = |address: usize| stack.get((address - 0x8000) / 8).copied();
+///
+/// let reader = maps.read();
+/// let mut walk = Walk::new(&reader, &Registers::new(0x1010, 0x8000), memory);
+/// let ranges: Vec<_> = walk.by_ref().map(|frame| frame.range()).collect();
+/// assert_eq!(ranges, [0x8000..0x8010, 0x8010..0x8018]);
+/// assert_eq!(walk.end(), Some(End::Base));
+/// ```
+pub struct Walk<'a, M> {
+    reader: &'a Reader<'a>,
+    memory: M,
+    start: Registers,
+    across: bool,
+    stacks: u32,
+    /// Of the next frame, or how the walk ended.
+    next: Result<usize, End>,
+    rsp: usize,
+    /// `pc` is that of an instruction that has not run, not of one after a call.
+    exact: bool,
+    /// The registers are those of the start: those that calls do not keep are known, too.
+    innermost: bool,
+    registers: [Packed; SAVED],
+}
+
+impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
+    /// Starts at `start`. `memory` returns the word at an address, or `None` if it may not be read.
+    #[inline]
+    pub fn new(reader: &'a Reader<'a>, start: &Registers, memory: M) -> Self {
+        let place = |register| if start.get(register).is_some() { Packed::REGISTER } else { Packed::LOST };
+        Self {
+            reader,
+            memory,
+            start: *start,
+            across: false,
+            stacks: 0,
+            next: Ok(start.pc),
+            rsp: start.get(Register::RSP).unwrap_or_default(),
+            exact: true,
+            innermost: true,
+            registers: Register::CALLEE_SAVED.map(place),
+        }
+    }
+
+    /// Does not stop at a coroutine's base, but goes on with the frames of its resumer.
+    #[must_use]
+    pub fn across_bases(mut self) -> Self {
+        self.across = true;
+        self
+    }
+
+    /// How it ended, once it has.
+    pub fn end(&self) -> Option<End> {
+        self.next.err()
+    }
+
+    /// The frame at `pc`; afterwards, `self` is at its caller.
+    #[inline]
+    fn step(&mut self, pc: usize) -> Result<Frame<'a>, Stuck> {
+        let code = if self.exact { pc } else { pc.wrapping_sub(1) };
+        let map = self.reader.find(code).ok_or(Stuck::NoMap)?;
+        let rules =
+            map.rules_here().ok_or(Stuck::NoRules)?.as_ref().map_err(|reason| Stuck::Rules(*reason))?;
+        let cfa = self.cfa(rules, pc)?;
+        if cfa <= self.rsp || rules.kind != Kind::Call {
+            self.other_stack(rules.kind)?;
+        }
+        let mut frame = Frame {
+            pc,
+            exact: self.exact,
+            kind: rules.kind,
+            rsp: self.rsp,
+            cfa,
+            return_address: 0,
+            registers: self.registers,
+            saved: [0; SAVED],
+            owned: 0,
+            values: [0; SAVED],
+            map,
+        };
+        if !map.is_ambiguous() {
+            self.word_bases(&mut frame)?;
+        }
+        frame.return_address = self.address(rules.return_address, cfa)?.unwrap_or(0);
+        let mut outer = self.registers;
+        for (index, &place) in rules.saved.iter().enumerate() {
+            if place == Place::SAME {
+                continue;
+            }
+            let address = self.address(place, cfa)?;
+            frame.owned |= 1 << index;
+            if let Some(saved) = frame.saved.get_mut(index) {
+                *saved = address.unwrap_or(0);
+            }
+            if let Some(register) = outer.get_mut(index) {
+                *register = address.map_or(Packed::LOST, Packed);
+            }
+        }
+        self.next = self.caller(&frame, rules);
+        self.registers = outer;
+        self.rsp = cfa;
+        self.exact = rules.kind != Kind::Call;
+        self.innermost = false;
+        Ok(frame)
+    }
+
+    /// Where the frame's caller goes on.
+    #[inline]
+    fn caller(&self, frame: &Frame<'_>, rules: &Rules) -> Result<usize, End> {
+        if rules.kind == Kind::Base && !self.across {
+            return Err(End::Base);
+        }
+        if frame.return_address == 0 {
+            return Err(End::Outermost);
+        }
+        let stuck = End::Stuck { pc: frame.pc, why: Stuck::Memory(frame.return_address) };
+        (self.memory)(frame.return_address).ok_or(stuck)
+    }
+
+    #[inline]
+    fn cfa(&self, rules: &Rules, pc: usize) -> Result<usize, Stuck> {
+        match rules.cfa {
+            Cfa::Register(register, offset) => Ok(self.value(register)?.wrapping_add_signed(offset as isize)),
+            Cfa::Loaded { register, offset, plus } => {
+                let address = self.value(register)?.wrapping_add_signed(offset as isize);
+                Ok(self.load(address)?.wrapping_add_signed(plus as isize))
+            }
+            Cfa::Plt { pushed } => {
+                let words = if pc & 15 >= usize::from(pushed) { 2 } else { 1 };
+                Ok(self.rsp.wrapping_add(words * WORD))
+            }
+        }
+    }
+
+    /// The value a register has in the frame that is next.
+    #[inline]
+    fn value(&self, register: Register) -> Result<usize, Stuck> {
+        if register == Register::RSP {
+            return Ok(self.rsp);
+        }
+        let unknown = Stuck::Register(register);
+        let Some(index) = register.saved_index() else {
+            return self.start.get(register).filter(|_| self.innermost).ok_or(unknown);
+        };
+        match self.registers.get(index).map(|packed| packed.location()) {
+            Some(Location::Register) => self.start.get(register).ok_or(unknown),
+            Some(Location::Memory(address)) => self.load(address),
+            _ => Err(unknown),
+        }
+    }
+
+    #[inline]
+    fn load(&self, address: usize) -> Result<usize, Stuck> {
+        (self.memory)(address).ok_or(Stuck::Memory(address))
+    }
+
+    /// The address of a place in the frame that is next; `None` if it says that there is none.
+    #[inline]
+    fn address(&self, place: Place, cfa: usize) -> Result<Option<usize>, Stuck> {
+        let origin = match place.origin() {
+            Origin::Cfa => cfa,
+            Origin::Register(register) => self.value(register)?,
+            Origin::Same | Origin::Undefined => return Ok(None),
+        };
+        Ok(Some(origin.wrapping_add_signed(place.offset() as isize)))
+    }
+
+    /// Finds the values that the places of the frame's words are counted from.
+    fn word_bases(&self, frame: &mut Frame<'_>) -> Result<(), Stuck> {
+        for place in frame.map.word_places() {
+            if let Origin::Register(register) = place.origin()
+                && register != Register::RSP
+            {
+                let index = register.saved_index().ok_or(Stuck::Register(register))?;
+                if let Some(value) = frame.values.get_mut(index) {
+                    *value = self.value(register)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A step that need not go up: only signal frames and bases make one, and not for ever.
+    #[cold]
+    fn other_stack(&mut self, kind: Kind) -> Result<(), Stuck> {
+        self.stacks += 1;
+        if kind == Kind::Call || self.stacks > MOST_STACKS { Err(Stuck::NoProgress) } else { Ok(()) }
+    }
+}
+
+impl<'a, M: Fn(usize) -> Option<usize>> Iterator for Walk<'a, M> {
+    type Item = Frame<'a>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Frame<'a>> {
+        let pc = self.next.ok()?;
+        match self.step(pc) {
+            Ok(frame) => Some(frame),
+            Err(why) => {
+                self.next = Err(End::Stuck { pc, why });
+                None
+            }
+        }
+    }
+}
+
+impl<M> fmt::Debug for Walk<'_, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Walk").field("next", &self.next).field("rsp", &self.rsp).finish_non_exhaustive()
+    }
+}
