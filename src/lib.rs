@@ -8,6 +8,7 @@ mod builder;
 mod coroutine;
 mod error;
 mod grow;
+pub mod map;
 mod report;
 mod stack;
 mod stats;
