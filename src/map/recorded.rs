@@ -16,6 +16,8 @@
 //! callee-saved registers of the *caller* lie in the frame is not in here: that is unwind data, and those
 //! words take the verdict of the frame the registers belong to.
 
+use core::ops::Range;
+
 /// What is known about an 8-byte word.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Verdict {
@@ -175,4 +177,19 @@ impl Frame {
         self.words.dedup_by_key(|word| (word.base, word.offset));
         self
     }
+}
+
+/// How to get from a frame to its caller, for a range of code: a row of a DWARF unwind table.
+///
+/// For code that is in no `.eh_frame`. The return address is at CFA − 8.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UnwindRow {
+    /// The addresses of the code it holds for.
+    pub code: Range<u64>,
+    /// The register from which the CFA is counted, by its DWARF number (7 `rsp`, 6 `rbp`).
+    pub cfa_register: u16,
+    /// Bytes from that register's value to the CFA.
+    pub cfa_offset: i32,
+    /// Registers of the caller that lie in this frame: DWARF number, and bytes from the CFA.
+    pub saved: Vec<(u16, i32)>,
 }

@@ -36,6 +36,9 @@ pub struct Stop {
     pub registers: usize,
     /// The word that the frame's size says is its own return address.
     pub callers_return_address: Option<u64>,
+    /// The callee-saved registers that point into the frame, less `rbp`, by their DWARF numbers: addresses of
+    /// stack objects that wait there for the call to return.
+    pub stack_addresses: Vec<u16>,
 }
 
 /// Runs `code` with `frames` in force; returns its result and what was found at each call, in order.
@@ -89,7 +92,13 @@ extern "C" fn stop(saved: &mut [u64; 6], return_slot: *mut u64) {
         let distance = (objects.new.as_ptr() as u64).wrapping_sub(objects.old.as_ptr() as u64);
         let old = objects.old.as_ptr_range();
         let is_old = |word: u64| (old.start as u64..old.end as u64).contains(&word);
-        let mut found = Stop { return_address, words: 0, registers: 0, callers_return_address: None };
+        let mut found = Stop {
+            return_address,
+            words: 0,
+            registers: 0,
+            callers_return_address: None,
+            stack_addresses: vec![],
+        };
         for word in frame.words.iter().filter(|word| word.verdict == Verdict::Pointer) {
             let place = value(word.base).wrapping_add_signed(word.offset.into()) as *mut u64;
             // SAFETY: the map says that this is a word of the frame that is stopped in the call to us. If it lies,
@@ -100,9 +109,14 @@ extern "C" fn stop(saved: &mut [u64; 6], return_slot: *mut u64) {
                 found.words += 1;
             }
         }
-        // SAFETY: likewise.
-        found.callers_return_address =
-            frame.size.map(|size| unsafe { ((value(Base::Rsp) + size) as *const u64).read() });
+        if let Some(size) = frame.size {
+            let inside = value(Base::Rsp)..value(Base::Rsp) + size;
+            // SAFETY: likewise.
+            found.callers_return_address = Some(unsafe { (inside.end as *const u64).read() });
+            let addresses = SAVED.into_iter().zip(*saved).filter(|(_, value)| inside.contains(value));
+            found.stack_addresses =
+                addresses.map(|(register, _)| register).filter(|&register| register != 6).collect();
+        }
         for (place, register) in saved.iter_mut().zip(SAVED) {
             if frame.registers.contains(register) && is_old(*place) {
                 *place = place.wrapping_add(distance);
