@@ -1,5 +1,6 @@
-//! The reader of `.llvm_stackmaps`: sections written here from random models, mutated ones, and those that LLVM
-//! itself makes from `tests/llvm/*.ll` where there is an `llc` (any version; otherwise the sections checked in).
+//! The reader of `.llvm_stackmaps`: sections written here from random models, mutated ones, and those that
+//! LLVM itself makes from `tests/llvm/*.ll` where there is an `llc` (any version; otherwise the sections
+//! checked in).
 
 mod recorded;
 
@@ -252,7 +253,10 @@ proptest! {
     }
 
     #[test]
-    fn a_section_cut_short_is_an_error_or_whole_tables((models, section) in section(), at in any::<prop::sample::Index>()) {
+    fn a_section_cut_short_is_an_error_or_whole_tables(
+        (models, section) in section(),
+        at in any::<prop::sample::Index>(),
+    ) {
         let cut = &section[..at.index(section.len() + 1)];
         let mut whole = 0;
         for table in tables(cut) {
@@ -270,20 +274,29 @@ proptest! {
     }
 
     #[test]
-    fn damaged_sections_do_no_harm((_, mut section) in section(), damages in prop::collection::vec(damage(), 1..6)) {
+    fn damaged_sections_do_no_harm(
+        (_, mut section) in section(),
+        damages in prop::collection::vec(damage(), 1..6),
+    ) {
         damages.iter().for_each(|damage| damage.apply(&mut section));
         exhaust(&section);
     }
 
     #[test]
-    fn damaged_sections_of_llvm_do_no_harm(which in 0..3usize, damages in prop::collection::vec(damage(), 1..6)) {
+    fn damaged_sections_of_llvm_do_no_harm(
+        which in 0..3usize,
+        damages in prop::collection::vec(damage(), 1..6),
+    ) {
         let mut section = CHECKED_IN[which].1.to_vec();
         damages.iter().for_each(|damage| damage.apply(&mut section));
         exhaust(&section);
     }
 
     #[test]
-    fn random_bytes_do_no_harm(mut bytes in prop::collection::vec(any::<u8>(), 0..400), is_table in any::<bool>()) {
+    fn random_bytes_do_no_harm(
+        mut bytes in prop::collection::vec(any::<u8>(), 0..400),
+        is_table in any::<bool>(),
+    ) {
         if is_table {
             bytes.splice(0..0, [3, 0, 0, 0]);
         }
@@ -440,7 +453,8 @@ fn the_statepoints_checked_in_give_these_frames() {
 #[test]
 fn pointers_in_registers_checked_in_are_found() {
     let frames = checked_in("statepoint-registers");
-    assert_eq!(frames[0].words.iter().filter(|word| word.verdict == Verdict::Pointer).count(), 1); // the alloca
+    let pointers = frames[0].words.iter().filter(|word| word.verdict == Verdict::Pointer);
+    assert_eq!(pointers.count(), 1, "the alloca");
     assert_eq!(frames[0].registers.iter().count(), 3);
 }
 

@@ -12,45 +12,47 @@
 //!
 //! # What a stack map says
 //!
-//! For each call, in which words of the frame's *stack slots* the values lie that were declared to be in need of a
-//! stack map and are used after the call. `cranelift-frontend` stores such a value to a slot of its own before
-//! every call and loads it again afterwards, so each copy of it that survives the call is in the map. Here each
-//! such word is a pointer. A call without a map of its own gets a frame without pointers.
+//! For each call, in which words of the frame's *stack slots* the values lie that were declared to be in need
+//! of a stack map and are used after the call. `cranelift-frontend` stores such a value to a slot of its own
+//! before every call and loads it again afterwards, so each copy of it that survives the call is in the map.
+//! Here each such word is a pointer. A call without a map of its own gets a frame without pointers.
 //!
 //! # What Cranelift does not say
 //!
-//! A value that was not declared may be anywhere across a call, in a spill slot or in a callee-saved register,
-//! and nothing records it. So all that is not in the map is `rest`: [`Verdict::Ambiguous`], unless the compiler's
-//! author sees to all of the following and says [`Verdict::Data`]:
+//! A value that was not declared may be anywhere across a call, in a spill slot or in a callee-saved
+//! register, and nothing records it. So all that is not in the map is `rest`: [`Verdict::Ambiguous`], unless
+//! the compiler's author sees to all of the following and says [`Verdict::Data`]:
 //!
 //! 1. Every value that may hold a pointer into a stack, also one computed from another, and every result of
 //!    `stack_addr`, is declared: `FunctionBuilder::declare_value_needs_stack_map`, or
 //!    `declare_var_needs_stack_map`.
-//! 2. Optimisation is off (`opt_level=none`, see [`configure`]). With it on, equal `stack_addr`s are merged and
-//!    moved out of loops *after* the declarations were obeyed; the merged one then waits in a callee-saved register
-//!    across the calls in between, and no map names it. This happens to the `stack_addr`s of the
-//!    front end's own loads and stores, too.
+//! 2. Optimisation is off (`opt_level=none`, see [`configure`]). With it on, equal `stack_addr`s are merged
+//!    and moved out of loops *after* the declarations were obeyed; the merged one then waits in a
+//!    callee-saved register across the calls in between, and no map names it. This happens to the
+//!    addresses of the slots that the front end stores declared values to, so no declaration avoids it.
 //! 3. A pointer stored *into* a stack slot of one's own is declared at each call during which it matters, by
-//!    `DataFlowGraph::append_user_stack_map_entry`. The map then says the word is a pointer, so it must be written
-//!    before the first such call.
+//!    `DataFlowGraph::append_user_stack_map_entry`. The map then says the word is a pointer, so it must be
+//!    written before the first such call.
 //! 4. No function returns more than its calling convention has registers for, none takes a
 //!    `StructReturn` or `StructArgument`: Cranelift keeps the address of that memory for itself.
 //! 5. `get_stack_pointer`, `get_frame_pointer` and dynamic stack slots are not used.
-//! 6. A function that passes arguments in memory has a stack slot, any at all. Such arguments are in no map until
-//!    the callee has read them, which it has not while its prologue makes the stack overflow. The words below
-//!    the first stack slot are therefore ambiguous whatever `rest` is; without a slot nothing tells where they
-//!    end. Calls with at most six integer arguments pass none in memory.
+//! 6. A function that passes arguments in memory has a stack slot, any at all. Such arguments are in no map
+//!    until the callee has read them, which it has not while its prologue makes the stack overflow. The words
+//!    below the first stack slot are therefore ambiguous whatever `rest` is; without a slot nothing tells
+//!    where they end. Calls with at most six integer arguments pass none in memory.
 //!
 //! # Where the stack overflows
 //!
-//! At `push rbp`, at a probe, at the first store to a frame of less than a page, or at the push of a call. None of these
-//! is a return address, so no map speaks for the *interrupted* frame: its words and the registers, among them
-//! arguments the function has just been given, are judged by value. All frames above it stand at calls.
+//! At `push rbp`, at a probe, at the first store to a frame of less than a page, or at the push of a call.
+//! None of these is a return address, so no map speaks for the *interrupted* frame: its words and the
+//! registers, among them arguments the function has just been given, are judged by value. All frames above it
+//! stand at calls.
 //!
 //! # Unwinding
 //!
-//! Code made at run time is in no `.eh_frame`; [`unwind_rows`] gives the same in the form the table takes, with one
-//! correction. A prologue probes the stack, and overflows it, *before* Cranelift's rows change from `rsp` to `rbp`:
+//! Code made at run time is in no `.eh_frame`; [`unwind_rows`] gives the same in the form the table takes,
+//! with one correction. A prologue probes the stack, and overflows it, *before* Cranelift's rows change from
+//! `rsp` to `rbp`:
 //!
 //! ```text
 //!                          Cranelift's rows     here
@@ -62,11 +64,11 @@
 //!   sub rsp, frame         rbp + 16             rbp + 16
 //! ```
 //!
-//! A function whose tail call needs more memory for arguments than it was itself given moves its return address in
-//! the prologue. No rule holds meanwhile, and no row is given.
+//! A function whose tail call needs more memory for arguments than it was itself given moves its return
+//! address in the prologue. No rule holds meanwhile, and no row is given.
 //!
-//! Cranelift describes no epilogues. Between `pop rbp` and `ret` the row is wrong; no stack can overflow there,
-//! for nothing is pushed.
+//! Cranelift describes no epilogues. Between `pop rbp` and `ret` the row is wrong; no stack can overflow
+//! there, for nothing is pushed.
 
 use core::fmt;
 
@@ -83,9 +85,10 @@ use super::recorded::{Base, Frame, UnwindRow, Verdict};
 ///
 /// | setting | value | why |
 /// | --- | --- | --- |
-/// | `opt_level` | `none` | so that no undeclared stack address waits across a call ([above](self#what-cranelift-does-not-say)) |
+/// | `opt_level` | `none` | no undeclared stack address waits across a call |
 /// | `preserve_frame_pointers` | `true` | every frame has the same rule: CFA = `rbp` + 16 |
-/// | `enable_probestack`, `probestack_strategy` | `true`, `inline` | a frame of more than a page touches each of its pages in its prologue, downwards, so that none steps over the guard; inline, since there is no `__probestack` to call |
+/// | `enable_probestack` | `true` | a frame of a page or more touches each page: none steps over the guard |
+/// | `probestack_strategy` | `inline` | there is no `__probestack` to call |
 /// | `probestack_size_log2` | 12 | a page: the guard is never narrower |
 /// | `unwind_info` | `true` | for [`unwind_rows`] |
 ///

@@ -31,8 +31,8 @@
 //! ```
 //!
 //! This is the layout of LLVM's own reader, `llvm/Object/StackMapParser.h`; where LLVM's prose differs, the
-//! reader is right. Nothing is copied or allocated to read: [`tables`] checks a table as a whole, once, and what
-//! it hands out are views of the section's bytes whose iterators cannot fail.
+//! reader is right. Nothing is copied or allocated to read: [`tables`] checks a table as a whole, once, and
+//! what it hands out are views of the section's bytes whose iterators cannot fail.
 //!
 //! # Which records describe frames
 //!
@@ -57,8 +57,8 @@
 //! - `Indirect` in a pair, base or derived: a pointer word, or several where the size is a multiple of 8.
 //!   Derived pointers are interior pointers; they move like any other. `Register` in a pair
 //!   (`-fixup-allow-gcptr-in-csr`): a callee-saved register that holds a pointer. Constants (null): nothing.
-//! - `Direct` is the *address* of an `alloca`, which LLVM computes anew from the stack pointer: no word holds it,
-//!   so there is nothing to rewrite. The memory it points to is another matter: an `alloca` listed as live is
+//! - `Direct` is the *address* of an `alloca`, as a sum to be computed: it names no word that holds it, so
+//!   there is nothing to rewrite. The memory it points to is another matter: an `alloca` listed as live is
 //!   LLVM's way to declare a spill slot of one's own, so its first word is a pointer word. Its size is not
 //!   recorded: list `alloca`s of one word, each a pointer.
 //! - `Indirect` among the deopt values: a value of any type. An aligned word of it is ambiguous,
@@ -66,13 +66,13 @@
 //!
 //! # What LLVM does not record
 //!
-//! Only pointers that the front end declares (as a rule, those in address space 1 that a `gc.relocate` gives back)
-//! are in the map. LLVM itself keeps *undeclared* pointers into the stack across calls: the address of an
-//! `alloca` that is used before and after a call may wait in `r12`, and a frame that is both realigned and of
-//! dynamic size keeps a base pointer in `rbx`. So the rest of a frame is [`Verdict::Ambiguous`]. A
-//! front end that has no `alloca` whose address is used on both sides of a call, none of dynamic size,
-//! none aligned to more than 16 bytes, and holds stack pointers only in declared values, may say
-//! [`Verdict::Data`]; it answers for that as for its code.
+//! Only pointers that the front end declares (as a rule, those in address space 1 that a `gc.relocate` gives
+//! back) are in the map. LLVM itself keeps *undeclared* pointers into the stack across calls: the address of
+//! an `alloca` that is used before and after a call may wait in `r12`, and a frame that is both realigned and
+//! of dynamic size keeps a base pointer in `rbx`. So the rest of a frame is [`Verdict::Ambiguous`]. A front
+//! end that has no `alloca` whose address is used on both sides of a call, none of dynamic size, none aligned
+//! to more than 16 bytes, and holds stack pointers only in declared values and passes none of them in memory,
+//! may say [`Verdict::Data`]; it answers for that as for its code.
 
 use core::fmt;
 

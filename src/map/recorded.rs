@@ -149,7 +149,8 @@ pub struct Frame {
     /// The callee-saved registers that hold pointers.
     pub registers: Registers,
     /// The verdict on every word, and on every callee-saved register, not named above:
-    /// [`Data`](Verdict::Data) if the compiler's author vouches for it, else [`Ambiguous`](Verdict::Ambiguous).
+    /// [`Data`](Verdict::Data) if the compiler's author vouches for it, else
+    /// [`Ambiguous`](Verdict::Ambiguous).
     pub rest: Verdict,
 }
 

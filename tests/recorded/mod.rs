@@ -1,9 +1,9 @@
 //! Runs code that a compiler made, and at a call rewrites what its frame map says are pointers.
 //!
-//! A function under test is given pointers into [`Objects::old`]. It calls [`callee`], which moves the objects:
-//! every pointer word and pointer register of the calling frame that points to `old` is made to point to
-//! `new`. Old and new objects differ, so what the function computes afterwards tells whether the map named
-//! *every* copy of each pointer.
+//! A function under test is given pointers into [`Objects::old`]. It calls [`callee`], which moves the
+//! objects: every pointer word and pointer register of the calling frame that points to `old` is made to
+//! point to `new`. Old and new objects differ, so what the function computes afterwards tells whether the map
+//! named *every* copy of each pointer.
 
 use std::cell::RefCell;
 
@@ -101,8 +101,8 @@ extern "C" fn stop(saved: &mut [u64; 6], return_slot: *mut u64) {
         };
         for word in frame.words.iter().filter(|word| word.verdict == Verdict::Pointer) {
             let place = value(word.base).wrapping_add_signed(word.offset.into()) as *mut u64;
-            // SAFETY: the map says that this is a word of the frame that is stopped in the call to us. If it lies,
-            // the test that this is part of has found what it looks for.
+            // SAFETY: the map says that this is a word of the frame that is stopped in the call to us. If it
+            // lies, the test that this is part of has found what it looks for.
             let pointer = unsafe { &mut *place };
             if is_old(*pointer) {
                 *pointer = pointer.wrapping_add(distance);
