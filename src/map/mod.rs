@@ -11,8 +11,12 @@
 //! each word whether it is a pointer, data, or ambiguous. Maps live in sorted [tables](table), and those in
 //! [`StackMaps`], which can be read at any time by anyone. A [`Walk`] goes through the frames of a stack.
 
+#[cfg(feature = "cranelift")]
+pub mod cranelift;
 mod eh_frame;
 mod frame_map;
+pub mod llvm;
+pub mod recorded;
 mod stack_maps;
 mod table;
 mod walk;

@@ -1,0 +1,691 @@
+//! The reader of `.llvm_stackmaps`: sections written here from random models, mutated ones, and those that
+//! LLVM itself makes from `tests/llvm/*.ll` where there is an `llc` (any version; otherwise the sections
+//! checked in).
+
+mod recorded;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use proptest::prelude::*;
+use regrow::map::llvm::{self, Kind, Location, Reason, Table, tables};
+use regrow::map::recorded::{Base, Frame, Verdict, Word};
+
+/// Counts what this thread allocates, to show that reading allocates nothing.
+struct Counting;
+
+thread_local! {
+    static ALLOCATED: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator does the work; the counter is a constant-initialised thread-local without
+// a destructor, which allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATED.set(ALLOCATED.get() + layout.size());
+        // SAFETY: our caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: our caller's contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// A table, as a value.
+#[derive(Clone, PartialEq, Debug)]
+struct Model {
+    /// Address, stack size, records.
+    functions: Vec<(u64, Option<u64>, Vec<RecordModel>)>,
+    constants: Vec<u64>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+struct RecordModel {
+    id: u64,
+    offset: u32,
+    locations: Vec<Location>,
+    live_outs: Vec<(u16, u8)>,
+}
+
+/// Writes a table as LLVM would.
+fn write(model: &Model, section: &mut Vec<u8>) {
+    let records = model.functions.iter().map(|function| function.2.len()).sum::<usize>();
+    section.extend([3, 0, 0, 0]);
+    for count in [model.functions.len(), model.constants.len(), records] {
+        section.extend((count as u32).to_le_bytes());
+    }
+    for (address, size, records) in &model.functions {
+        for number in [*address, size.unwrap_or(u64::MAX), records.len() as u64] {
+            section.extend(number.to_le_bytes());
+        }
+    }
+    section.extend(model.constants.iter().flat_map(|constant| constant.to_le_bytes()));
+    for record in model.functions.iter().flat_map(|function| &function.2) {
+        section.extend(record.id.to_le_bytes());
+        section.extend(record.offset.to_le_bytes());
+        section.extend([0, 0]);
+        section.extend((record.locations.len() as u16).to_le_bytes());
+        for location in &record.locations {
+            section.extend([location.kind as u8, 0]);
+            section.extend(location.size.to_le_bytes());
+            section.extend(location.register.to_le_bytes());
+            section.extend([0, 0]);
+            section.extend(location.value.to_le_bytes());
+        }
+        section.resize(section.len().next_multiple_of(8), 0);
+        section.extend([0, 0]);
+        section.extend((record.live_outs.len() as u16).to_le_bytes());
+        for (register, size) in &record.live_outs {
+            section.extend(register.to_le_bytes());
+            section.extend([0, *size]);
+        }
+        section.resize(section.len().next_multiple_of(8), 0);
+    }
+}
+
+/// The inverse of [`write`], by the reader under test.
+fn read(table: &Table<'_>) -> Model {
+    let mut records = table.records().map(|record| RecordModel {
+        id: record.id(),
+        offset: record.offset(),
+        locations: record.locations().collect(),
+        live_outs: record.live_outs().map(|live_out| (live_out.register, live_out.size)).collect(),
+    });
+    let functions = table.functions().map(|function| {
+        (function.address, function.stack_size, records.by_ref().take(function.records as usize).collect())
+    });
+    let model = Model { functions: functions.collect(), constants: table.constants().collect() };
+    assert!(records.next().is_none());
+    model
+}
+
+/// Any location; `constants` of the table can be named.
+fn location(constants: usize) -> impl Strategy<Value = Location> {
+    let kinds = [Kind::Register, Kind::Direct, Kind::Indirect, Kind::Constant, Kind::ConstantIndex];
+    let usable = if constants == 0 { 4usize } else { 5 };
+    let size = prop_oneof![Just(8), Just(16), Just(4), any::<u16>()];
+    let register = prop_oneof![Just(7), Just(6), Just(3), 0..16u16, any::<u16>()];
+    let value = prop_oneof![(-64..64i32).prop_map(|word| word * 8), any::<i32>()];
+    (0..usable, size, register, value).prop_map(move |(kind, size, register, value)| Location {
+        kind: kinds[kind],
+        size,
+        register,
+        value: if kinds[kind] == Kind::ConstantIndex { value.rem_euclid(constants as i32) } else { value },
+    })
+}
+
+/// The locations of a statepoint, more or less.
+fn statepoint(constants: usize) -> impl Strategy<Value = Vec<Location>> {
+    let constant = |value| Location { kind: Kind::Constant, size: 8, register: 0, value };
+    let some = move |most| prop::collection::vec(location(constants), 0..=most);
+    (some(4), some(8), 0..4i32).prop_map(move |(deopts, pairs, flags)| {
+        let mut all = vec![constant(0), constant(flags), constant(deopts.len() as i32)];
+        all.extend(deopts);
+        all.extend(pairs);
+        all
+    })
+}
+
+fn record(constants: usize) -> impl Strategy<Value = RecordModel> {
+    let locations = prop_oneof![prop::collection::vec(location(constants), 0..6), statepoint(constants)];
+    let live_outs = prop::collection::vec(any::<(u16, u8)>(), 0..4);
+    (any::<u64>(), any::<u32>(), locations, prop_oneof![Just(vec![]), live_outs])
+        .prop_map(|(id, offset, locations, live_outs)| RecordModel { id, offset, locations, live_outs })
+}
+
+fn model() -> impl Strategy<Value = Model> {
+    prop::collection::vec(any::<u64>(), 0..4).prop_flat_map(|constants| {
+        let size = prop_oneof![Just(None), (0..1u64 << 40).prop_map(Some)];
+        let records = prop::collection::vec(record(constants.len()), 0..4);
+        let functions = prop::collection::vec((any::<u64>(), size, records), 0..4);
+        functions.prop_map(move |functions| Model { functions, constants: constants.clone() })
+    })
+}
+
+/// A section of several tables, with the zeros that a linker may put between them.
+fn section() -> impl Strategy<Value = (Vec<Model>, Vec<u8>)> {
+    prop::collection::vec((model(), 0..3usize), 0..4).prop_map(|parts| {
+        let mut section = Vec::new();
+        for (model, padding) in &parts {
+            write(model, &mut section);
+            section.resize(section.len() + 8 * padding, 0);
+        }
+        (parts.into_iter().map(|(model, _)| model).collect(), section)
+    })
+}
+
+/// Reads everything there is to read, and checks what must hold of any bytes.
+fn exhaust(section: &[u8]) {
+    let before = ALLOCATED.get();
+    let mut items = 0;
+    for table in tables(section) {
+        let Ok(table) = table else { continue };
+        items += table.functions().count() + table.constants().count();
+        for (_, record) in table.sites() {
+            items += 1 + record.locations().count() + record.live_outs().count();
+            if let Some(statepoint) = record.statepoint() {
+                let parts =
+                    statepoint.deopts().len() + 2 * statepoint.pairs().count() + statepoint.allocas().len();
+                assert_eq!(parts + 3, record.locations().len());
+            }
+        }
+        assert_eq!(table.sites().count(), table.records().count());
+    }
+    assert_eq!(ALLOCATED.get(), before, "reading allocated");
+    // The smallest thing there is, a live-out, takes 4 bytes.
+    assert!(items <= section.len() / 4, "{items} items in {} bytes", section.len());
+    for table in tables(section).flatten() {
+        for frame in table.frames(Verdict::Ambiguous, |_| true).flatten() {
+            assert!(frame.words.len() <= u16::MAX.into());
+            assert!(
+                frame
+                    .words
+                    .windows(2)
+                    .all(|pair| (pair[0].base, pair[0].offset) < (pair[1].base, pair[1].offset))
+            );
+        }
+    }
+}
+
+/// One way to damage a section.
+#[derive(Clone, Debug)]
+enum Damage {
+    Byte(prop::sample::Index, u8),
+    Number(prop::sample::Index, u32),
+    Cut(prop::sample::Index),
+    Remove(prop::sample::Index),
+    Insert(prop::sample::Index, Vec<u8>),
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    let place = any::<prop::sample::Index>;
+    let number = prop_oneof![Just(u32::MAX), Just(0x7fff_ffff), Just(0x1000_0000), 0..100u32];
+    prop_oneof![
+        (place(), any::<u8>()).prop_map(|(at, byte)| Damage::Byte(at, byte)),
+        (place(), number).prop_map(|(at, number)| Damage::Number(at, number)),
+        place().prop_map(Damage::Cut),
+        place().prop_map(Damage::Remove),
+        (place(), prop::collection::vec(any::<u8>(), 1..24))
+            .prop_map(|(at, bytes)| Damage::Insert(at, bytes)),
+    ]
+}
+
+impl Damage {
+    fn apply(&self, section: &mut Vec<u8>) {
+        let length = section.len();
+        if length == 0 {
+            return;
+        }
+        match self {
+            Self::Byte(at, byte) => section[at.index(length)] = *byte,
+            Self::Number(at, number) => {
+                let at = at.index(length) / 4 * 4;
+                let fits = 4.min(length - at);
+                section[at..at + fits].copy_from_slice(&number.to_le_bytes()[..fits]);
+            }
+            Self::Cut(at) => section.truncate(at.index(length)),
+            Self::Remove(at) => drop(section.remove(at.index(length))),
+            Self::Insert(at, bytes) => {
+                let at = at.index(length);
+                section.splice(at..at, bytes.iter().copied());
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_written_is_read((models, section) in section()) {
+        let read: Vec<_> = tables(&section).map(|table| read(&table.unwrap())).collect();
+        prop_assert_eq!(read, models);
+        exhaust(&section);
+    }
+
+    #[test]
+    fn a_section_cut_short_is_an_error_or_whole_tables(
+        (models, section) in section(),
+        at in any::<prop::sample::Index>(),
+    ) {
+        let cut = &section[..at.index(section.len() + 1)];
+        let mut whole = 0;
+        for table in tables(cut) {
+            match table {
+                Ok(table) => prop_assert_eq!(&read(&table), &models[whole]),
+                Err(error) => {
+                    let truncated = matches!(error, llvm::Error::Truncated { .. });
+                    prop_assert!(truncated, "{}", error);
+                    break;
+                }
+            }
+            whole += 1;
+        }
+        prop_assert!(cut.len() < section.len() || whole == models.len());
+    }
+
+    #[test]
+    fn damaged_sections_do_no_harm(
+        (_, mut section) in section(),
+        damages in prop::collection::vec(damage(), 1..6),
+    ) {
+        damages.iter().for_each(|damage| damage.apply(&mut section));
+        exhaust(&section);
+    }
+
+    #[test]
+    fn damaged_sections_of_llvm_do_no_harm(
+        which in 0..3usize,
+        damages in prop::collection::vec(damage(), 1..6),
+    ) {
+        let mut section = CHECKED_IN[which].1.to_vec();
+        damages.iter().for_each(|damage| damage.apply(&mut section));
+        exhaust(&section);
+    }
+
+    #[test]
+    fn random_bytes_do_no_harm(
+        mut bytes in prop::collection::vec(any::<u8>(), 0..400),
+        is_table in any::<bool>(),
+    ) {
+        if is_table {
+            bytes.splice(0..0, [3, 0, 0, 0]);
+        }
+        exhaust(&bytes);
+    }
+}
+
+fn error(section: &[u8]) -> llvm::Error {
+    let mut tables = tables(section);
+    let error = tables.by_ref().find_map(Result::err).expect("an error");
+    assert!(tables.next().is_none(), "no table after an error");
+    assert!(error.to_string().contains(".llvm_stackmaps at 0x"));
+    error
+}
+
+#[test]
+fn each_error_says_what_and_where() {
+    let constant = Location { kind: Kind::ConstantIndex, size: 8, register: 0, value: 0 };
+    let record = RecordModel { id: 1, offset: 2, locations: vec![constant; 2], live_outs: vec![] };
+    let model = Model { functions: vec![(0, None, vec![record])], constants: vec![7] };
+    let mut good = Vec::new();
+    write(&model, &mut good);
+    write(&model, &mut good);
+    let second = good.len() / 2;
+    let change = |at: usize, bytes: &[u8]| {
+        let mut section = good.clone();
+        section[second + at..][..bytes.len()].copy_from_slice(bytes);
+        error(&section)
+    };
+    let record = second + 16 + 24 + 8;
+    assert_eq!(change(0, &[4]), llvm::Error::Version { offset: second, found: 4 });
+    assert_eq!(error(&good[..second + 3]), llvm::Error::Truncated { offset: second, what: "header" });
+    assert_eq!(change(4, &[0xff; 4]), llvm::Error::Truncated { offset: second + 16, what: "functions" });
+    assert_eq!(change(8, &[0xff; 4]), llvm::Error::Truncated { offset: second + 40, what: "constants" });
+    assert_eq!(change(12, &[2]), llvm::Error::Truncated { offset: good.len(), what: "record" });
+    assert_eq!(change(16 + 16, &[2]), llvm::Error::Counts { offset: second, records: 1 });
+    assert_eq!(change(16 + 16, &[0xff; 8]), llvm::Error::Counts { offset: second, records: 1 });
+    assert_eq!(
+        change(48 + 14, &[0xff; 2]),
+        llvm::Error::Truncated { offset: record + 16, what: "locations" }
+    );
+    assert_eq!(change(48 + 16 + 12, &[6]), llvm::Error::Kind { offset: record, found: 6 });
+    assert_eq!(change(48 + 16 + 8, &[1]), llvm::Error::Constant { offset: record, index: 1 });
+    assert_eq!(change(48 + 16 + 11, &[0x80]), llvm::Error::Constant { offset: record, index: 1 << 31 });
+    let live_outs = record + 16 + 2 * 12 + 2;
+    assert_eq!(
+        change(live_outs - second, &[9]),
+        llvm::Error::Truncated { offset: live_outs + 2, what: "live-outs" }
+    );
+}
+
+/// The frame, or why there is none, of one statepoint with these locations after its three constants.
+fn describe(deopts: &[Location], live: &[Location]) -> Option<Result<Frame, Reason>> {
+    let constant = |value| Location { kind: Kind::Constant, size: 8, register: 0, value };
+    let head = [constant(0), constant(0), constant(deopts.len() as i32)];
+    let locations = [&head[..], deopts, live].concat();
+    let record = RecordModel { id: 1, offset: 0x20, locations, live_outs: vec![] };
+    let model = Model { functions: vec![(0x1000, Some(0x40), vec![record])], constants: vec![] };
+    let mut section = Vec::new();
+    write(&model, &mut section);
+    let table = tables(&section).next().unwrap().unwrap();
+    let frame = table.frames(Verdict::Data, |_| true).next()?;
+    Some(frame.map_err(|unusable| {
+        assert_eq!(unusable.return_address, 0x1020);
+        unusable.reason
+    }))
+}
+
+fn at(kind: Kind, register: u16, value: i32, size: u16) -> Location {
+    Location { kind, size, register, value }
+}
+
+fn word(base: Base, offset: i32, verdict: Verdict) -> Word {
+    Word { base, offset, verdict }
+}
+
+#[test]
+fn a_vector_of_pointers_is_as_many_words() {
+    let vector = at(Kind::Indirect, 7, 16, 24);
+    let frame = describe(&[], &[vector, vector]).unwrap().unwrap();
+    assert_eq!(frame.words, [16, 24, 32].map(|offset| word(Base::Rsp, offset, Verdict::Pointer)));
+    assert_eq!((frame.function, frame.return_address, frame.size), (0x1000, 0x1020, Some(0x40)));
+    assert_eq!(frame.rest, Verdict::Data);
+}
+
+#[test]
+fn a_pointer_wins_over_a_deopt_value_in_the_same_word() {
+    let slot = |offset| at(Kind::Indirect, 7, offset, 8);
+    let frame =
+        describe(&[slot(8), slot(16), at(Kind::Indirect, 7, 28, 4)], &[slot(8), slot(8)]).unwrap().unwrap();
+    assert_eq!(frame.words, [word(Base::Rsp, 8, Verdict::Pointer), word(Base::Rsp, 16, Verdict::Ambiguous)]);
+}
+
+#[test]
+fn a_frame_addressed_from_a_register_has_a_pointer_in_it() {
+    for (base, register) in [(Base::Rbp, 6), (Base::Rbx, 3)] {
+        let slot = at(Kind::Indirect, register, -24, 8);
+        let frame = describe(&[], &[slot, slot]).unwrap().unwrap();
+        assert_eq!(frame.words, [word(base, -24, Verdict::Pointer)]);
+        assert_eq!(frame.registers.iter().collect::<Vec<_>>(), [register]);
+    }
+}
+
+#[test]
+fn what_no_frame_can_obey_is_named() {
+    let pair = |location: Location| describe(&[], &[location, location]).unwrap().unwrap_err();
+    assert_eq!(pair(at(Kind::Register, 0, 0, 8)), Reason::Register(0));
+    assert_eq!(pair(at(Kind::Register, 17, 0, 16)), Reason::Register(17));
+    assert_eq!(pair(at(Kind::Indirect, 13, 0, 8)), Reason::Base(13));
+    assert_eq!(pair(at(Kind::Indirect, 7, 4, 8)), Reason::Place { offset: 4, size: 8 });
+    assert_eq!(pair(at(Kind::Indirect, 7, 8, 0)), Reason::Place { offset: 8, size: 0 });
+    assert_eq!(pair(at(Kind::Indirect, 7, i32::MAX - 7, 8)), Reason::Place { offset: i32::MAX - 7, size: 8 });
+    let huge = vec![at(Kind::Indirect, 7, 0, 65528); 10];
+    assert_eq!(describe(&[], &huge).unwrap().unwrap_err(), Reason::Words);
+    assert_eq!(describe(&huge, &[]).unwrap().unwrap_err(), Reason::Words);
+}
+
+#[test]
+fn an_odd_number_of_pointers_is_no_statepoint() {
+    assert_eq!(describe(&[], &[at(Kind::Indirect, 7, 8, 8)]), None);
+    assert!(describe(&[], &[at(Kind::Direct, 7, 8, 8)]).is_some());
+}
+
+/// Sections made by `llc` of LLVM 14 from the files beside them; see `tests/llvm/README.md`.
+const CHECKED_IN: [(&str, &[u8]); 3] = [
+    ("statepoint", include_bytes!("llvm/statepoint.bin")),
+    ("statepoint-registers", include_bytes!("llvm/statepoint-registers.bin")),
+    ("patchpoint", include_bytes!("llvm/patchpoint.bin")),
+];
+
+fn checked_in(name: &str) -> Vec<Frame> {
+    let section = CHECKED_IN.iter().find(|(known, _)| *known == name).unwrap().1;
+    let table = tables(section).next().unwrap().unwrap();
+    table.frames(Verdict::Ambiguous, |id| id >= 7000).map(Result::unwrap).collect()
+}
+
+#[test]
+fn the_statepoints_checked_in_give_these_frames() {
+    let frames = checked_in("statepoint");
+    let [pairs, dynamic, realigned] = &frames[..] else { panic!("{frames:?}") };
+    let pointer = |offset| word(Base::Rsp, offset, Verdict::Pointer);
+    let deopt = word(Base::Rsp, 48, Verdict::Ambiguous);
+    // alloca, a, b, derived, i
+    assert_eq!(pairs.words, [pointer(8), pointer(24), pointer(32), pointer(40), deopt]);
+    assert_eq!((pairs.size, pairs.return_address - pairs.function), (Some(56), 45));
+    assert!(pairs.registers.is_empty());
+    assert_eq!(dynamic.words, [word(Base::Rbp, -24, Verdict::Pointer)]);
+    assert_eq!(dynamic.size, None);
+    assert_eq!(realigned.words, [word(Base::Rbx, 56, Verdict::Pointer)]);
+    assert_eq!(realigned.registers.iter().collect::<Vec<_>>(), [3]);
+    assert_eq!(frames.iter().map(|frame| frame.rest).collect::<Vec<_>>(), [Verdict::Ambiguous; 3]);
+}
+
+#[test]
+fn pointers_in_registers_checked_in_are_found() {
+    let frames = checked_in("statepoint-registers");
+    let pointers = frames[0].words.iter().filter(|word| word.verdict == Verdict::Pointer);
+    assert_eq!(pointers.count(), 1, "the alloca");
+    assert_eq!(frames[0].registers.iter().count(), 3);
+}
+
+#[test]
+fn patchpoints_and_stackmaps_are_no_frames() {
+    assert!(checked_in("patchpoint").is_empty());
+    let table = tables(CHECKED_IN[2].1).next().unwrap().unwrap();
+    let shapes: Vec<_> =
+        table.records().filter(|record| record.statepoint().is_some()).map(|r| r.id()).collect();
+    assert_eq!(shapes, [13], "only the disguised one has the shape");
+}
+
+/// An `llc` and its flags: the name of the section it makes, the source, the arguments.
+const SOURCES: [(&str, &str, &[&str]); 3] = [
+    ("statepoint", "statepoint", &[]),
+    ("statepoint-registers", "statepoint", &["-fixup-allow-gcptr-in-csr", "-max-registers-for-gc-values=4"]),
+    ("patchpoint", "patchpoint", &[]),
+];
+
+/// The names that the `llc`s of this machine go by, less `llc`.
+fn llvms() -> Vec<String> {
+    let versions = (14..40).map(|version| format!("-{version}"));
+    let found = |suffix: &String| Command::new(format!("llc{suffix}")).arg("--version").output().is_ok();
+    std::iter::once(String::new()).chain(versions).filter(found).collect()
+}
+
+fn scratch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// What `llc` makes of a source, in a file of the test's own.
+fn compile(test: &str, suffix: &str, (name, source, arguments): (&str, &str, &[&str])) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/llvm/{source}.ll"));
+    let object = scratch(&format!("{test}-{name}{suffix}.o"));
+    let mut llc = Command::new(format!("llc{suffix}"));
+    llc.args(["-filetype=obj", "-relocation-model=pic"]).args(arguments).arg(source).arg("-o").arg(&object);
+    let output = llc.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    object
+}
+
+/// A section's bytes with its 64-bit relocations applied, the text being at `text`.
+fn relocated(file: &object::File<'_>, name: &str, text: u64) -> Vec<u8> {
+    let section = file.section_by_name(name).unwrap();
+    let mut bytes = section.data().unwrap().to_vec();
+    for (at, relocation) in section.relocations() {
+        let object::RelocationTarget::Symbol(symbol) = relocation.target() else { panic!("{relocation:?}") };
+        assert_eq!((relocation.kind(), relocation.size()), (object::RelocationKind::Absolute, 64));
+        let value = file.symbol_by_index(symbol).unwrap().address() + text;
+        bytes[at as usize..][..8]
+            .copy_from_slice(&value.wrapping_add_signed(relocation.addend()).to_le_bytes());
+    }
+    bytes
+}
+
+/// The table as `llvm-readobj --stackmap` prints it, from the first line about the table on.
+fn as_readobj(section: &[u8]) -> String {
+    let table = tables(section).next().unwrap().unwrap();
+    let constants: Vec<_> = table.constants().collect();
+    let mut text = format!("LLVM StackMap Version: 3\nNum Functions: {}\n", table.functions().len());
+    for function in table.functions() {
+        let (address, size) = (function.address, function.stack_size.unwrap_or(u64::MAX));
+        writeln!(
+            text,
+            "  Function address: {address}, stack size: {size}, callsite record count: {}",
+            function.records
+        )
+        .unwrap();
+    }
+    writeln!(text, "Num Constants: {}", constants.len()).unwrap();
+    for (index, constant) in constants.iter().enumerate() {
+        writeln!(text, "  #{}: {constant}", index + 1).unwrap();
+    }
+    writeln!(text, "Num Records: {}", table.records().count()).unwrap();
+    for record in table.records() {
+        writeln!(text, "  Record ID: {}, instruction offset: {}", record.id(), record.offset()).unwrap();
+        writeln!(text, "    {} locations:", record.locations().len()).unwrap();
+        for (index, Location { kind, size, register, value }) in record.locations().enumerate() {
+            let place = match kind {
+                Kind::Register => format!("Register R#{register}"),
+                Kind::Direct => format!("Direct R#{register} + {value}"),
+                Kind::Indirect => format!("Indirect [R#{register} + {value}]"),
+                Kind::Constant => format!("Constant {}", value as u32),
+                Kind::ConstantIndex => format!("ConstantIndex #{value} ({})", constants[value as usize]),
+            };
+            writeln!(text, "      #{}: {place}, size: {size}", index + 1).unwrap();
+        }
+        let outs = record.live_outs().map(|out| format!("R#{} ({}-bytes) ", out.register, out.size));
+        writeln!(text, "    {} live-outs: [ {}]", record.live_outs().len(), outs.collect::<String>())
+            .unwrap();
+    }
+    text
+}
+
+#[test]
+fn llvm_readobj_reads_the_same() {
+    for suffix in llvms() {
+        for source in SOURCES {
+            let object = compile("readobj", &suffix, source);
+            let readobj =
+                Command::new(format!("llvm-readobj{suffix}")).arg("--stackmap").arg(&object).output();
+            let data = std::fs::read(object).unwrap();
+            let file = object::File::parse(&*data).unwrap();
+            let section = file.section_by_name(".llvm_stackmaps").unwrap().data().unwrap();
+            exhaust(section);
+            let Ok(readobj) = readobj else { continue };
+            let theirs = String::from_utf8(readobj.stdout).unwrap();
+            let theirs = &theirs[theirs.find("LLVM StackMap").unwrap()..];
+            assert_eq!(as_readobj(section).trim(), theirs.trim());
+            println!("llc{suffix}: {} agrees with llvm-readobj{suffix}", source.0);
+        }
+    }
+}
+
+/// Where the text of an object file lies once it is mapped, and its code, with calls led to the callee.
+fn load(file: &object::File<'_>) -> recorded::Code {
+    let text = file.section_by_name(".text").unwrap();
+    let bytes = text.data().unwrap();
+    let thunk = bytes.len().next_multiple_of(16);
+    recorded::Code::new(thunk + 16, |_, memory| {
+        memory[..bytes.len()].copy_from_slice(bytes);
+        // jmp [rip + 0], and where to
+        memory[thunk..][..6].copy_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
+        memory[thunk + 6..][..8].copy_from_slice(&(recorded::callee as *const () as u64).to_le_bytes());
+        for (at, relocation) in text.relocations() {
+            assert_eq!(relocation.size(), 32);
+            let object::RelocationTarget::Symbol(symbol) = relocation.target() else {
+                panic!("{relocation:?}")
+            };
+            let at = at as usize;
+            // `fill` wants a buffer written, which may as well stay as it is: its thunk is a `ret`.
+            let target = match file.symbol_by_index(symbol).unwrap().name().unwrap() {
+                "callee" => thunk,
+                "fill" => thunk + 15,
+                other => panic!("a call to {other}"),
+            };
+            let distance = (target as i64 + relocation.addend() - at as i64) as i32;
+            memory[at..][..4].copy_from_slice(&distance.to_le_bytes());
+        }
+        memory[thunk + 15] = 0xc3;
+    })
+}
+
+#[test]
+fn code_of_llvm_goes_on_with_the_moved_pointers_and_no_others() {
+    type Four = extern "C" fn(*mut u64, *mut u64, u64, u32) -> u64;
+    for suffix in llvms() {
+        for source in &SOURCES[..2] {
+            let data = std::fs::read(compile("run", &suffix, *source)).unwrap();
+            let file = object::File::parse(&*data).unwrap();
+            let code = load(&file);
+            let section = relocated(&file, ".llvm_stackmaps", code.address());
+            let frames: Vec<_> = tables(&section)
+                .flat_map(|table| table.unwrap().frames(Verdict::Ambiguous, |_| true).collect::<Vec<_>>())
+                .map(Result::unwrap)
+                .collect();
+            assert_eq!(frames.len(), 3);
+            for name in ["pairs", "dynamic", "realigned"] {
+                let symbol = file.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap();
+                let entry = code.address() + symbol.address();
+                let frame = frames.iter().find(|frame| frame.function == entry).unwrap().clone();
+                // SAFETY: the code is mapped and has at most these parameters; `callee` and `fill` suit it.
+                let function = unsafe { core::mem::transmute::<*const (), Four>(entry as *const ()) };
+                let objects =
+                    recorded::Objects { old: Box::new([900; 8]), new: Box::new([1, 2, 3, 4, 5, 6, 7, 8]) };
+                let (result, stops) = recorded::run(vec![frame.clone()], objects, |old| {
+                    // pairs(a, b, i, j); the others are (a, n)
+                    let second = if name == "pairs" {
+                        old.wrapping_add(4)
+                    } else {
+                        core::ptr::without_provenance_mut(64)
+                    };
+                    function(old, second, 2, 7)
+                });
+                let [stop] = &stops[..] else { panic!("{stops:?}") };
+                assert_eq!(stop.return_address, frame.return_address);
+                if name == "pairs" {
+                    // a = 1, b = 5, derived = a + 2, and what was stored in the alloca = a
+                    assert_eq!(
+                        (result, stop.words + stop.registers),
+                        (1_003_005_001, 4),
+                        "{suffix} {}",
+                        source.0
+                    );
+                    let caller = stop.callers_return_address.unwrap();
+                    assert!(!(code.address()..code.address() + 0x1000).contains(&caller), "{caller:#x}");
+                    assert_ne!(caller, 0);
+                } else {
+                    assert_eq!((result, stop.words + stop.registers), (1, 1), "{suffix} {} {name}", source.0);
+                }
+            }
+        }
+        println!("llc{suffix}: ran");
+    }
+}
+
+#[test]
+fn a_linker_joins_tables() {
+    for suffix in llvms() {
+        let joined = scratch(&format!("joined{suffix}.o"));
+        let parts = [0, 2].map(|source| compile("join", &suffix, SOURCES[source]));
+        let Ok(status) = Command::new("ld").arg("-r").args(&parts).arg("-o").arg(&joined).status() else {
+            return;
+        };
+        assert!(status.success());
+        let data = std::fs::read(joined).unwrap();
+        let file = object::File::parse(&*data).unwrap();
+        let section = relocated(&file, ".llvm_stackmaps", 0);
+        let functions: Vec<_> = tables(&section).map(|table| table.unwrap().functions().len()).collect();
+        assert_eq!(functions, [3, 2]);
+        for (function, record) in
+            tables(&section).flat_map(|table| table.unwrap().sites().collect::<Vec<_>>())
+        {
+            let symbol =
+                file.symbols().find(|symbol| symbol.size() > 0 && symbol.address() == function.address);
+            let symbol = symbol.unwrap_or_else(|| panic!("no function at {:#x}", function.address));
+            assert!(u64::from(record.offset()) < symbol.size());
+        }
+    }
+}
+
+/// With `REGROW_BLESS` set, makes the sections checked in anew, the text being at 0x40_0000.
+#[test]
+fn bless() {
+    if std::env::var_os("REGROW_BLESS").is_none() {
+        return;
+    }
+    for source in SOURCES {
+        let data = std::fs::read(compile("bless", "-14", source)).unwrap();
+        let section = relocated(&object::File::parse(&*data).unwrap(), ".llvm_stackmaps", 0x40_0000);
+        let to = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/llvm/{}.bin", source.0));
+        std::fs::write(to, section).unwrap();
+    }
+}
