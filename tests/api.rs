@@ -12,31 +12,7 @@ use regrow::{
 };
 
 mod support;
-use support::{OnDrop, both_ways, child, frame, growths, relocating, run, variant};
-
-thread_local!(static LIVE: Cell<isize> = const { Cell::new(0) });
-
-/// How many [`Counted`] of this thread exist: 0 if each was dropped once.
-fn live() -> isize {
-    LIVE.get()
-}
-
-/// A value whose drops are counted.
-#[derive(Debug, PartialEq)]
-struct Counted<T>(T);
-
-impl<T> Counted<T> {
-    fn new(value: T) -> Self {
-        LIVE.set(LIVE.get() + 1);
-        Self(value)
-    }
-}
-
-impl<T> Drop for Counted<T> {
-    fn drop(&mut self) {
-        LIVE.set(LIVE.get() - 1);
-    }
-}
+use support::{Counted, OnDrop, both_ways, child, frame, growths, live, relocating, run, variant};
 
 fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
     match payload.downcast::<String>() {
