@@ -60,7 +60,7 @@ fn carries<T: Clone + Debug + PartialEq + 'static>(values: [T; 3]) {
                     value = yielder.suspend(value);
                 }
             });
-            for value in values.iter().cloned().take(resumes) {
+            for value in values.iter().take(resumes).cloned() {
                 drop::<CoroutineResult<_, ()>>(coroutine.resume(Counted::new(value)));
             }
             drop(coroutine);
@@ -180,14 +180,15 @@ fn the_shapes_of_resume_and_suspend() {
         }
         leaves(yielder, depth - 1, &format!("{path}l")) + leaves(yielder, depth - 1, &format!("{path}r"))
     }
-    let mut walker = Box::new(Coroutine::new(|yielder, _: bool| leaves(yielder, 3, "")));
+    let mut walker = vec![Coroutine::new(|yielder, _: bool| leaves(yielder, 3, ""))];
     let mut paths = Vec::new();
     let count = loop {
-        match walker.resume(paths.last().is_none_or(|path: &String| path != "r")) {
+        let mut moved = walker.pop().unwrap();
+        match moved.resume(paths.last().is_none_or(|path: &String| path != "r")) {
             CoroutineResult::Yield(path) => paths.push(path),
             CoroutineResult::Return(count) => break count,
         }
-        walker = Box::new(*walker);
+        walker = vec![moved];
     };
     assert_eq!((paths.join(","), count), (",l,ll,lr,r".to_string(), 5));
 }

@@ -205,8 +205,8 @@ fn the_memory_of_finished_coroutines_is_used_again() {
     let round = |most: usize| {
         for n in 0..most {
             let mut coroutine = builder.spawn(move |_: &Yielder<u64, ()>, number: u64| {
-                // Every hundredth grows, to different sizes.
-                match n % 500 {
+                // Some grow, to different sizes.
+                match n % 2000 {
                     0 => frame::<3000>(1),
                     100 => frame::<9000>(1),
                     200 => frame::<30_000>(1),
