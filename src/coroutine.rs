@@ -27,7 +27,12 @@ use crate::thread;
 /// `panic = "abort"` nothing can unwind: there a suspended coroutine that is dropped is leaked.
 ///
 /// # Threads
-/// A coroutine is not `Send`. To move one to another thread regardless (in an `unsafe` wrapper) you must know that
+/// A coroutine is not `Send`:
+/// ```compile_fail,E0277
+/// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+/// std::thread::spawn(move || drop(coroutine));
+/// ```
+/// To move one to another thread regardless (in an `unsafe` wrapper) you must know that
 /// 1. everything alive on its stack may be sent to another thread (locks held by their guards may not),
 /// 2. no address of a thread-local variable is kept across a suspend, by you or by the compiler,
 /// 3. the other thread has called [`prepare_thread`](crate::prepare_thread).

@@ -12,31 +12,7 @@ use regrow::{
 };
 
 mod support;
-use support::{OnDrop, both_ways, child, frame, growths, relocating, run, variant};
-
-thread_local!(static LIVE: Cell<isize> = const { Cell::new(0) });
-
-/// How many [`Counted`] of this thread exist: 0 if each was dropped once.
-fn live() -> isize {
-    LIVE.get()
-}
-
-/// A value whose drops are counted.
-#[derive(Debug, PartialEq)]
-struct Counted<T>(T);
-
-impl<T> Counted<T> {
-    fn new(value: T) -> Self {
-        LIVE.set(LIVE.get() + 1);
-        Self(value)
-    }
-}
-
-impl<T> Drop for Counted<T> {
-    fn drop(&mut self) {
-        LIVE.set(LIVE.get() - 1);
-    }
-}
+use support::{Counted, OnDrop, both_ways, child, frame, growths, live, relocating, run, variant};
 
 fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
     match payload.downcast::<String>() {
@@ -84,7 +60,7 @@ fn carries<T: Clone + Debug + PartialEq + 'static>(values: [T; 3]) {
                     value = yielder.suspend(value);
                 }
             });
-            for value in values.iter().cloned().take(resumes) {
+            for value in values.iter().take(resumes).cloned() {
                 drop::<CoroutineResult<_, ()>>(coroutine.resume(Counted::new(value)));
             }
             drop(coroutine);
@@ -204,14 +180,15 @@ fn the_shapes_of_resume_and_suspend() {
         }
         leaves(yielder, depth - 1, &format!("{path}l")) + leaves(yielder, depth - 1, &format!("{path}r"))
     }
-    let mut walker = Box::new(Coroutine::new(|yielder, _: bool| leaves(yielder, 3, "")));
+    let mut walker = vec![Coroutine::new(|yielder, _: bool| leaves(yielder, 3, ""))];
     let mut paths = Vec::new();
     let count = loop {
-        match walker.resume(paths.last().is_none_or(|path: &String| path != "r")) {
+        let mut moved = walker.pop().unwrap();
+        match moved.resume(paths.last().is_none_or(|path: &String| path != "r")) {
             CoroutineResult::Yield(path) => paths.push(path),
             CoroutineResult::Return(count) => break count,
         }
-        walker = Box::new(*walker);
+        walker = vec![moved];
     };
     assert_eq!((paths.join(","), count), (",l,ll,lr,r".to_string(), 5));
 }

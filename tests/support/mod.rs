@@ -1,6 +1,7 @@
 //! What the integration tests share: both ways of growing, functions that use stack, child processes.
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
+use std::cell::Cell;
 use std::fmt;
 use std::hint::black_box;
 use std::os::unix::process::ExitStatusExt;
@@ -57,6 +58,30 @@ pub struct OnDrop<F: FnMut()>(pub F);
 impl<F: FnMut()> Drop for OnDrop<F> {
     fn drop(&mut self) {
         (self.0)();
+    }
+}
+
+thread_local!(static LIVE: Cell<isize> = const { Cell::new(0) });
+
+/// How many [`Counted`] of this thread exist: 0 if each was dropped once.
+pub fn live() -> isize {
+    LIVE.get()
+}
+
+/// A value whose drops are counted.
+#[derive(Debug, PartialEq)]
+pub struct Counted<T>(pub T);
+
+impl<T> Counted<T> {
+    pub fn new(value: T) -> Self {
+        LIVE.set(LIVE.get() + 1);
+        Self(value)
+    }
+}
+
+impl<T> Drop for Counted<T> {
+    fn drop(&mut self) {
+        LIVE.set(LIVE.get() - 1);
     }
 }
 
