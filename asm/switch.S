@@ -58,6 +58,35 @@ regrow_entry_return:
     .cfi_endproc
     .size   regrow_entry, . - regrow_entry
 
+// regrow_raw: the entry function of a raw coroutine (Builder::spawn_raw). Entered as any entry function, by a jump.
+//
+//   in   rdi  the word passed to the first resume    rdx  the base
+//        [[base + 16] - 16]  the function to call, rdi = base, rsi = word; its result is the coroutine's
+//
+// Its frame is one word, which holds nothing (src/map/mod.rs says so to the walker).
+    .globl  regrow_raw
+    .type   regrow_raw, @function
+    .p2align 4
+regrow_raw:
+    .cfi_startproc
+    mov     rax, [rdx + 16]             // rax <- the record
+    mov     rsi, rdi                    // argument 2 <- the word
+    mov     rdi, rdx                    // argument 1 <- the base, which is the yielder
+    sub     rsp, 8                      // aligned for the call
+    .cfi_adjust_cfa_offset 8
+    call    qword ptr [rax - 16]        // the function
+    mov     rdi, rax                    // rdi <- its result, for the resumer
+    mov     esi, 1                      // RETURNED
+    mov     r8, [rip + regrow_resumer@GOTTPOFF]
+    mov     r8, fs:[r8]                 // r8 <- the resumer's rsp
+    mov     eax, 1                      // ENDED, for the handle; from here on as in asm/finish.s
+    mov     rsp, r8
+    jmp     qword ptr [rsp - 8]
+    .cfi_endproc
+    .globl  regrow_raw_end
+regrow_raw_end:
+    .size   regrow_raw, . - regrow_raw
+
 // regrow_watch: where a suspend lands, instead of its resumer, after the stack has grown (src/grow/shrink.rs).
 //
 //   in   rsp  the resumer's; rax the coroutine's; rdi, rsi as for the resumer

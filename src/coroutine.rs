@@ -394,6 +394,14 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     fn drop_unfinished(&mut self) {
         self.handle.sp &= !switch::WATCHED;
         if self.started() {
+            // SAFETY: it has not ended; whoever made a raw coroutine said that its frames may be forgotten.
+            unsafe {
+                let record = (*self.handle.base).record;
+                if (*record).raw {
+                    self.handle.sp = switch::ENDED;
+                    return stack::release(record);
+                }
+            }
             if cfg!(panic = "unwind") {
                 self.unwind();
             }

@@ -21,7 +21,7 @@ use core::ptr;
 use std::io;
 
 use super::context::{Context, PLACE};
-use super::point::{is_growth_point, probe_loop_end};
+use super::point::{call_length, is_growth_point, probe_loop_end};
 use super::{Fault, grow};
 use crate::error::Error;
 use crate::report;
@@ -113,6 +113,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     if address >= slot.end() - unsafe { (*record).open } {
         return false; // accessible as far as we know: somebody else protected it
     }
+    let call_length = call_length(byte);
     let loop_end = if growth_point { probe_loop_end(byte).map(|number| PLACE[number]) } else { None };
     // What the code is about to use: for a large frame its lower end, which saves growing page by page.
     let lowest = match loop_end.map(|place| context.general()[place]) {
@@ -120,7 +121,9 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
         _ => address,
     };
     // SAFETY: the conditions of `grow` were checked above, one by one.
-    unsafe { grow(&mut context, &Fault { handle, slot, address, lowest, growth_point, loop_end }) };
+    unsafe {
+        grow(&mut context, &Fault { handle, slot, address, lowest, growth_point, loop_end, call_length })
+    };
     true
 }
 

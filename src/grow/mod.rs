@@ -8,6 +8,7 @@
 
 mod context;
 mod fault;
+mod obey;
 mod point;
 mod reason;
 mod relocate;
@@ -16,9 +17,13 @@ mod shrink;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
+pub use obey::Maps;
+pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};
 pub use shrink::Shrink;
 pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
+
+use relocate::Failure;
 
 use crate::error::Error;
 use crate::report;
@@ -36,6 +41,8 @@ struct Fault {
     growth_point: bool,
     /// In a probe loop, which general register holds its end.
     loop_end: Option<usize>,
+    /// Of a call, how many bytes it has.
+    call_length: usize,
 }
 
 /// Why a stack could not grow.
@@ -110,7 +117,8 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
                 let size = class::grown((*record).size(), need, (*record).maximum).ok_or(Refusal::Maximum)?;
                 match relocate::relocate(context, fault, size) {
                     Ok(moved) => return Ok(moved),
-                    Err(error) => {
+                    Err(Failure::Frame(reason, frame)) => Blame { reason, frame, error: None },
+                    Err(Failure::Kernel(error)) => {
                         Blame { reason: Reason::NoMemory, frame: context.rip(), error: Some(error) }
                     }
                 }

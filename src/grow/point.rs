@@ -58,6 +58,28 @@ pub(crate) fn is_growth_point(byte: impl Fn(usize) -> u8) -> bool {
     operand.is_some_and(|modrm| !base_extended && is_rsp_based(byte(modrm), || byte(modrm + 1)))
 }
 
+/// For a call, how many bytes it has; 0 for anything else.
+pub(crate) fn call_length(byte: impl Fn(usize) -> u8) -> usize {
+    let rex = usize::from(matches!(byte(0), 0x40..=0x4f));
+    match byte(rex) {
+        0xe8 => rex + 5,
+        0xff if byte(rex + 1) >> 3 & 7 == 2 => rex + 2 + operand_length(byte(rex + 1), || byte(rex + 2)),
+        _ => 0,
+    }
+}
+
+/// The bytes of an operand that follow its ModRM byte.
+fn operand_length(modrm: u8, sib: impl Fn() -> u8) -> usize {
+    let has_sib = modrm >> 6 != 3 && modrm & 7 == 4;
+    let displacement = match modrm >> 6 {
+        0 if modrm & 7 == 5 || has_sib && sib() & 7 == 5 => 4,
+        1 => 1,
+        2 => 4,
+        _ => 0,
+    };
+    usize::from(has_sib) + displacement
+}
+
 /// For a growth point inside a probe loop, the number of the register that holds the end of the loop.
 /// The loops of LLVM, GCC (frames and variable-length arrays) and Cranelift are known.
 pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
@@ -167,6 +189,25 @@ mod tests {
                 bytes[at]
             });
             prop_assert_eq!(found, expected(&instruction), "{} {:02x?}", instruction, bytes);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn calls_are_as_long_as_iced_says(mut bytes in prop::array::uniform16(any::<u8>()), shape in 0..4u8) {
+            match shape {
+                0 => bytes[0] = 0xe8,
+                1 => (bytes[0], bytes[1]) = (0xff, bytes[1] & 0xc7 | 0x10),
+                2 => (bytes[0], bytes[1], bytes[2]) = (0x41, 0xff, bytes[2] & 0xc7 | 0x10),
+                _ => {}
+            }
+            let instruction = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE).decode();
+            prop_assume!(!instruction.is_invalid());
+            prop_assume!(!(0x64..=0x67).contains(&bytes[0]) && !is_prefix(bytes[0]));
+            prop_assume!(bytes[0] & 0xf0 != 0x40 || bytes[1] & 0xf0 != 0x40 && !is_prefix(bytes[1]));
+            let near = instruction.mnemonic() == Mnemonic::Call && !instruction.is_call_far_indirect();
+            let expected = if near { instruction.len() } else { 0 };
+            prop_assert_eq!(call_length(|at| bytes[at]), expected, "{} {:02x?}", instruction, bytes);
         }
     }
 

@@ -27,7 +27,8 @@ use crate::stack::{Record, cache, class};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
-use super::relocate;
+use super::NotMoved;
+use super::relocate::{self, Failure};
 
 /// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
@@ -159,7 +160,14 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
                 record
             }
             Growth::Relocate if (*record).is_pinned() => return Ok(false),
-            Growth::Relocate => relocate::relocate_suspended(handle, size)?.record,
+            Growth::Relocate => match relocate::relocate_suspended(handle, size) {
+                Ok(moved) => moved.record,
+                Err(Failure::Kernel(error)) => return Err(error),
+                Err(Failure::Frame(reason, frame)) => {
+                    (*record).not_moved = Some(NotMoved { reason, frame });
+                    return Ok(false);
+                }
+            },
         };
         (*record).shrinks += 1;
         stats::count_shrink();

@@ -97,3 +97,9 @@ pub fn process() -> &'static StackMaps {
 pub fn register(maps: Vec<FrameMap>) -> Result<Registration<'static>, Error> {
     PROCESS.register(maps)
 }
+
+/// Records what the frames of our own assembly hold, beyond what unwind tables say.
+pub(crate) fn record_own_frames() {
+    static RAW: std::sync::OnceLock<Result<Registration<'static>, Error>> = std::sync::OnceLock::new();
+    RAW.get_or_init(|| register(vec![FrameMap::new(crate::switch::raw_code()).rest(Verdict::Data)]));
+}
