@@ -86,7 +86,8 @@ pub(super) fn rewrite(
     let old = stack.old;
     let lowest = stack.lowest;
     let mut walk = Walk::new(reader, start, |address| old.get(address.wrapping_sub(lowest) / WORD).copied());
-    let mut below = lowest; // everything under this is done
+    let mut below = lowest; // the frames up to here have been seen
+    let mut ambiguous = None; // where a stretch of frames begins whose words go by value, which is done at its end
     let top = lowest + old.len() * WORD;
     for frame in walk.by_ref() {
         if frame.kind() == Kind::Base {
@@ -104,13 +105,18 @@ pub(super) fn rewrite(
             return Err((Reason::Inconsistent, frame.pc()));
         }
         if frame.map().is_ambiguous() {
-            // With what lies under the innermost frame: the red zone.
-            stack.by_value(below, range.end, &mut words);
+            ambiguous.get_or_insert(below); // if it is the innermost frame, with the red zone under it
         } else {
+            if let Some(from) = ambiguous.take() {
+                stack.by_value(from, range.start, &mut words);
+            }
             stack.by_map(&frame, &mut words);
+            stack.claim_registers(&frame, &mut words);
         }
-        stack.claim_registers(&frame, &mut words);
         below = range.end;
+    }
+    if let Some(from) = ambiguous {
+        stack.by_value(from, below, &mut words);
     }
     match walk.end() {
         Some(End::Base) => Ok(words),
@@ -163,11 +169,9 @@ impl Copied<'_> {
         *word = moved;
     }
 
-    /// The registers that `frame` uses take its verdict, wherever frames further in have put them.
+    /// The registers that `frame` uses take its verdict, wherever frames further in have put them, which
+    /// have judged them by their value.
     fn claim_registers(&mut self, frame: &Frame<'_>, words: &mut Words) {
-        if frame.map().is_ambiguous() {
-            return; // by value, as they were judged already
-        }
         for index in 0..SAVED {
             if !frame.owns(index) || frame.map().register(index) != Verdict::Data {
                 continue;
