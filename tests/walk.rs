@@ -35,7 +35,9 @@ fn observe(place: &'static str) {
         && other.len() >= walked.ordinary
         && (walked.ordinary < mine.len() || (complete && other.len() == mine.len()));
     if !same || !same_for_framehop {
-        eprintln!("{place}: ours {mine:#x?}\n{walked:?}\nlibgcc {theirs:#x?}\nframehop {other:#x?} {complete}");
+        eprintln!(
+            "{place}: ours {mine:#x?}\n{walked:?}\nlibgcc {theirs:#x?}\nframehop {other:#x?} {complete}"
+        );
         std::process::abort();
     }
     COMPARED.with_borrow_mut(|all| all.push((place, pairs.count())));

@@ -319,6 +319,12 @@ impl Rules {
         self
     }
 
+    /// How the frame's end is found.
+    #[must_use]
+    pub fn cfa(&self) -> Cfa {
+        self.cfa
+    }
+
     /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.
     #[must_use]
     pub fn place_of(&self, register: Register) -> Option<Place> {

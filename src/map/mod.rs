@@ -11,6 +11,7 @@
 //! each word whether it is a pointer, data, or ambiguous. Maps live in sorted [tables](table), and those in
 //! [`StackMaps`], which can be read at any time by anyone. A [`Walk`] goes through the frames of a stack.
 
+mod assembly;
 mod eh_frame;
 mod frame_map;
 mod stack_maps;

@@ -44,10 +44,13 @@ pub struct Registers {
 }
 
 impl Registers {
+    /// Nothing is known.
+    pub const UNKNOWN: Self = Self { pc: 0, general: [0; 16], known: 0 };
+
     /// `pc`: the instruction that was interrupted, or will run next.
     #[must_use]
     pub fn new(pc: usize, rsp: usize) -> Self {
-        Self { pc, general: [0; 16], known: 0 }.with(Register::RSP, rsp)
+        Self { pc, ..Self::UNKNOWN }.with(Register::RSP, rsp)
     }
 
     /// Adds a register's value.
@@ -524,5 +527,197 @@ impl<'a, M: Fn(usize) -> Option<usize>> Iterator for Walk<'a, M> {
 impl<M> fmt::Debug for Walk<'_, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Walk").field("next", &self.next).field("rsp", &self.rsp).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::frame_map::FrameMap;
+    use crate::map::stack_maps::StackMaps;
+
+    const STACK: usize = 0x8000;
+
+    fn maps(maps: Vec<FrameMap>) -> StackMaps {
+        let all = StackMaps::new();
+        core::mem::forget(all.register(maps).unwrap());
+        all
+    }
+
+    fn code(number: usize) -> Range<usize> {
+        number * 0x1000..number * 0x1000 + 0x100
+    }
+
+    /// Walks a stack of these words at `STACK`.
+    fn walk(maps: &StackMaps, start: &Registers, stack: &[usize], check: impl FnOnce(&[Frame<'_>], End)) {
+        let memory = |address: usize| stack.get(address.checked_sub(STACK)? / WORD).copied();
+        let reader = maps.read();
+        let mut walk = Walk::new(&reader, start, memory);
+        let frames: Vec<_> = walk.by_ref().take(100).collect();
+        check(&frames, walk.end().expect("an end within 100 frames"));
+    }
+
+    fn base() -> FrameMap {
+        FrameMap::new(code(9)).rules(Rules::new(Cfa::rsp(8)).kind(Kind::Base))
+    }
+
+    /// rbx passes through two frames that do not touch it; the third one owns it.
+    #[test]
+    fn a_saved_register_belongs_to_the_frame_that_saved_it_before() {
+        let saves_rbx = Rules::new(Cfa::rsp(16)).saved(Register::RBX, Place::cfa(-16));
+        let maps = maps(vec![
+            FrameMap::new(code(1)).rules(saves_rbx),
+            FrameMap::new(code(2)).rules(Rules::new(Cfa::rsp(16))),
+            FrameMap::new(code(3)).rules(saves_rbx).register(Register::RBX, Verdict::Pointer),
+            base(),
+        ]);
+        let stack = [33, 0x2010, 0, 0x3010, 99, 0x9010, 0];
+        let start = Registers::new(0x1000, STACK).with(Register::RBX, 11);
+        walk(&maps, &start, &stack, |frames, end| {
+            assert_eq!(end, End::Base);
+            let rbx = |frame: &Frame<'_>| (frame.register(0), frame.owns(0), frame.saved(0));
+            assert_eq!(rbx(&frames[0]), (Location::Register, true, Some(STACK)));
+            assert_eq!(rbx(&frames[1]), (Location::Memory(STACK), false, None));
+            assert_eq!(rbx(&frames[2]), (Location::Memory(STACK), true, Some(STACK + 32)));
+            assert_eq!(rbx(&frames[3]), (Location::Memory(STACK + 32), false, None));
+            assert_eq!(frames[2].map().register(0), Verdict::Pointer);
+            // Of r12 nothing was said when the walk began.
+            assert_eq!(frames[0].register(2), Location::Lost);
+        });
+    }
+
+    #[test]
+    fn every_word_has_one_owner_and_its_verdict() {
+        let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+        let map = FrameMap::at_return(0x2010)
+            .rules(rules)
+            .word(Place::at(Register::RSP, 0), Verdict::Pointer)
+            .word(Place::at(Register::RBP, -8), Verdict::Ambiguous)
+            .rest(Verdict::Data);
+        let maps = maps(vec![FrameMap::new(code(1)).rules(Rules::new(Cfa::rsp(8))), map, base()]);
+        //           caller's frame: rsp ...  rbp-8  rbp             return address
+        let stack = [0x2010, 1, 2, 3, 4, 0xbbbb, 0x9010, 0];
+        let start = Registers::new(0x1000, STACK).with(Register::RBP, STACK + 40);
+        walk(&maps, &start, &stack, |frames, _| {
+            let frame = &frames[1];
+            assert_eq!(frame.range(), STACK + 8..STACK + 56);
+            let words: Vec<_> = frame.range().step_by(WORD).map(|address| frame.word(address)).collect();
+            let own = Word::Own;
+            assert_eq!(
+                words,
+                [
+                    own(Verdict::Pointer),
+                    own(Verdict::Data),
+                    own(Verdict::Data),
+                    own(Verdict::Ambiguous),
+                    Word::Saved(Register::RBP),
+                    Word::ReturnAddress,
+                ]
+            );
+            assert!(!frame.is_precise());
+            assert_eq!(frame.saved(1), Some(STACK + 40));
+        });
+    }
+
+    /// Words from one source, rules from another: that is how LLVM's stack maps come.
+    #[test]
+    fn words_without_rules_take_those_of_the_unwind_tables() {
+        let all = maps(vec![FrameMap::new(0x1010..0x1011).rest(Verdict::Data)]);
+        let start = Registers::new(0x1010, STACK);
+        walk(&all, &start, &[0; 4], |frames, end| {
+            assert!(frames.is_empty());
+            assert_eq!(end, End::Stuck { pc: 0x1010, why: Stuck::NoRules });
+        });
+        let unwind = vec![FrameMap::new(code(1)).rules(Rules::new(Cfa::rsp(16))), base()];
+        let _registration = all.add(crate::map::stack_maps::LayerName::Unwind, unwind).unwrap();
+        walk(&all, &start, &[0, 0x9010, 0], |frames, end| {
+            assert_eq!(end, End::Base);
+            assert_eq!(frames[0].range(), STACK..STACK + 16);
+            assert_eq!(frames[0].word(STACK), Word::Own(Verdict::Data));
+        });
+    }
+
+    /// After a signal frame the program counter is that of an instruction, even the first of a function.
+    #[test]
+    fn a_signal_frame_leads_to_the_interrupted_instruction() {
+        let signal = Rules::new(Cfa::Loaded { register: Register::RSP, offset: 8, plus: 0 })
+            .return_address(Place::at(Register::RSP, 16))
+            .saved(Register::RBP, Place::at(Register::RSP, 0))
+            .kind(Kind::Signal);
+        let maps = maps(vec![
+            FrameMap::new(code(1)).rules(Rules::new(Cfa::rsp(8))),
+            FrameMap::new(0x1fff..0x2100).rules(signal), // from one byte before, as in libc
+            FrameMap::new(code(3)).rules(Rules::new(Cfa::rbp(16))),
+            base(),
+        ]);
+        // The interrupted rsp is below: the handler ran on another stack.
+        let stack = [0x9010, 0, 0, 0x2000, STACK - 8, STACK - 8, 0x3000];
+        let start = Registers::new(0x1000, STACK + 24).with(Register::RBP, 1);
+        walk(&maps, &start, &stack, |frames, end| {
+            assert_eq!(end, End::Base);
+            let pcs: Vec<_> = frames.iter().map(|frame| (frame.pc(), frame.code())).collect();
+            assert_eq!(pcs, [(0x1000, 0x1000), (0x2000, 0x1fff), (0x3000, 0x3000), (0x9010, 0x900f)]);
+            assert_eq!(frames[2].register(1), Location::Memory(STACK + 32));
+            assert_eq!(frames[2].range(), STACK - 8..STACK + 8);
+        });
+    }
+
+    #[test]
+    fn a_linkage_table_has_pushed_one_word_or_none() {
+        let maps = maps(vec![FrameMap::new(code(1)).rules(Rules::new(Cfa::Plt { pushed: 11 })), base()]);
+        for (pc, words) in [(0x1010, 1), (0x101a, 1), (0x101b, 2), (0x101f, 2), (0x1020, 1)] {
+            walk(&maps, &Registers::new(pc, STACK), &[0x9010, 0x9010, 0], |frames, _| {
+                assert_eq!(frames[0].range().len(), words * WORD, "{pc:#x}");
+            });
+        }
+    }
+
+    #[test]
+    fn a_walk_says_why_it_cannot_go_on() {
+        let stuck = |rules: Rules, stack: &[usize], why: Stuck| {
+            let maps = maps(vec![
+                FrameMap::new(code(1)).rules(rules),
+                FrameMap::new(code(2)).unwalkable(Unwalkable::StackPointer),
+                base(),
+            ]);
+            walk(&maps, &Registers::new(0x1000, STACK), stack, |_, end| match end {
+                End::Stuck { why: found, .. } => assert_eq!(found, why),
+                _ => panic!("{end:?} instead of {why:?}"),
+            });
+        };
+        let leaf = Rules::new(Cfa::rsp(8));
+        stuck(leaf, &[0x7777], Stuck::NoMap);
+        stuck(leaf, &[0], Stuck::NoMap);
+        stuck(leaf, &[0x2010], Stuck::Rules(Unwalkable::StackPointer));
+        stuck(leaf, &[], Stuck::Memory(STACK));
+        stuck(Rules::new(Cfa::rbp(16)), &[0; 9], Stuck::Register(Register::RBP));
+        stuck(Rules::new(Cfa::Register(Register::R10, 0)), &[0; 9], Stuck::Register(Register::R10));
+        stuck(Rules::new(Cfa::rsp(0)), &[0x1010; 9], Stuck::NoProgress);
+        stuck(Rules::new(Cfa::rsp(-8)), &[0x1010; 9], Stuck::NoProgress);
+        let lost = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::UNDEFINED);
+        stuck(lost, &[0x1010; 9], Stuck::Register(Register::RBP));
+    }
+
+    /// A signal frame may lead down, but not round and round for ever.
+    #[test]
+    fn a_circle_ends() {
+        let circle =
+            Rules::new(Cfa::Loaded { register: Register::RSP, offset: 0, plus: 0 }).kind(Kind::Signal);
+        let maps = maps(vec![FrameMap::new(code(1)).rules(circle)]);
+        let reader = maps.read();
+        let memory = |address| Some(if address == STACK { STACK } else { 0x1010 });
+        let mut walk = Walk::new(&reader, &Registers::new(0x1000, STACK), memory);
+        assert!(walk.by_ref().count() as u32 <= MOST_STACKS);
+        assert_eq!(walk.end(), Some(End::Stuck { pc: 0x1010, why: Stuck::NoProgress }));
+    }
+
+    #[test]
+    fn a_return_address_that_is_undefined_ends_the_walk() {
+        let outermost = Rules::new(Cfa::rsp(8)).return_address(Place::UNDEFINED);
+        let maps = maps(vec![FrameMap::new(code(1)).rules(outermost)]);
+        walk(&maps, &Registers::new(0x1000, STACK), &[0], |frames, end| {
+            assert_eq!((frames.len(), end), (1, End::Outermost));
+            assert_eq!(frames[0].return_address(), None);
+        });
     }
 }
