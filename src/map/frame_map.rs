@@ -286,13 +286,24 @@ pub struct Rules {
     pub(super) return_address: Place,
     pub(super) saved: [Place; SAVED],
     pub(super) kind: Kind,
+    /// Which of the registers are not [`Place::SAME`].
+    pub(super) touched: u8,
+    /// True if the return address and all saved registers are at offsets from the CFA: nearly always.
+    pub(super) simple: bool,
 }
 
 impl Rules {
     /// A frame that has saved no register, its return address right below the CFA.
     #[must_use]
     pub fn new(cfa: Cfa) -> Self {
-        Self { cfa, return_address: Place::cfa(-8), saved: [Place::SAME; SAVED], kind: Kind::Call }
+        Self {
+            cfa,
+            return_address: Place::cfa(-8),
+            saved: [Place::SAME; SAVED],
+            kind: Kind::Call,
+            touched: 0,
+            simple: true,
+        }
     }
 
     /// Says where the function has saved its caller's `register`.
@@ -302,13 +313,21 @@ impl Rules {
     #[must_use]
     pub fn saved(mut self, register: Register, place: Place) -> Self {
         self.saved[register.saved_index().expect("a callee-saved register")] = place;
-        self
+        self.summarised()
     }
 
     /// Says where the return address lies; [`Place::UNDEFINED`]: nowhere, the walk ends here.
     #[must_use]
     pub fn return_address(mut self, place: Place) -> Self {
         self.return_address = place;
+        self.summarised()
+    }
+
+    fn summarised(mut self) -> Self {
+        let touched = |index: usize| u8::from(self.saved[index] != Place::SAME) << index;
+        self.touched = (0..SAVED).map(touched).sum();
+        self.simple = self.return_address.origin() == Origin::Cfa
+            && self.saved.iter().all(|place| matches!(place.origin(), Origin::Cfa | Origin::Same));
         self
     }
 

@@ -21,7 +21,7 @@ use core::fmt;
 use core::ops::Range;
 
 use super::frame_map::{Cfa, Kind, Origin, Place, Register, Rules, SAVED, Unwalkable, Verdict};
-use super::stack_maps::{Map, Reader};
+use super::stack_maps::{Hints, Map, Reader};
 
 const WORD: usize = size_of::<usize>();
 
@@ -329,18 +329,22 @@ impl fmt::Display for Stuck {
 /// ```
 pub struct Walk<'a, M> {
     reader: &'a Reader<'a>,
+    hints: Hints<'a>,
     memory: M,
     start: Registers,
     across: bool,
     stacks: u32,
     /// Of the next frame, or how the walk ended.
     next: Result<usize, End>,
+    /// The next frame's stack pointer.
     rsp: usize,
-    /// `pc` is that of an instruction that has not run, not of one after a call.
+    /// `next` is an instruction that has not run, not one after a call.
     exact: bool,
     /// The registers are those of the start: those that calls do not keep are known, too.
     innermost: bool,
+    /// Where the next frame's callee-saved registers are.
     registers: [Packed; SAVED],
+    frame: Option<Frame<'a>>,
 }
 
 impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
@@ -350,6 +354,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         let place = |register| if start.get(register).is_some() { Packed::REGISTER } else { Packed::LOST };
         Self {
             reader,
+            hints: Hints::default(),
             memory,
             start: *start,
             across: false,
@@ -359,6 +364,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
             exact: true,
             innermost: true,
             registers: Register::CALLEE_SAVED.map(place),
+            frame: None,
         }
     }
 
@@ -374,67 +380,88 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         self.next.err()
     }
 
-    /// The frame at `pc`; afterwards, `self` is at its caller.
+    /// The next frame, where it lies: as [`next`](Iterator::next), without copying it.
     #[inline]
-    fn step(&mut self, pc: usize) -> Result<Frame<'a>, Stuck> {
+    pub fn advance(&mut self) -> Option<&Frame<'a>> {
+        let pc = self.next.ok()?;
+        if let Err(why) = self.step(pc) {
+            self.next = Err(End::Stuck { pc, why });
+            return None;
+        }
+        self.frame.as_ref()
+    }
+
+    /// Makes the frame at `pc` the current one; afterwards, `self` is at its caller.
+    #[inline]
+    fn step(&mut self, pc: usize) -> Result<(), Stuck> {
         let code = if self.exact { pc } else { pc.wrapping_sub(1) };
-        let map = self.reader.find(code).ok_or(Stuck::NoMap)?;
+        let map = self.reader.find_near(code, &mut self.hints).ok_or(Stuck::NoMap)?;
         let rules =
             map.rules_here().ok_or(Stuck::NoRules)?.as_ref().map_err(|reason| Stuck::Rules(*reason))?;
         let cfa = self.cfa(rules, pc)?;
         if cfa <= self.rsp || rules.kind != Kind::Call {
             self.other_stack(rules.kind)?;
         }
-        let mut frame = Frame {
+        let (return_address, saved) = if rules.simple {
+            let at = |place: Place| cfa.wrapping_add_signed(place.offset() as isize);
+            let saved = |place: Place| if place == Place::SAME { 0 } else { at(place) };
+            (at(rules.return_address), rules.saved.map(saved))
+        } else {
+            self.places(rules, cfa)?
+        };
+        let frame = self.frame.insert(Frame {
             pc,
             exact: self.exact,
             kind: rules.kind,
             rsp: self.rsp,
             cfa,
-            return_address: 0,
+            return_address,
             registers: self.registers,
-            saved: [0; SAVED],
-            owned: 0,
+            saved,
+            owned: rules.touched,
             values: [0; SAVED],
             map,
-        };
+        });
         if !map.is_ambiguous() {
+            let mut frame = *frame;
             self.word_bases(&mut frame)?;
+            self.frame = Some(frame);
         }
-        frame.return_address = self.address(rules.return_address, cfa)?.unwrap_or(0);
-        let mut outer = self.registers;
-        for (index, &place) in rules.saved.iter().enumerate() {
-            if place == Place::SAME {
-                continue;
-            }
-            let address = self.address(place, cfa)?;
-            frame.owned |= 1 << index;
-            if let Some(saved) = frame.saved.get_mut(index) {
-                *saved = address.unwrap_or(0);
-            }
-            if let Some(register) = outer.get_mut(index) {
-                *register = address.map_or(Packed::LOST, Packed);
-            }
+        self.next = self.caller(pc, return_address, rules);
+        for ((register, &address), index) in self.registers.iter_mut().zip(&saved).zip(0..) {
+            *register = match address {
+                0 if rules.touched >> index & 1 != 0 => Packed::LOST,
+                0 => *register,
+                _ => Packed(address),
+            };
         }
-        self.next = self.caller(&frame, rules);
-        self.registers = outer;
         self.rsp = cfa;
         self.exact = rules.kind != Kind::Call;
         self.innermost = false;
-        Ok(frame)
+        Ok(())
     }
 
-    /// Where the frame's caller goes on.
+    /// The addresses of the return address and of saved registers, 0 for those that are nowhere.
+    #[cold]
+    fn places(&self, rules: &Rules, cfa: usize) -> Result<(usize, [usize; SAVED]), Stuck> {
+        let return_address = self.address(rules.return_address, cfa)?;
+        let mut saved = [0; SAVED];
+        for (address, &place) in saved.iter_mut().zip(&rules.saved) {
+            *address = self.address(place, cfa)?;
+        }
+        Ok((return_address, saved))
+    }
+
+    /// Where the caller of the frame at `pc` goes on.
     #[inline]
-    fn caller(&self, frame: &Frame<'_>, rules: &Rules) -> Result<usize, End> {
+    fn caller(&self, pc: usize, return_address: usize, rules: &Rules) -> Result<usize, End> {
         if rules.kind == Kind::Base && !self.across {
             return Err(End::Base);
         }
-        if frame.return_address == 0 {
+        if return_address == 0 {
             return Err(End::Outermost);
         }
-        let stuck = End::Stuck { pc: frame.pc, why: Stuck::Memory(frame.return_address) };
-        (self.memory)(frame.return_address).ok_or(stuck)
+        (self.memory)(return_address).ok_or(End::Stuck { pc, why: Stuck::Memory(return_address) })
     }
 
     #[inline]
@@ -474,15 +501,14 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         (self.memory)(address).ok_or(Stuck::Memory(address))
     }
 
-    /// The address of a place in the frame that is next; `None` if it says that there is none.
-    #[inline]
-    fn address(&self, place: Place, cfa: usize) -> Result<Option<usize>, Stuck> {
+    /// The address of a place in the frame that is next; 0 if it says that there is none.
+    fn address(&self, place: Place, cfa: usize) -> Result<usize, Stuck> {
         let origin = match place.origin() {
             Origin::Cfa => cfa,
             Origin::Register(register) => self.value(register)?,
-            Origin::Same | Origin::Undefined => return Ok(None),
+            Origin::Same | Origin::Undefined => return Ok(0),
         };
-        Ok(Some(origin.wrapping_add_signed(place.offset() as isize)))
+        Ok(origin.wrapping_add_signed(place.offset() as isize))
     }
 
     /// Finds the values that the places of the frame's words are counted from.
@@ -513,14 +539,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Iterator for Walk<'a, M> {
 
     #[inline]
     fn next(&mut self) -> Option<Frame<'a>> {
-        let pc = self.next.ok()?;
-        match self.step(pc) {
-            Ok(frame) => Some(frame),
-            Err(why) => {
-                self.next = Err(End::Stuck { pc, why });
-                None
-            }
-        }
+        self.advance().copied()
     }
 }
 
