@@ -140,8 +140,8 @@ pub struct Frame<'a> {
     return_address: usize,
     /// Where the frame's own values are.
     registers: [Packed; SAVED],
-    /// Where it has put its callers', 0 if not in memory or untouched.
-    saved: [usize; SAVED],
+    /// Where it has put its callers': in the register, if it has not touched it.
+    saved: [Packed; SAVED],
     /// Which of the registers it uses itself.
     owned: u8,
     /// The frame's own values, as far as its words are counted from them; 0 otherwise.
@@ -210,7 +210,10 @@ impl<'a> Frame<'a> {
     #[inline]
     #[must_use]
     pub fn saved(&self, index: usize) -> Option<usize> {
-        self.saved.get(index).copied().filter(|&address| address != 0)
+        match self.saved.get(index)?.location() {
+            Location::Memory(address) => Some(address),
+            Location::Register | Location::Lost => None,
+        }
     }
 
     /// The map it is walked by.
@@ -226,7 +229,7 @@ impl<'a> Frame<'a> {
         if address == self.return_address {
             return Word::ReturnAddress;
         }
-        if let Some(index) = self.saved.iter().position(|&place| place == address)
+        if let Some(index) = self.saved.iter().position(|&place| place == Packed(address))
             && let Some(&register) = Register::CALLEE_SAVED.get(index)
         {
             return Word::Saved(register);
@@ -404,7 +407,8 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         }
         let (return_address, saved) = if rules.simple {
             let at = |place: Place| cfa.wrapping_add_signed(place.offset() as isize);
-            let saved = |place: Place| if place == Place::SAME { 0 } else { at(place) };
+            let saved =
+                |place: Place| if place == Place::SAME { Packed::REGISTER } else { Packed(at(place)) };
             (at(rules.return_address), rules.saved.map(saved))
         } else {
             self.places(rules, cfa)?
@@ -428,12 +432,8 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
             self.frame = Some(frame);
         }
         self.next = self.caller(pc, return_address, rules);
-        for ((register, &address), index) in self.registers.iter_mut().zip(&saved).zip(0..) {
-            *register = match address {
-                0 if rules.touched >> index & 1 != 0 => Packed::LOST,
-                0 => *register,
-                _ => Packed(address),
-            };
+        for (register, &saved) in self.registers.iter_mut().zip(&saved) {
+            *register = if saved == Packed::REGISTER { *register } else { saved };
         }
         self.rsp = cfa;
         self.exact = rules.kind != Kind::Call;
@@ -441,13 +441,15 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         Ok(())
     }
 
-    /// The addresses of the return address and of saved registers, 0 for those that are nowhere.
+    /// The address of the return address, 0 if there is none, and where the callers' registers are.
     #[cold]
-    fn places(&self, rules: &Rules, cfa: usize) -> Result<(usize, [usize; SAVED]), Stuck> {
-        let return_address = self.address(rules.return_address, cfa)?;
-        let mut saved = [0; SAVED];
-        for (address, &place) in saved.iter_mut().zip(&rules.saved) {
-            *address = self.address(place, cfa)?;
+    fn places(&self, rules: &Rules, cfa: usize) -> Result<(usize, [Packed; SAVED]), Stuck> {
+        let return_address = self.address(rules.return_address, cfa)?.unwrap_or(0);
+        let mut saved = [Packed::REGISTER; SAVED];
+        for (saved, &place) in saved.iter_mut().zip(&rules.saved) {
+            if place != Place::SAME {
+                *saved = self.address(place, cfa)?.map_or(Packed::LOST, Packed);
+            }
         }
         Ok((return_address, saved))
     }
@@ -501,14 +503,14 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         (self.memory)(address).ok_or(Stuck::Memory(address))
     }
 
-    /// The address of a place in the frame that is next; 0 if it says that there is none.
-    fn address(&self, place: Place, cfa: usize) -> Result<usize, Stuck> {
+    /// The address of a place in the frame that is next; `None` if it says that there is none.
+    fn address(&self, place: Place, cfa: usize) -> Result<Option<usize>, Stuck> {
         let origin = match place.origin() {
             Origin::Cfa => cfa,
             Origin::Register(register) => self.value(register)?,
-            Origin::Same | Origin::Undefined => return Ok(0),
+            Origin::Same | Origin::Undefined => return Ok(None),
         };
-        Ok(origin.wrapping_add_signed(place.offset() as isize))
+        Ok(Some(origin.wrapping_add_signed(place.offset() as isize)))
     }
 
     /// Finds the values that the places of the frame's words are counted from.
