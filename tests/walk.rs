@@ -151,7 +151,7 @@ fn everything() {
         n + 1
     };
     assert_eq!((0..3).map(black_box(&observing as &dyn Fn(u64) -> u64)).sum::<u64>(), 6);
-    let mut order = vec![3, 1, 2];
+    let mut order = [3, 1, 2];
     order.sort_by(|a, b| {
         observe("comparison in a sort");
         a.cmp(b)

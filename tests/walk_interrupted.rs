@@ -183,7 +183,7 @@ fn check(sample: &Sample, framehop: &mut Framehop) {
 }
 
 fn samples() -> usize {
-    std::env::var("REGROW_SAMPLES").map_or(3000, |number| number.parse().expect("a number"))
+    std::env::var("REGROW_SAMPLES").map_or(1000, |number| number.parse().expect("a number"))
 }
 
 /// Prints each function that a walk got stuck in.

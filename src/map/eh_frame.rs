@@ -43,7 +43,7 @@ unsafe extern "C" {
     fn regrow_entry();
 }
 
-/// What recording an object brought.
+/// What recording an object brought; part of a [`Report`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ObjectReport {
     /// Its path as the loader knows it; empty for the program itself.
@@ -102,7 +102,17 @@ impl ObjectReport {
     }
 }
 
-/// What [`record_loaded_objects`] did.
+/// What [`record_loaded_objects`] did. Printed, it is a table.
+///
+/// ```
+/// let report = regrow::map::record_loaded_objects();
+/// assert!(report.bytes() < report.rows() * 16 + 4096);
+/// for object in report.added {
+///     for (code, why) in object.unwalkable {
+///         println!("{} {code:x?}: {why}", object.name);
+///     }
+/// }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Report {
     /// Objects that were recorded this time.

@@ -14,6 +14,10 @@ use core::fmt;
 use core::ops::Range;
 
 /// What is known about a word.
+///
+/// ```
+/// assert_eq!(regrow::map::Verdict::default(), regrow::map::Verdict::Ambiguous);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Verdict {
@@ -222,6 +226,11 @@ impl fmt::Debug for Place {
 
 /// How the CFA, the end of a frame, is found. `Register` and `Loaded` are enough for every frame that compilers
 /// make, realigned ones and signal frames among them.
+///
+/// ```
+/// use regrow::map::{Cfa, Register};
+/// assert_eq!(Cfa::rsp(8), Cfa::Register(Register::RSP, 8)); // a function that has pushed nothing
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Cfa {
     /// `register + offset`, in bytes.
@@ -257,6 +266,15 @@ impl Cfa {
 }
 
 /// What a frame is to a walker.
+///
+/// ```
+/// use regrow::map::{Cfa, Kind, Place, Register, Rules};
+/// // A handler's caller on x86-64 Linux: the interrupted rsp and rip are in the ucontext at rsp.
+/// let rules = Rules::new(Cfa::Loaded { register: Register::RSP, offset: 160, plus: 0 })
+///     .return_address(Place::at(Register::RSP, 168))
+///     .kind(Kind::Signal);
+/// # let _ = rules;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Kind {
@@ -352,6 +370,10 @@ impl Rules {
 }
 
 /// Why a frame cannot be walked although its function is known.
+///
+/// ```
+/// assert_eq!(regrow::map::Unwalkable::StackPointer.to_string(), "it switches stacks");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
 pub enum Unwalkable {
@@ -386,6 +408,10 @@ impl fmt::Display for Unwalkable {
 }
 
 /// Who recorded a frame map.
+///
+/// ```
+/// assert_eq!(regrow::map::Source::EhFrame.to_string(), "eh_frame");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Source {

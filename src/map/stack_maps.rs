@@ -311,6 +311,15 @@ impl Drop for Registration<'_> {
 }
 
 /// All maps of one moment; see [`StackMaps::read`].
+///
+/// ```
+/// use regrow::map::{FrameMap, StackMaps};
+/// let maps = StackMaps::new();
+/// let reader = maps.read();
+/// let _registration = maps.register(vec![FrameMap::new(1..9)]);
+/// assert!(reader.find(1).is_none()); // this one began before
+/// assert!(maps.read().find(1).is_some());
+/// ```
 pub struct Reader<'a> {
     snapshot: Option<&'a Snapshot>,
     counter: &'a AtomicUsize,
@@ -373,7 +382,18 @@ fn find<'a>(layer: &'a Layer, address: usize, hint: &mut Option<&'a Segment>) ->
     if segment.contains(address) { segment.table.find(address) } else { None }
 }
 
-/// What is known about a frame.
+/// What is known about a frame; see [`Reader::find`].
+///
+/// ```
+/// use regrow::map::{FrameMap, Register, StackMaps, Verdict};
+/// let maps = StackMaps::new();
+/// let map = FrameMap::at_return(0x1005).register(Register::RBX, Verdict::Data).rest(Verdict::Pointer);
+/// let _registration = maps.register(vec![map]);
+/// let reader = maps.read();
+/// let found = reader.find(0x1004).unwrap();
+/// assert_eq!((found.register(0), found.rest()), (Verdict::Data, Verdict::Pointer));
+/// assert_eq!(found.rules(), None); // and nothing says where such a frame ends
+/// ```
 #[derive(Clone, Copy)]
 pub struct Map<'a> {
     rules: Option<&'a Result<Rules, Unwalkable>>,

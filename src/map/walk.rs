@@ -88,7 +88,7 @@ impl fmt::Debug for Registers {
     }
 }
 
-/// Where the value lies that a callee-saved register has in a frame.
+/// Where the value lies that a callee-saved register has in a frame; see [`Frame::register`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Location {
     /// Still in the register.
@@ -117,7 +117,7 @@ impl Packed {
     }
 }
 
-/// Whose a word of a frame is.
+/// Whose a word of a frame is; see [`Frame::word`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Word {
     /// The return address.
@@ -128,7 +128,24 @@ pub enum Word {
     Own(Verdict),
 }
 
-/// One frame.
+/// One frame, as a [`Walk`] comes to it.
+///
+/// Every word of a stack, and every callee-saved register, has one owner, so this visits each of them once:
+/// ```
+/// use regrow::map::{Frame, Location, Verdict, Word};
+///
+/// fn visit(frame: &Frame<'_>, mut word: impl FnMut(Location, Verdict)) {
+///     for address in frame.range().step_by(8) {
+///         if let Word::Own(verdict) = frame.word(address) {
+///             word(Location::Memory(address), verdict);
+///         }
+///     }
+///     for index in (0..6).filter(|&index| frame.owns(index)) {
+///         word(frame.register(index), frame.map().register(index));
+///     }
+/// }
+/// # let _ = |frame: &Frame<'_>| visit(frame, |_, _| ());
+/// ```
 #[derive(Clone, Copy)]
 pub struct Frame<'a> {
     pc: usize,
@@ -170,12 +187,12 @@ impl<'a> Frame<'a> {
 
     /// Its bytes on the stack: from its stack pointer to where its caller's frame begins.
     ///
-    /// A signal frame ends where the interrupted stack pointer was, and a base where its resumer's is, both of
-    /// which may be on another stack, even below: the range is empty then.
+    /// A base has none: what lies above it is no frame, and the caller is on another stack. A signal frame ends where the
+    /// interrupted stack pointer was, which may be on another stack too, above or below.
     #[inline]
     #[must_use]
     pub fn range(&self) -> Range<usize> {
-        self.rsp..self.cfa
+        self.rsp..if self.kind == Kind::Base { self.rsp } else { self.cfa }
     }
 
     /// The address of its return address. It has none if it is the thread's outermost frame.
@@ -185,14 +202,6 @@ impl<'a> Frame<'a> {
     }
 
     /// Where the value lies that the `index`th of [`Register::CALLEE_SAVED`] has in this frame.
-    ///
-    /// ```no_run
-    /// # let frame: regrow::map::Frame<'_> = unimplemented!();
-    /// use regrow::map::{Location, Register};
-    /// if let Location::Memory(address) = frame.register(Register::RBX.saved_index().unwrap()) {
-    ///     println!("rbx was saved at {address:#x}");
-    /// }
-    /// ```
     #[inline]
     #[must_use]
     pub fn register(&self, index: usize) -> Location {
@@ -266,6 +275,14 @@ impl fmt::Debug for Frame<'_> {
 }
 
 /// How a walk ended.
+///
+/// ```
+/// use regrow::map::{self, End, Registers, Stuck, Walk};
+/// let reader = map::process().read();
+/// let mut walk = Walk::new(&reader, &Registers::new(8, 0), |_| None); // no code is at address 8
+/// assert!(walk.next().is_none());
+/// assert_eq!(walk.end(), Some(End::Stuck { pc: 8, why: Stuck::NoMap }));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
     /// At a coroutine's base, which was its last frame.
@@ -281,7 +298,11 @@ pub enum End {
     },
 }
 
-/// Why a walk cannot go on.
+/// Why a walk cannot go on: a phrase about the frame at which it stopped, for reports.
+///
+/// ```
+/// assert_eq!(regrow::map::Stuck::NoMap.to_string(), "no map is for its code");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stuck {
     /// No map is for this code: compiled at run time, or written by hand, without unwind tables.
@@ -327,7 +348,7 @@ impl fmt::Display for Stuck {
 /// let reader = maps.read();
 /// let mut walk = Walk::new(&reader, &Registers::new(0x1010, 0x8000), memory);
 /// let ranges: Vec<_> = walk.by_ref().map(|frame| frame.range()).collect();
-/// assert_eq!(ranges, [0x8000..0x8010, 0x8010..0x8018]);
+/// assert_eq!(ranges, [0x8000..0x8010, 0x8010..0x8010]);
 /// assert_eq!(walk.end(), Some(End::Base));
 /// ```
 pub struct Walk<'a, M> {
