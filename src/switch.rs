@@ -102,12 +102,6 @@ unsafe extern "C" {
     fn regrow_watch();
     /// The entry function of a raw coroutine: it calls the function whose address is where a closure would be.
     pub(crate) fn regrow_raw(word: Word, command: usize, base: &Base) -> !;
-    fn regrow_raw_end();
-}
-
-/// The code of [`regrow_raw`], whose frame holds no pointer.
-pub(crate) fn raw_code() -> core::ops::Range<usize> {
-    regrow_raw as *const () as usize..regrow_raw_end as *const () as usize
 }
 
 /// Writes the first frame of a coroutine below and into `base`, and returns its handle.

@@ -89,7 +89,7 @@ pub(super) fn rewrite(
     let mut below = lowest; // the frames up to here have been seen
     let mut ambiguous = None; // where a stretch of frames begins whose words go by value, which is done at its end
     let top = lowest + old.len() * WORD;
-    for frame in walk.by_ref() {
+    while let Some(frame) = walk.advance() {
         if frame.kind() == Kind::Base {
             break;
         }
@@ -110,8 +110,8 @@ pub(super) fn rewrite(
             if let Some(from) = ambiguous.take() {
                 stack.by_value(from, range.start, &mut words);
             }
-            stack.by_map(&frame, &mut words);
-            stack.claim_registers(&frame, &mut words);
+            stack.by_map(frame, &mut words);
+            stack.claim_registers(frame, &mut words);
         }
         below = range.end;
     }
