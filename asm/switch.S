@@ -96,7 +96,7 @@ regrow_raw:
 //   out  rax with WATCHED set; goes on to the resumer's landing, kept at [rsp - 48]
 //
 // To an unwinder that comes from the coroutine it is a frame without extent between the first frame and the resumer.
-    .globl  regrow_watch
+    .globl  regrow_watch_landing
     .type   regrow_watch, @function
     .p2align 4
 regrow_watch:
@@ -104,6 +104,8 @@ regrow_watch:
     .cfi_signal_frame
     .cfi_def_cfa rsp, 0
     .cfi_offset rip, -48
+    nop                                 // some look up a return address by the byte before it
+regrow_watch_landing:
     or      rax, 2                      // WATCHED
     jmp     qword ptr [rsp - 48]
     .cfi_endproc

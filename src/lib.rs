@@ -58,5 +58,5 @@ pub use error::Error;
 pub use grow::{Maps, NotMoved, Reason, Shrink, not_moved};
 pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
 pub use stack::class::{MAX_SIZE, MIN_SIZE};
-pub use stats::{Growth, LastGrowth, Stats, Totals, totals};
+pub use stats::{Growth, LastGrowth, Stats, Totals, WordsByMap, totals};
 pub use thread::{prepare_thread, signals_on_coroutine_stacks};

@@ -33,6 +33,7 @@
 
 use core::arch::asm;
 use core::cell::Cell;
+use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
 use crate::stack::Record;
@@ -73,7 +74,18 @@ pub(crate) struct Base {
     /// A fixed address inside `regrow_entry`.
     pub return_address: usize,
     /// Where the stack's record lies; rewritten like any other word when the stack moves.
-    pub record: *mut Record,
+    record: *mut c_void,
+}
+
+impl Base {
+    #[inline(always)]
+    pub fn record(&self) -> *mut Record {
+        self.record.cast()
+    }
+
+    pub fn set_record(&mut self, record: *mut Record) {
+        self.record = record.cast();
+    }
 }
 
 /// What a switch carries: a value, or the address of one on the other side's stack. Possibly
@@ -95,11 +107,10 @@ pub(crate) const PANICKED: usize = 2;
 /// A coroutine's main function: never returns, ends in [`finish`].
 pub(crate) type Entry = unsafe extern "C" fn(word: Word, command: usize, base: &Base) -> !;
 
-#[expect(improper_ctypes, reason = "of a record the assembly only takes the address")]
 unsafe extern "C" {
     fn regrow_entry();
     fn regrow_entry_return();
-    fn regrow_watch();
+    fn regrow_watch_landing();
     /// The entry function of a raw coroutine: it calls the function whose address is where a closure would be.
     pub(crate) fn regrow_raw(word: Word, command: usize, base: &Base) -> !;
 }
@@ -115,7 +126,7 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
     // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
     unsafe {
         (*base).return_address = regrow_entry_return as *const () as usize;
-        (*base).record = record;
+        (*base).record = record.cast();
         word.sub(1).write(regrow_entry as *const () as usize);
         word.sub(3).write(entry as usize);
     }
@@ -227,7 +238,7 @@ pub(crate) fn watch_running() {
     if resumer.is_null() {
         return;
     }
-    let watch = regrow_watch as *const () as usize;
+    let watch = regrow_watch_landing as *const () as usize;
     // SAFETY: a resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
     unsafe {
         let landing = resumer.sub(1);
@@ -243,7 +254,7 @@ pub(crate) fn watch_running() {
 #[inline(always)]
 pub(crate) fn running_record() -> Option<*mut Record> {
     // SAFETY: the running coroutine's handle is with its resumer, who waits; its base is accessible.
-    running().map(|handle| unsafe { (*(*handle).base).record })
+    running().map(|handle| unsafe { (*(*handle).base).record() })
 }
 
 /// The base of the coroutine that runs.

@@ -93,7 +93,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     let Some(handle) = switch::running() else { return false };
     // SAFETY: the handle of a running coroutine is with its resumer, who waits; base and record are at
     // the top of the running stack, which is accessible.
-    let record = unsafe { (*(*handle).base).record };
+    let record = unsafe { (*(*handle).base).record() };
     let rsp = context.rsp();
     let on_its_stack = rsp >= slot.start() && rsp <= slot.end();
     if slot.end() != Record::end(record) || !on_its_stack {

@@ -21,6 +21,7 @@ use super::Reason;
 use super::rewrite::Window;
 use crate::map::{End, Frame, Kind, Location, Reader, Register, Registers, Stuck, Verdict, Walk, Word};
 use crate::pin;
+use crate::stats::WordsByMap;
 
 /// Which words of a stack that moves may be judged by their value; see [`Builder::maps`](crate::Builder::maps).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
@@ -57,12 +58,8 @@ pub(super) struct Copied<'a> {
 pub(super) struct Words {
     /// Changed.
     pub rewritten: usize,
-    /// Looked at, by verdict.
-    pub pointers: usize,
-    pub data: usize,
-    pub ambiguous: usize,
-    /// Pointers by their map whose value was not in the window.
-    pub elsewhere: usize,
+    /// Looked at.
+    pub by_map: WordsByMap,
     /// Callee-saved registers that are data in the frame that uses them: the context keeps them.
     pub keep: [bool; SAVED],
 }
@@ -137,7 +134,7 @@ impl Copied<'_> {
         let from = from.wrapping_sub(self.lowest) / WORD;
         let to = to.wrapping_sub(self.lowest) / WORD;
         let Some(range) = self.new.get_mut(from..to) else { return };
-        words.ambiguous += range.len();
+        words.by_map.ambiguous += range.len() as u64;
         words.rewritten += self.window.rewrite(range);
     }
 
@@ -153,7 +150,7 @@ impl Copied<'_> {
                 }
                 Word::Own(Verdict::Ambiguous) => self.by_value(address, address + WORD, words),
                 Word::Own(Verdict::Pointer) => self.pointer(address, words),
-                Word::Own(Verdict::Data) => words.data += 1,
+                Word::Own(Verdict::Data) => words.by_map.data += 1,
                 Word::ReturnAddress => {}
             }
         }
@@ -163,9 +160,9 @@ impl Copied<'_> {
         let window = self.window;
         let Some(word) = self.word(address) else { return };
         let moved = window.moved(*word);
-        words.pointers += 1;
+        words.by_map.pointers += 1;
         words.rewritten += usize::from(moved != *word);
-        words.elsewhere += usize::from(moved == *word);
+        words.by_map.elsewhere += u64::from(moved == *word);
         *word = moved;
     }
 
@@ -257,8 +254,8 @@ mod tests {
     fn each_word_goes_by_its_map() {
         let (words, changed) = run(Maps::Ambiguous, Verdict::Ambiguous);
         assert_eq!(changed, [2, 4, 6, 8]); // pointers, saved rbx, and the ambiguous one; no data, no return address
-        let words = words.unwrap();
-        assert_eq!((words.pointers, words.data, words.elsewhere), (2, 2, 0));
+        let words = words.unwrap().by_map;
+        assert_eq!(words, WordsByMap { pointers: 2, elsewhere: 0, data: 2, ambiguous: 1 });
     }
 
     #[test]

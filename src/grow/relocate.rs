@@ -27,7 +27,7 @@ use super::{Done, Fault, Reason};
 use crate::error::Error;
 use crate::map::{self, Register, Registers};
 use crate::stack::{Link, OLD, Record, Slot, cache, class::Class, class::open_bytes, guard};
-use crate::stats::Growth;
+use crate::stats::{self, Growth};
 use crate::switch::{Handle, RED_ZONE};
 
 /// A stack that has been moved, but for the registers.
@@ -114,7 +114,7 @@ pub(super) unsafe fn relocate_suspended(handle: *mut Handle, size: usize) -> Res
     // SAFETY: by the caller's word; what a suspend saves lies in the red zone below its stack pointer (src/switch.rs).
     unsafe {
         let sp = (*handle).sp;
-        let slot = Record::slot((*(*handle).base).record).ok_or(Error::Arenas)?;
+        let slot = Record::slot((*(*handle).base).record()).ok_or(Error::Arenas)?;
         let saved = |below: usize| ((sp - below) as *const usize).read();
         let start =
             Registers::new(saved(8), sp).with(Register::RBP, saved(16)).with(Register::RBX, saved(24));
@@ -138,7 +138,7 @@ impl Moved {
         // SAFETY: by the caller's word. The base lies in the copied head; its record is where the copy is.
         unsafe {
             (*handle).base = self.window.moved((*handle).base as usize) as *mut _;
-            (*(*handle).base).record = self.record;
+            (*(*handle).base).set_record(self.record);
         }
     }
 }
@@ -186,6 +186,7 @@ unsafe fn transfer(
                 (*new).class = to.slot.class();
                 (*new).open = to.open;
                 (*new).first_open = open_bytes(size);
+                stats::count_words(&words.by_map);
                 Ok(Moved { window, record: new, bytes: end - lowest, words })
             }
             Err(failure) => {
