@@ -192,8 +192,11 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         // SAFETY: with `RETURNED` comes a `Ret`, otherwise the address of a panic's payload on the
         // coroutine's stack. Nothing of the stack is needed once it is read.
         unsafe {
-            let result =
-                if outcome == RETURNED { Ok(Transfer::read(word)) } else { Err(Transfer::read(word)) };
+            let result = if outcome == RETURNED {
+                Ok(Transfer::read(word))
+            } else {
+                Err(Transfer::read(word))
+            };
             stack::release((*self.handle.base).record);
             result
         }
@@ -489,9 +492,7 @@ fn resumed_after_end() -> ! {
 #[inline(never)]
 #[track_caller]
 fn suspended_from_elsewhere() -> ! {
-    panic!(
-        "suspend() on the yielder of a coroutine that is not the one running: suspend the running one first"
-    );
+    panic!("suspend() on the yielder of a coroutine that is not the one running: suspend the running one first");
 }
 
 #[cold]

@@ -89,9 +89,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Memory { source, .. } | Self::Mappings { source } | Self::Handler { source } => {
-                Some(source)
-            }
+            Self::Memory { source, .. } | Self::Mappings { source } | Self::Handler { source } => Some(source),
             _ => None,
         }
     }

@@ -153,8 +153,7 @@ mod tests {
     #[test]
     fn a_function_of_this_program_and_one_of_libc_are_found() {
         let mut text = String::new();
-        describe(a_function_of_this_program_and_one_of_libc_are_found as *const () as usize, &mut text)
-            .unwrap();
+        describe(a_function_of_this_program_and_one_of_libc_are_found as *const () as usize, &mut text).unwrap();
         assert!(text.contains("one_of_libc_are_found+0x0"), "{text}");
         text.clear();
         describe(libc::getpid as *const () as usize, &mut text).unwrap();

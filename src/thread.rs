@@ -79,7 +79,8 @@ fn create_key() -> Result<libc::pthread_key_t, Error> {
 }
 
 fn install(stack: usize) -> Result<(), Error> {
-    let new = libc::stack_t { ss_sp: (stack + PAGE) as *mut c_void, ss_flags: 0, ss_size: stack_size() };
+    let new =
+        libc::stack_t { ss_sp: (stack + PAGE) as *mut c_void, ss_flags: 0, ss_size: stack_size() };
     // SAFETY: the memory is mapped and used for nothing else as long as the thread lives.
     match unsafe { libc::sigaltstack(&new, ptr::null_mut()) } {
         0 => Ok(()),

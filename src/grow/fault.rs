@@ -73,8 +73,7 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
     // SAFETY: errno is this thread's; system calls below change it and the interrupted code must not see.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
-    let (code, address, context) =
-        unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
+    let (code, address, context) = unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     // A code of 0 or less: sent by a process, not by the processor.
     if code <= 0 || !serve(address, context) {
         // SAFETY: these are the arguments we were called with.
