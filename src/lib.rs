@@ -2,9 +2,7 @@
 #![warn(missing_docs)]
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-compile_error!(
-    "regrow is for x86-64 Linux: its switch, its fault handler and its guard pages are made for that"
-);
+compile_error!("regrow is for x86-64 Linux: its switch, its fault handler and its guard pages are made for that");
 
 mod builder;
 mod coroutine;
