@@ -351,14 +351,15 @@ impl Reader<'_> {
     #[inline]
     pub(super) fn find_near<'a>(&'a self, address: usize, hints: &mut Hints<'a>) -> Option<Map<'a>> {
         let [registered, unwind] = &self.snapshot?.layers;
-        let words =
-            if registered.is_empty() { None } else { find(registered, address, &mut hints.registered) };
-        if let Some(entry) = words.filter(|entry| entry.shape.rules.is_some()) {
-            return Some(Map { rules: entry.shape.rules.as_ref(), words: entry });
+        if !registered.is_empty()
+            && let Some(words) = find(registered, address, &mut hints.registered)
+        {
+            let given = words.shape.rules.as_ref();
+            let tables = || find(unwind, address, &mut hints.unwind)?.shape.rules.as_ref();
+            return Some(Map { rules: given.or_else(tables), words });
         }
-        let tables = find(unwind, address, &mut hints.unwind);
-        let rules = tables.and_then(|entry| entry.shape.rules.as_ref());
-        Some(Map { rules, words: words.or(tables)? })
+        let tables = find(unwind, address, &mut hints.unwind)?;
+        Some(Map { rules: tables.shape.rules.as_ref(), words: tables })
     }
 }
 
