@@ -362,6 +362,17 @@ impl Rules {
         self.cfa
     }
 
+    /// True if the frame's end is counted from `register`.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Register, Rules};
+    /// assert!(Rules::new(Cfa::rbp(16)).is_counted_from(Register::RBP));
+    /// ```
+    #[must_use]
+    pub fn is_counted_from(&self, register: Register) -> bool {
+        matches!(self.cfa, Cfa::Register(from, _) if from == register)
+    }
+
     /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.
     #[must_use]
     pub fn place_of(&self, register: Register) -> Option<Place> {
