@@ -205,6 +205,28 @@ pub(crate) unsafe fn finish(word: Word, outcome: usize) -> ! {
     }
 }
 
+/// Calls `function` with `argument` and this stack's `rsp`, on the stack that ends at `end`, and goes on with the `rsp` that
+/// it returns: the function may move this stack, which looks like a suspended coroutine's to it.
+///
+/// # Safety
+/// The other stack is accessible, its end a multiple of 16, and nobody's meanwhile. The function returns where this
+/// stack's `rsp` is, and does not unwind.
+#[inline(always)]
+pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, usize) -> usize, end: usize) {
+    // SAFETY: the operands are those that asm/hop.s names; the function keeps what calls keep, and the rest is
+    // declared clobbered.
+    unsafe {
+        asm!(
+            include_str!("../asm/hop.s"),
+            inout("rdi") argument => _,
+            inout("rsi") function => _,
+            inout("rdx") end => _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            clobber_abi("sysv64"),
+        );
+    }
+}
+
 /// The stack pointer of whoever resumed the coroutine that runs on this thread; 0 if none runs.
 ///
 /// Not a pure function: it changes at every switch, and with the thread, so it is read anew each time.
