@@ -1,11 +1,13 @@
 //! How a coroutine is made: sizes, way to grow, name.
 
 use core::mem::{ManuallyDrop, MaybeUninit};
+use core::ptr;
 use std::sync::Arc;
 
 use crate::coroutine::{self, Coroutine, Yielder};
 use crate::error::Error;
 use crate::grow::{self, Maps, Shrink, Watch};
+use crate::site::{self, Site};
 use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE, open_bytes};
 use crate::stack::{INLINE_CLOSURE, Record, cache};
 use crate::stats::Growth;
@@ -43,6 +45,7 @@ pub struct Builder {
     name: Option<Arc<str>>,
     shrink: Shrink,
     maps: Maps,
+    learn: bool,
 }
 
 impl Default for Builder {
@@ -67,6 +70,7 @@ impl Builder {
             name: None,
             shrink: Shrink::Default,
             maps: Maps::Ambiguous,
+            learn: true,
         }
     }
 
@@ -138,6 +142,19 @@ impl Builder {
     #[must_use]
     pub const fn maps(mut self, maps: Maps) -> Self {
         self.maps = maps;
+        self
+    }
+
+    /// Whether coroutines made by the same code start with the size that earlier ones of them came to need, if that is more
+    /// than the first size. By default they do. [`spawn_sites`](crate::spawn_sites) reads what was learned.
+    ///
+    /// ```
+    /// let builder = regrow::Builder::new().learn(false);
+    /// # let _ = builder;
+    /// ```
+    #[must_use]
+    pub const fn learn(mut self, learn: bool) -> Self {
+        self.learn = learn;
         self
     }
 
@@ -258,7 +275,7 @@ impl Builder {
     /// `function` does not unwind: a panic that leaves it ends the process. When the coroutine is dropped while it is
     /// suspended nothing is unwound, its frames are forgotten: nothing outside may still refer to them.
     pub unsafe fn spawn_raw(&self, function: RawFunction) -> Result<Coroutine<usize, usize, usize>, Error> {
-        let plan = Plan { raw: true, ..self.plan()? };
+        let plan = Plan { raw: true, learn: false, ..self.plan()? };
         let record = cache::take(plan.class, open_bytes(plan.first_size))?;
         // SAFETY: the slot was taken for this plan, and a function pointer fits; asm/switch.S calls it.
         Ok(Coroutine::from_handle(unsafe { fill(record, function, switch::regrow_raw, &plan, &self.name) }))
@@ -281,6 +298,7 @@ impl Builder {
             shrink: self.shrink,
             maps: self.maps,
             raw: false,
+            learn: self.learn,
         })
     }
 
@@ -318,11 +336,13 @@ where
         shrink: Shrink::Default,
         maps: Maps::Ambiguous,
         raw: false,
+        learn: true,
     };
     make(f, &PLAN, &None)
 }
 
 /// What a builder comes to, checked.
+#[derive(Clone, Copy)]
 struct Plan {
     class: Class,
     growth: Growth,
@@ -332,6 +352,7 @@ struct Plan {
     maps: Maps,
     /// No Rust frames: it is not unwound.
     raw: bool,
+    learn: bool,
 }
 
 #[inline(always)]
@@ -339,16 +360,46 @@ fn make<In, Out, Ret, F>(f: F, plan: &Plan, name: &Option<Arc<str>>) -> Result<C
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    let record = cache::take(plan.class, open_bytes(plan.first_size))?;
-    if size_of::<F>() > INLINE_CLOSURE || align_of::<F>() > 16 {
-        // A closure too large for the head goes to the heap, and the box into the head.
-        let boxed = Box::new(f);
-        let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
-        // SAFETY: the slot was taken above; the box fits.
-        return Ok(unsafe { fill_with_closure(record, f, plan, name) });
+    let site = site::here!(F);
+    if plan.learn
+        && let Some(learned) = site.learned()
+    {
+        return make_learned(f, plan, name, site, learned);
     }
-    // SAFETY: the slot was taken above; the closure fits.
-    Ok(unsafe { fill_with_closure(record, f, plan, name) })
+    let record = cache::take(plan.class, open_bytes(plan.first_size))?;
+    // SAFETY: the slot was taken above, for this plan.
+    let coroutine = unsafe { fill_with_closure(record, f, plan, name) };
+    // SAFETY: the same.
+    unsafe { (*record).site = if plan.learn { site } else { ptr::null() } };
+    Ok(coroutine)
+}
+
+/// As [`make`], at a site that has learned a start size.
+#[cold]
+#[inline(never)]
+fn make_learned<In, Out, Ret, F>(
+    f: F,
+    plan: &Plan,
+    name: &Option<Arc<str>>,
+    site: &'static Site,
+    learned: usize,
+) -> Result<Coroutine<In, Out, Ret>, Error>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    let first_size = learned.clamp(plan.first_size, plan.maximum);
+    let class = if plan.growth == Growth::Relocate { Class::moving(first_size) } else { plan.class };
+    let plan = Plan { class, first_size, ..*plan };
+    let record = cache::take(class, open_bytes(first_size))?;
+    // SAFETY: the slot was taken above, for this plan.
+    unsafe {
+        let coroutine = fill_with_closure(record, f, &plan, name);
+        (*record).site = site;
+        if site.count() {
+            site::send_scout(record);
+        }
+        Ok(coroutine)
+    }
 }
 
 /// # Safety
@@ -363,7 +414,30 @@ unsafe fn fill_with_closure<In, Out, Ret, F>(
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    // SAFETY: by the caller's word; this entry function takes an `F` of these types.
+    if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
+        let entry = coroutine::entry::<In, Out, Ret, F>;
+        // SAFETY: by the caller's word; the entry function takes an `F`, which fits.
+        return Coroutine::from_handle(unsafe { fill(record, f, entry, plan, name) });
+    }
+    // A closure too large for the head goes to the heap, and the box into the head.
+    let boxed = Box::new(f);
+    let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
+    // SAFETY: by the caller's word; the box fits.
+    unsafe { fill_with_boxed(record, f, plan, name) }
+}
+
+/// # Safety
+/// As for [`fill`].
+unsafe fn fill_with_boxed<In, Out, Ret, F>(
+    record: *mut Record,
+    f: F,
+    plan: &Plan,
+    name: &Option<Arc<str>>,
+) -> Coroutine<In, Out, Ret>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    // SAFETY: by the caller's word; the entry function takes an `F`.
     Coroutine::from_handle(unsafe { fill(record, f, coroutine::entry::<In, Out, Ret, F>, plan, name) })
 }
 
@@ -388,6 +462,8 @@ unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &O
         (*record).shrinks = 0;
         (*record).maps = plan.maps;
         (*record).raw = plan.raw;
+        (*record).scout = false;
+        (*record).site = ptr::null();
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
         (&raw mut (*record).name).write(name.clone());

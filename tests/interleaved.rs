@@ -63,7 +63,7 @@ fn expected(seed: u64, n: usize) -> (u64, u64) {
 }
 
 fn interleave(seed: u64) {
-    let builders = [relocating(), Builder::new()];
+    let builders = [relocating(), Builder::new().learn(false)];
     let mut live: Vec<(usize, u64, Coroutine<(), u64, u64>)> = (0..COROUTINES)
         .map(|n| {
             let coroutine = builders[n % 2].spawn(move |yielder: &Yielder<(), u64>, ()| {

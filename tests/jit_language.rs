@@ -108,7 +108,7 @@ fn run_moving(program: &Program, [a, b]: [i64; 2], frames: usize) -> (Trace, u64
     let entry = module.entry();
     // SAFETY: compiled code keeps pointers in its frames and in registers; the closure keeps none.
     let mut coroutine =
-        unsafe { Builder::new().relocating() }.spawn(move |yielder: &Yielder<i64, i64>, _| {
+        unsafe { Builder::new().learn(false).relocating() }.spawn(move |yielder: &Yielder<i64, i64>, _| {
             // SAFETY: the module outlives the coroutine, and was compiled for this context.
             let result = below(frames, &|| unsafe { entry(ptr::from_ref(yielder).cast(), a, b) });
             (result, current_stats().map_or(0, |stats| stats.growths))
@@ -569,7 +569,7 @@ fn a_dropped_coroutine_unwinds_compiled_frames() {
     let watch = Rc::downgrade(&guard);
     // SAFETY: as in `run_moving`; the guard is on the heap and points to nothing.
     let mut coroutine =
-        unsafe { Builder::new().relocating() }.spawn(move |yielder: &Yielder<i64, i64>, _| {
+        unsafe { Builder::new().learn(false).relocating() }.spawn(move |yielder: &Yielder<i64, i64>, _| {
             let _guard = guard;
             // SAFETY: as in `run_moving`.
             unsafe { entry(ptr::from_ref(yielder).cast(), 500, 0) }

@@ -43,7 +43,7 @@ fn passes(test: &str, variants: &[&str], environment: &[(&str, &str)]) {
 fn builder_of(way: &str) -> Builder {
     match way {
         "moving" => relocating(),
-        "in place" => Builder::new(),
+        "in place" => Builder::new().learn(false),
         _ => unreachable!(),
     }
 }

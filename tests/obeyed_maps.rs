@@ -101,7 +101,7 @@ extern "C" fn grow() {
 /// Which of the four copies of a pointer to a local have followed it when the stack moved.
 fn followed(keeper: Keeper, maps: Maps) -> [bool; 4] {
     // SAFETY: the keepers keep pointers in their frames and registers only.
-    let builder = unsafe { Builder::new().relocating() }.maps(maps);
+    let builder = unsafe { Builder::new().learn(false).relocating() }.maps(maps);
     let mut coroutine = builder.spawn(move |_: &Yielder<(), ()>, ()| {
         let mut out = Box::new([0; 4]); // before anything is looked at: the allocator needs stack, too
         let local = black_box(7u64);
@@ -129,7 +129,7 @@ fn pointers_move_data_stays_and_only_that_differs_without_a_map() {
 #[test]
 fn precise_does_not_move_frames_that_are_not() {
     // SAFETY: nothing is kept outside the stack.
-    let builder = unsafe { Builder::new().relocating() }.maps(Maps::Precise);
+    let builder = unsafe { Builder::new().learn(false).relocating() }.maps(Maps::Precise);
     let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
         grow();
         yielder.suspend(());

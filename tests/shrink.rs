@@ -17,7 +17,7 @@ fn expected(kib: u64) -> u64 {
 }
 
 fn builder(growth: Growth, shrink: Shrink) -> Builder {
-    let builder = Builder::new().maximum(1 << 20).shrink(shrink);
+    let builder = Builder::new().maximum(1 << 20).shrink(shrink).learn(false);
     // SAFETY: the coroutines of these tests keep nothing outside their stacks.
     if growth == Growth::Relocate { unsafe { builder.relocating() } } else { builder }
 }

@@ -203,7 +203,7 @@ impl<'t> Running<'t> {
         let (depth, seed) = (task.depth, task.seed);
         // SAFETY: compiled code keeps pointers in its frames and in registers, as words; the closure keeps
         // none.
-        let builder = unsafe { Builder::new().relocating() };
+        let builder = unsafe { Builder::new().learn(false).relocating() };
         let coroutine = builder.spawn(move |yielder: &Yielder<i64, i64>, _| {
             // SAFETY: the module outlives the coroutine, and its `yield` function takes a yielder.
             let result = unsafe { entry(ptr::from_ref(yielder).cast(), depth, seed) };

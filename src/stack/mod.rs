@@ -11,6 +11,8 @@ pub(crate) use record::{INLINE_CLOSURE, Record};
 
 use core::sync::atomic::Ordering;
 
+use crate::site;
+
 /// Takes back everything a coroutine held that has ended: its slot, and those its stack has left.
 ///
 /// # Safety
@@ -26,6 +28,22 @@ pub(crate) unsafe fn release(record: *mut Record) {
     }
 }
 
+/// Tells the site what the coroutine came to need.
+///
+/// # Safety
+/// As for [`release`].
+unsafe fn learn(record: *mut Record) {
+    // SAFETY: by the caller's word; sites are statics.
+    unsafe {
+        let Some(site) = (*record).site.as_ref() else { return };
+        if (*record).growths != 0 {
+            site.grew_to((*record).highest);
+        } else if (*record).scout {
+            site.scouted(site::used_by_scout(record));
+        }
+    }
+}
+
 /// # Safety
 /// As for [`release`].
 #[cold]
@@ -34,6 +52,7 @@ unsafe fn tidy(record: *mut Record) {
     // SAFETY: by the caller's word.
     unsafe {
         drop((*record).name.take());
+        learn(record);
         drop((*record).pins.take());
         let mut link = core::mem::take(&mut (*record).old);
         while let Some(slot) = Slot::from_link(link) {

@@ -26,6 +26,7 @@ use std::sync::Arc;
 use super::arena::{Link, Slot};
 use super::class::{Class, HEAD, size_of_open};
 use crate::grow::{Maps, NotMoved, Watch};
+use crate::site::Site;
 use crate::stats::{Growth, LastGrowth, Stats};
 use crate::switch::Base;
 
@@ -56,6 +57,10 @@ pub(crate) struct Record {
     pub maps: Maps,
     /// No Rust frames lie below: nothing is unwound when it is dropped.
     pub raw: bool,
+    /// Reports how much of its stack it has used when it ends (src/site.rs).
+    pub scout: bool,
+    /// Where it was made; null if what it needs is not to be learned.
+    pub site: *const Site,
     /// The owner leaves something behind that is not just forgotten: `release` has more to do.
     pub tidy: bool,
     /// Whether and when the stack becomes smaller.

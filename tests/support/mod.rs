@@ -13,12 +13,12 @@ use regrow::{Builder, Yielder, current_stats};
 pub fn relocating() -> Builder {
     // SAFETY: the tests keep no pointer into a coroutine's stack outside it, but for those that are about just
     // this: they do it in a child process, which ends at the first use of such a pointer.
-    unsafe { Builder::new().relocating() }
+    unsafe { Builder::new().learn(false).relocating() }
 }
 
 /// A builder for each way of growing.
 pub fn both_ways() -> [Builder; 2] {
-    [relocating(), Builder::new().maximum(64 << 20)]
+    [relocating(), Builder::new().learn(false).maximum(64 << 20)]
 }
 
 /// Runs `f` in a coroutine of its own, to its end.
