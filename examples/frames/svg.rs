@@ -45,7 +45,7 @@ const STYLE: &str = "
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 } .quiet { fill: #9198a1 }
     .page { fill: #0d1117; stroke: #3d444d } .frame { fill: #161b22; stroke: #3d444d }
-    .data { fill: #6e7681 }
+    .data { fill: #6e7681 } .ambiguous { fill: #d1ad4a }
   }
 ";
 
