@@ -243,6 +243,7 @@ unsafe extern "C" {
 }
 
 unsafe extern "C" fn suspend_in_callback(yielder: *const c_void) {
+    frame::<20_000>(1);
     // SAFETY: `suspended_through` passes the yielder.
     unsafe { suspends(&*yielder.cast::<Out>()) };
 }
