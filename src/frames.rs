@@ -239,7 +239,7 @@ impl Frames {
     /// It is suspended there, or was never resumed, and `base` is its base.
     pub(crate) unsafe fn of_suspended(sp: usize, base: *const Base) -> Self {
         // SAFETY: by the caller's word; the record is written only while the coroutine runs.
-        let (record, fresh) = unsafe { (&*(*base).record, switch::is_fresh(sp)) };
+        let (record, fresh) = unsafe { (&*(*base).record(), switch::is_fresh(sp)) };
         let mut all = Self {
             name: record.name.as_deref().map(str::to_owned),
             state: if fresh { State::NotStarted } else { State::Suspended },
@@ -289,7 +289,7 @@ unsafe fn walk(sp: usize, base: *const Base) -> (Vec<Frame>, End) {
         readable.then(|| unsafe { (address as *const usize).read_unaligned() })
     };
     // SAFETY: by the caller's word.
-    let (start, record) = unsafe { (switch::registers_of(sp), (*base).record) };
+    let (start, record) = unsafe { (switch::registers_of(sp), (*base).record()) };
     let window = Record::slot(record).map_or(lowest..Record::end(record), |slot| slot.start()..slot.end());
 
     let mut frames = Vec::new();

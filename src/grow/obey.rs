@@ -21,6 +21,7 @@ use super::Reason;
 use super::rewrite::Window;
 use crate::map::{End, Frame, Kind, Location, Reader, Register, Registers, Stuck, Verdict, Walk, Word};
 use crate::pin;
+use crate::stats::WordsByMap;
 
 /// Which words of a stack that moves may be judged by their value; see [`Builder::maps`](crate::Builder::maps).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
@@ -57,12 +58,8 @@ pub(super) struct Copied<'a> {
 pub(super) struct Words {
     /// Changed.
     pub rewritten: usize,
-    /// Looked at, by verdict.
-    pub pointers: usize,
-    pub data: usize,
-    pub ambiguous: usize,
-    /// Pointers by their map whose value was not in the window.
-    pub elsewhere: usize,
+    /// Looked at.
+    pub by_map: WordsByMap,
     /// Callee-saved registers that are data in the frame that uses them: the context keeps them.
     pub keep: [bool; SAVED],
 }
@@ -86,9 +83,10 @@ pub(super) fn rewrite(
     let old = stack.old;
     let lowest = stack.lowest;
     let mut walk = Walk::new(reader, start, |address| old.get(address.wrapping_sub(lowest) / WORD).copied());
-    let mut below = lowest; // everything under this is done
+    let mut below = lowest; // the frames up to here have been seen
+    let mut ambiguous = None; // where a stretch of frames begins whose words go by value, which is done at its end
     let top = lowest + old.len() * WORD;
-    for frame in walk.by_ref() {
+    while let Some(frame) = walk.advance() {
         if frame.kind() == Kind::Base {
             break;
         }
@@ -104,13 +102,18 @@ pub(super) fn rewrite(
             return Err((Reason::Inconsistent, frame.pc()));
         }
         if frame.map().is_ambiguous() {
-            // With what lies under the innermost frame: the red zone.
-            stack.by_value(below, range.end, &mut words);
+            ambiguous.get_or_insert(below); // if it is the innermost frame, with the red zone under it
         } else {
-            stack.by_map(&frame, &mut words);
+            if let Some(from) = ambiguous.take() {
+                stack.by_value(from, range.start, &mut words);
+            }
+            stack.by_map(frame, &mut words);
+            stack.claim_registers(frame, &mut words);
         }
-        stack.claim_registers(&frame, &mut words);
         below = range.end;
+    }
+    if let Some(from) = ambiguous {
+        stack.by_value(from, below, &mut words);
     }
     match walk.end() {
         Some(End::Base) => Ok(words),
@@ -131,7 +134,7 @@ impl Copied<'_> {
         let from = from.wrapping_sub(self.lowest) / WORD;
         let to = to.wrapping_sub(self.lowest) / WORD;
         let Some(range) = self.new.get_mut(from..to) else { return };
-        words.ambiguous += range.len();
+        words.by_map.ambiguous += range.len() as u64;
         words.rewritten += self.window.rewrite(range);
     }
 
@@ -147,7 +150,7 @@ impl Copied<'_> {
                 }
                 Word::Own(Verdict::Ambiguous) => self.by_value(address, address + WORD, words),
                 Word::Own(Verdict::Pointer) => self.pointer(address, words),
-                Word::Own(Verdict::Data) => words.data += 1,
+                Word::Own(Verdict::Data) => words.by_map.data += 1,
                 Word::ReturnAddress => {}
             }
         }
@@ -157,17 +160,15 @@ impl Copied<'_> {
         let window = self.window;
         let Some(word) = self.word(address) else { return };
         let moved = window.moved(*word);
-        words.pointers += 1;
+        words.by_map.pointers += 1;
         words.rewritten += usize::from(moved != *word);
-        words.elsewhere += usize::from(moved == *word);
+        words.by_map.elsewhere += u64::from(moved == *word);
         *word = moved;
     }
 
-    /// The registers that `frame` uses take its verdict, wherever frames further in have put them.
+    /// The registers that `frame` uses take its verdict, wherever frames further in have put them, which
+    /// have judged them by their value.
     fn claim_registers(&mut self, frame: &Frame<'_>, words: &mut Words) {
-        if frame.map().is_ambiguous() {
-            return; // by value, as they were judged already
-        }
         for index in 0..SAVED {
             if !frame.owns(index) || frame.map().register(index) != Verdict::Data {
                 continue;
@@ -253,8 +254,8 @@ mod tests {
     fn each_word_goes_by_its_map() {
         let (words, changed) = run(Maps::Ambiguous, Verdict::Ambiguous);
         assert_eq!(changed, [2, 4, 6, 8]); // pointers, saved rbx, and the ambiguous one; no data, no return address
-        let words = words.unwrap();
-        assert_eq!((words.pointers, words.data, words.elsewhere), (2, 2, 0));
+        let words = words.unwrap().by_map;
+        assert_eq!(words, WordsByMap { pointers: 2, elsewhere: 0, data: 2, ambiguous: 1 });
     }
 
     #[test]

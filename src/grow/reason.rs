@@ -85,7 +85,6 @@ static UNKNOWN_CODE: AtomicBool = AtomicBool::new(true);
 pub(crate) fn record_unknown_code() {
     if UNKNOWN_CODE.load(Ordering::Acquire) {
         map::record_loaded_objects(); // one thread at a time; the others wait here
-        map::record_own_frames();
         UNKNOWN_CODE.store(false, Ordering::Release);
     }
 }

@@ -27,7 +27,7 @@ use super::{Done, Fault, Reason};
 use crate::error::Error;
 use crate::map::{self, Register, Registers};
 use crate::stack::{Link, OLD, Record, Slot, cache, class::Class, class::open_bytes, guard};
-use crate::stats::Growth;
+use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
 /// A stack that has been moved, but for the registers.
@@ -90,6 +90,13 @@ pub(super) unsafe fn relocate(
     Ok(Done { record, growth: Growth::Relocate, bytes, words: words.rewritten + registers })
 }
 
+/// True if `rbp` points to the frame of the function at `pc`, there: its unwind data counts from it.
+pub(super) fn has_frame_pointer(pc: usize) -> bool {
+    let reader = map::process().read();
+    let rules = reader.find(pc).and_then(|map| map.rules());
+    matches!(rules, Some(Ok(rules)) if rules.is_counted_from(Register::RBP))
+}
+
 /// The registers that a walk from an interrupted context starts with. A call that could not push its return address is
 /// looked up by its last byte, as if it had: what it calls for lies in the map for its return address.
 fn interrupted(context: &mut Context<'_>, call_length: usize) -> Registers {
@@ -114,7 +121,7 @@ pub(super) unsafe fn relocate_suspended(handle: *mut Handle, size: usize) -> Res
     // SAFETY: by the caller's word; what a suspend saves lies in the red zone below its stack pointer (src/switch.rs).
     unsafe {
         let sp = (*handle).sp;
-        let slot = Record::slot((*(*handle).base).record).ok_or(Error::Arenas)?;
+        let slot = Record::slot((*(*handle).base).record()).ok_or(Error::Arenas)?;
         let start = switch::registers_of(sp);
         let mut parked = [None; 6];
         for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
@@ -136,7 +143,7 @@ impl Moved {
         // SAFETY: by the caller's word. The base lies in the copied head; its record is where the copy is.
         unsafe {
             (*handle).base = self.window.moved((*handle).base as usize) as *mut _;
-            (*(*handle).base).record = self.record;
+            (*(*handle).base).set_record(self.record);
         }
     }
 }
@@ -162,6 +169,9 @@ unsafe fn transfer(
     // SAFETY: the list of old slots is this coroutine's.
     let to = unsafe { Destination::find(&mut (*record).old, Class::moving(size), open_bytes(size))? };
     let window = Window::new(from.start()..end, to.slot.end());
+    // What lies in frames points to frames, the red zone included. The narrower the window, the fewer words that are
+    // no pointers look like one.
+    let frames = Window::new(sp.wrapping_sub(RED_ZONE)..end, to.slot.end());
 
     // SAFETY: both ranges are accessible, the second is ours alone, and `lowest` is aligned to a word.
     let words = unsafe {
@@ -169,7 +179,12 @@ unsafe fn transfer(
         let length = (record as usize - lowest) / size_of::<usize>();
         let old = slice::from_raw_parts(lowest as *const usize, length);
         let new = slice::from_raw_parts_mut(window.moved(lowest) as *mut usize, length);
-        obey::rewrite(&map::process().read(), start, maps, Copied { lowest, old, new, window, parked })
+        obey::rewrite(
+            &map::process().read(),
+            start,
+            maps,
+            Copied { lowest, old, new, window: frames, parked },
+        )
     };
     // SAFETY: nothing in the old slot is needed once it is closed, which is the last that can fail.
     let closed = words
@@ -184,6 +199,7 @@ unsafe fn transfer(
                 (*new).class = to.slot.class();
                 (*new).open = to.open;
                 (*new).first_open = open_bytes(size);
+                stats::count_words(&words.by_map);
                 Ok(Moved { window, record: new, bytes: end - lowest, words })
             }
             Err(failure) => {

@@ -92,7 +92,7 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
     handle.sp &= !switch::WATCHED;
     // SAFETY: by the caller's word.
     unsafe {
-        let record = (*handle.base).record;
+        let record = (*handle.base).record();
         if is_quiet(handle, &mut *record) {
             // Without memory it stays as large as it is.
             let _ = shrink(handle);
@@ -106,7 +106,7 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
 /// The handle is that of a suspended coroutine.
 pub(crate) unsafe fn after_resume(handle: &mut Handle) {
     // SAFETY: by the caller's word.
-    let record = unsafe { &*(*handle.base).record };
+    let record = unsafe { &*(*handle.base).record() };
     if record.size() > record.first_size() && record.watch.policy != Shrink::Off {
         handle.sp |= switch::WATCHED;
     }
@@ -145,7 +145,7 @@ unsafe fn is_quiet(handle: &Handle, record: &mut Record) -> bool {
 pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
     // SAFETY: by the caller's word.
     unsafe {
-        let record = (*handle.base).record;
+        let record = (*handle.base).record();
         (*record).watch.marked = false;
         (*record).watch.quiet = 0;
         let used = handle.base as usize - (handle.sp - RED_ZONE);
