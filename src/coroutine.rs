@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::builder;
 use crate::error::Error;
+use crate::frames::Frames;
 use crate::grow::{self, NotMoved};
 use crate::stack::{self, Record};
 use crate::stats::{Growth, Stats};
@@ -346,6 +347,25 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[must_use]
     pub fn last_not_moved(&self) -> Option<NotMoved> {
         self.record().and_then(|record| record.not_moved)
+    }
+
+    /// The frames on its stack, to look at: a table when printed, plain data otherwise. Reads unwind tables and the
+    /// program's symbols: slow.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+    /// coroutine.resume(());
+    /// let frames = coroutine.frames();
+    /// println!("{frames}");
+    /// assert_eq!(frames.frames.iter().map(|frame| frame.size).sum::<usize>(), frames.used);
+    /// ```
+    #[must_use]
+    pub fn frames(&self) -> Frames {
+        if self.done() {
+            return Frames::finished();
+        }
+        // SAFETY: it has not ended, so it is suspended.
+        unsafe { Frames::of_suspended(self.handle.sp & !switch::WATCHED, self.handle.base) }
     }
 
     fn record(&self) -> Option<&Record> {

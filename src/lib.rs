@@ -42,6 +42,7 @@ compile_error!(
 mod builder;
 mod coroutine;
 mod error;
+pub mod frames;
 mod grow;
 pub mod map;
 mod pin;
@@ -56,6 +57,7 @@ mod thread;
 pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE, RawFunction};
 pub use coroutine::{Coroutine, CoroutineResult, Yielder, current_stats};
 pub use error::Error;
+pub use frames::Frames;
 pub use grow::{Maps, NotMoved, Reason, Shrink, not_moved, reserve};
 pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
 pub use site::{SpawnSite, spawn_sites};

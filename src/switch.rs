@@ -36,6 +36,7 @@ use core::cell::Cell;
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
+use crate::map::{Register, Registers};
 use crate::stack::Record;
 
 /// What the owner of a coroutine keeps of it: two words.
@@ -140,6 +141,16 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
 pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
     // SAFETY: a suspended stack keeps where it continues right below its stack pointer.
     unsafe { (sp as *const usize).sub(1).read() == regrow_entry as *const () as usize }
+}
+
+/// The registers that the coroutine suspended at `sp` goes on with: what its suspend left, as drawn above.
+///
+/// # Safety
+/// `sp` is the stack pointer of a suspended coroutine.
+pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
+    // SAFETY: by the caller's word, these three words are there.
+    let left = |below: usize| unsafe { ((sp - below) as *const usize).read() };
+    Registers::new(left(8), sp).with(Register::RBP, left(16)).with(Register::RBX, left(24))
 }
 
 /// Resumes the coroutine of `handle`; returns its word and the outcome.

@@ -28,7 +28,7 @@ use crate::error::Error;
 use crate::map::{self, Register, Registers};
 use crate::stack::{Link, OLD, Record, Slot, cache, class::Class, class::open_bytes, guard};
 use crate::stats::{self, Growth};
-use crate::switch::{Handle, RED_ZONE};
+use crate::switch::{self, Handle, RED_ZONE};
 
 /// A stack that has been moved, but for the registers.
 pub(super) struct Moved {
@@ -122,9 +122,7 @@ pub(super) unsafe fn relocate_suspended(handle: *mut Handle, size: usize) -> Res
     unsafe {
         let sp = (*handle).sp;
         let slot = Record::slot((*(*handle).base).record()).ok_or(Error::Arenas)?;
-        let saved = |below: usize| ((sp - below) as *const usize).read();
-        let start =
-            Registers::new(saved(8), sp).with(Register::RBP, saved(16)).with(Register::RBX, saved(24));
+        let start = switch::registers_of(sp);
         let mut parked = [None; 6];
         for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
             if let Some(index) = register.saved_index() {
