@@ -709,6 +709,50 @@ fn a_linker_joins_tables() {
     }
 }
 
+/// As the documentation of `llvm::register` says: a renamed section, its ends found by symbols that the linker makes.
+#[test]
+fn a_renamed_section_is_found_by_the_symbols_of_the_linker() {
+    const SHIM: &str = "extern const char __start_llvm_stackmaps[], __stop_llvm_stackmaps[];
+        const char *const bounds[] = { __start_llvm_stackmaps, __stop_llvm_stackmaps };
+        void callee(long n) {} void fill(char *p) {}";
+    for suffix in llvms() {
+        let object = compile("renamed", &suffix, SOURCES[0]);
+        let rename = "llvm_stackmaps,alloc,load,data,contents";
+        let renamed = Command::new("objcopy")
+            .args(["--rename-section", &format!(".llvm_stackmaps={rename}")])
+            .arg(&object)
+            .status();
+        let (shim, library) =
+            (scratch(&format!("shim{suffix}.c")), scratch(&format!("librenamed{suffix}.so")));
+        std::fs::write(&shim, SHIM).unwrap();
+        let linked = Command::new("cc")
+            .args(["-shared", "-fPIC", "-w", "-o"])
+            .args([&library, &shim, &object])
+            .status();
+        let (Ok(renamed), Ok(linked)) = (renamed, linked) else { return };
+        assert!(renamed.success() && linked.success());
+        let path = std::ffi::CString::new(library.to_str().unwrap()).unwrap();
+        // SAFETY: loads what was linked above, which has these symbols, and never unloads it.
+        let (section, pairs) = unsafe {
+            let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+            assert!(!handle.is_null(), "{:?}", std::ffi::CStr::from_ptr(libc::dlerror()));
+            let bounds = *libc::dlsym(handle, c"bounds".as_ptr()).cast::<[*const u8; 2]>();
+            let length = bounds[1].addr() - bounds[0].addr();
+            (std::slice::from_raw_parts(bounds[0], length), libc::dlsym(handle, c"pairs".as_ptr()).addr())
+        };
+        map::record_loaded_objects();
+        let recorded = llvm::register(section, Verdict::Ambiguous).unwrap();
+        assert!(recorded.unusable.is_empty());
+        let reader = map::process().read();
+        let site = tables(section).next().unwrap().unwrap().sites().next().unwrap();
+        assert_eq!(site.0.address, pairs as u64);
+        let map = reader.find(pairs + site.1.offset() as usize - 1).unwrap();
+        assert_eq!(map.source(), Source::Llvm);
+        let size = site.0.stack_size.unwrap() as i32;
+        assert_eq!(map.rules(), Some(Ok(map::Rules::new(map::Cfa::rsp(size + 8)))));
+    }
+}
+
 /// With `REGROW_BLESS` set, makes the sections checked in anew, the text being at 0x40_0000.
 #[test]
 fn bless() {

@@ -199,7 +199,7 @@ pub struct Recorded {
 /// symbols only for sections whose names are those of C. Give it one, in each object file:
 ///
 /// ```text
-/// objcopy --rename-section .llvm_stackmaps=llvm_stackmaps,alloc,load,data code.o
+/// objcopy --rename-section .llvm_stackmaps=llvm_stackmaps,alloc,load,data,contents code.o
 /// ```
 ///
 /// (`data` although nothing writes it but the loader, which fills in the addresses.) Then:

@@ -75,6 +75,10 @@ pub fn run(objects: Objects, code: impl FnOnce(*mut usize) -> usize) -> (usize, 
 #[unsafe(naked)]
 pub unsafe extern "C" fn callee() {
     core::arch::naked_asm!(
+        "pushfq", // with the trap flag, if our caller is stepped through: we are not
+        "pushfq",
+        "and dword ptr [rsp], 0xfffffeff",
+        "popfq",
         "push r15",
         "push r14",
         "push r13",
@@ -82,16 +86,15 @@ pub unsafe extern "C" fn callee() {
         "push rbp",
         "push rbx", // in the order of Register::CALLEE_SAVED
         "mov rdi, rsp",
-        "lea rsi, [rsp + 48]",
-        "sub rsp, 8",
+        "lea rsi, [rsp + 56]",
         "call {stop}",
-        "add rsp, 8",
         "pop rbx",
         "pop rbp",
         "pop r12",
         "pop r13",
         "pop r14",
         "pop r15",
+        "popfq",
         "ret",
         stop = sym stop,
     )
