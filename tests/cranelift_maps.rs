@@ -286,8 +286,7 @@ fn body(instructions: &[Instruction]) -> usize {
     let touches = |instruction: &Instruction| instruction.op1_kind() == OpKind::Immediate32;
     // The last `sub rsp` in the function that does not belong to a probe.
     let room = (0..instructions.len() - 1)
-        .filter(|&at| makes_room(&instructions[at]) && !touches(&instructions[at + 1]))
-        .last();
+        .rfind(|&at| makes_room(&instructions[at]) && !touches(&instructions[at + 1]));
     let from = room.or_else(|| instructions.iter().rposition(sets)).unwrap() + 1;
     let saves = instructions[from..].iter().take_while(|instruction| is_save(instruction)).count();
     instructions[from + saves].ip() as usize

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A [`FrameMap`] says two things about a range of code: the rules by which a frame's caller is found, and for
-//! each word whether it is a pointer, data, or ambiguous. Maps live in sorted [tables](table), and those in
+//! each word whether it is a pointer, data, or ambiguous. Maps live in sorted tables, and those in
 //! [`StackMaps`], which can be read at any time by anyone. A [`Walk`] goes through the frames of a stack.
 
 #[cfg(feature = "cranelift")]
