@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use crate::coroutine::{self, Coroutine, Yielder};
 use crate::error::Error;
-use crate::grow::{Shrink, Watch};
+use crate::grow::{self, Maps, Shrink, Watch};
 use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE, open_bytes};
 use crate::stack::{INLINE_CLOSURE, Record, cache};
 use crate::stats::Growth;
-use crate::switch;
+use crate::switch::{self, Entry, Handle};
 
 /// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
 ///
@@ -18,6 +18,9 @@ pub const DEFAULT_MAXIMUM_IN_PLACE: usize = 256 << 10;
 
 /// The largest size of a stack that moves, unless the builder says otherwise: 256 MiB.
 pub const DEFAULT_MAXIMUM_RELOCATE: usize = 256 << 20;
+
+/// What [`Builder::spawn_raw`] starts: gets the yielder and the first value, returns the last.
+pub type RawFunction = unsafe extern "C" fn(yielder: &Yielder<usize, usize>, argument: usize) -> usize;
 
 /// Makes coroutines with other than the default properties.
 ///
@@ -39,6 +42,7 @@ pub struct Builder {
     growth: Growth,
     name: Option<Arc<str>>,
     shrink: Shrink,
+    maps: Maps,
 }
 
 impl Default for Builder {
@@ -62,6 +66,7 @@ impl Builder {
             growth: Growth::InPlace,
             name: None,
             shrink: Shrink::Default,
+            maps: Maps::Ambiguous,
         }
     }
 
@@ -118,6 +123,21 @@ impl Builder {
     #[must_use]
     pub const fn shrink(mut self, policy: Shrink) -> Self {
         self.shrink = policy;
+        self
+    }
+
+    /// What a stack that moves must know about its frames. By default every frame needs unwind data, and words that
+    /// no stack map speaks for are judged by their value.
+    ///
+    /// ```
+    /// use regrow::{Builder, Maps};
+    /// // SAFETY: the code started from this builder keeps nothing outside its stack.
+    /// let builder = unsafe { Builder::new().relocating() }.maps(Maps::Precise);
+    /// # let _ = builder;
+    /// ```
+    #[must_use]
+    pub const fn maps(mut self, maps: Maps) -> Self {
+        self.maps = maps;
         self
     }
 
@@ -209,14 +229,59 @@ impl Builder {
         Out: 'static,
         Ret: 'static,
     {
+        make(f, &self.plan()?, &self.name)
+    }
+
+    /// Makes a coroutine that runs `function` when it is first resumed, with no frame of Rust code below it.
+    ///
+    /// For compilers: the stack holds the frames of their code, and of what that calls, and nothing else, so that with
+    /// [`Maps::Precise`] and maps for all of their code it moves without a guess. `function` gets the coroutine's
+    /// yielder, to be passed to functions that suspend, and the first resume's value; it returns the last one.
+    ///
+    /// ```
+    /// use regrow::{Builder, CoroutineResult, Yielder};
+    ///
+    /// unsafe extern "C" fn compiled(yielder: &Yielder<usize, usize>, argument: usize) -> usize {
+    ///     yielder.suspend(argument + 1) * 2
+    /// }
+    /// // SAFETY: the function does not unwind, and leaves nothing behind when it is dropped.
+    /// let mut coroutine = unsafe { Builder::new().spawn_raw(compiled)? };
+    /// assert_eq!(coroutine.resume(1), CoroutineResult::Yield(2));
+    /// assert_eq!(coroutine.resume(20), CoroutineResult::Return(40));
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`try_spawn`](Self::try_spawn).
+    ///
+    /// # Safety
+    /// `function` does not unwind: a panic that leaves it ends the process. When the coroutine is dropped while it is
+    /// suspended nothing is unwound, its frames are forgotten: nothing outside may still refer to them.
+    pub unsafe fn spawn_raw(&self, function: RawFunction) -> Result<Coroutine<usize, usize, usize>, Error> {
+        let plan = Plan { raw: true, ..self.plan()? };
+        let record = cache::take(plan.class, open_bytes(plan.first_size))?;
+        // SAFETY: the slot was taken for this plan, and a function pointer fits; asm/switch.S calls it.
+        Ok(Coroutine::from_handle(unsafe { fill(record, function, switch::regrow_raw, &plan, &self.name) }))
+    }
+
+    fn plan(&self) -> Result<Plan, Error> {
         let maximum = self.checked_maximum()?;
+        if self.growth == Growth::Relocate && self.maps != Maps::Off {
+            grow::record_unknown_code();
+        }
         let class = match self.growth {
             Growth::InPlace => Class::staying(maximum),
             Growth::Relocate => Class::moving(self.first_size),
         };
-        let plan =
-            Plan { class, growth: self.growth, first_size: self.first_size, maximum, shrink: self.shrink };
-        make(f, &plan, &self.name)
+        Ok(Plan {
+            class,
+            growth: self.growth,
+            first_size: self.first_size,
+            maximum,
+            shrink: self.shrink,
+            maps: self.maps,
+            raw: false,
+        })
     }
 
     fn checked_maximum(&self) -> Result<usize, Error> {
@@ -251,6 +316,8 @@ where
         first_size: MIN_SIZE,
         maximum: MAXIMUM,
         shrink: Shrink::Default,
+        maps: Maps::Ambiguous,
+        raw: false,
     };
     make(f, &PLAN, &None)
 }
@@ -262,6 +329,9 @@ struct Plan {
     first_size: usize,
     maximum: usize,
     shrink: Shrink,
+    maps: Maps,
+    /// No Rust frames: it is not unwound.
+    raw: bool,
 }
 
 #[inline(always)]
@@ -275,19 +345,16 @@ where
         let boxed = Box::new(f);
         let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
         // SAFETY: the slot was taken above; the box fits.
-        return Ok(unsafe { fill(record, f, plan, name) });
+        return Ok(unsafe { fill_with_closure(record, f, plan, name) });
     }
     // SAFETY: the slot was taken above; the closure fits.
-    Ok(unsafe { fill(record, f, plan, name) })
+    Ok(unsafe { fill_with_closure(record, f, plan, name) })
 }
 
-/// Writes the head of a slot that was just taken.
-///
 /// # Safety
-/// The slot of `record` is the caller's and was taken for `plan`. `F` is at most
-/// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
+/// As for [`fill`].
 #[inline(always)]
-unsafe fn fill<In, Out, Ret, F>(
+unsafe fn fill_with_closure<In, Out, Ret, F>(
     record: *mut Record,
     f: F,
     plan: &Plan,
@@ -296,6 +363,17 @@ unsafe fn fill<In, Out, Ret, F>(
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
+    // SAFETY: by the caller's word; this entry function takes an `F` of these types.
+    Coroutine::from_handle(unsafe { fill(record, f, coroutine::entry::<In, Out, Ret, F>, plan, name) })
+}
+
+/// Writes the head of a slot that was just taken.
+///
+/// # Safety
+/// The slot of `record` is the caller's and was taken for `plan`. `F` is what `entry` expects to find, at most
+/// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
+#[inline(always)]
+unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &Option<Arc<str>>) -> Handle {
     let place = Record::closure(record, size_of::<F>());
     let base = Record::base(record, size_of::<F>());
     // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
@@ -308,6 +386,8 @@ where
         (*record).watch = Watch::new(plan.shrink);
         (*record).first_log = plan.first_size.trailing_zeros() as u8;
         (*record).shrinks = 0;
+        (*record).maps = plan.maps;
+        (*record).raw = plan.raw;
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
         (&raw mut (*record).name).write(name.clone());
@@ -319,7 +399,6 @@ where
         (*record).words_rewritten = 0;
         (*record).highest = plan.first_size;
         place.cast::<MaybeUninit<ManuallyDrop<F>>>().write(MaybeUninit::new(ManuallyDrop::new(f)));
-        let handle = switch::prepare(base, record, coroutine::entry::<In, Out, Ret, F>);
-        Coroutine::from_handle(handle)
+        switch::prepare(base, record, entry)
     }
 }

@@ -225,7 +225,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         unsafe {
             let result =
                 if outcome == RETURNED { Ok(Transfer::read(word)) } else { Err(Transfer::read(word)) };
-            stack::release((*self.handle.base).record);
+            stack::release((*self.handle.base).record());
             result
         }
     }
@@ -350,7 +350,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
 
     fn record(&self) -> Option<&Record> {
         // SAFETY: a coroutine that has not ended has its record; it is written only while it runs.
-        (!self.done()).then(|| unsafe { &*(*self.handle.base).record })
+        (!self.done()).then(|| unsafe { &*(*self.handle.base).record() })
     }
 
     /// Unwinds the frames of a suspended coroutine.
@@ -394,6 +394,14 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     fn drop_unfinished(&mut self) {
         self.handle.sp &= !switch::WATCHED;
         if self.started() {
+            // SAFETY: it has not ended; whoever made a raw coroutine said that its frames may be forgotten.
+            unsafe {
+                let record = (*self.handle.base).record();
+                if (*record).raw {
+                    self.handle.sp = switch::ENDED;
+                    return stack::release(record);
+                }
+            }
             if cfg!(panic = "unwind") {
                 self.unwind();
             }
@@ -401,7 +409,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
         // SAFETY: it never ran, so its closure is where the builder put it, and nothing else is on its stack.
         unsafe {
-            let record = (*self.handle.base).record;
+            let record = (*self.handle.base).record();
             self.handle.sp = switch::ENDED;
             // The stack is given back even if the closure's destructor panics.
             let release = OnDrop(|| stack::release(record));
@@ -494,7 +502,7 @@ where
     let run = || {
         // SAFETY: the first resume brings an `In`; the builder put an `F` at this place, and it is taken once.
         let (input, f) = unsafe {
-            (Transfer::<In>::read(word), Record::closure(base.record, size_of::<F>()).cast::<F>().read())
+            (Transfer::<In>::read(word), Record::closure(base.record(), size_of::<F>()).cast::<F>().read())
         };
         f(yielder, input)
     };
@@ -608,5 +616,5 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 #[must_use]
 pub fn current_stats() -> Option<Stats> {
     // SAFETY: the running coroutine's handle is with its resumer, who waits, and its record is accessible.
-    switch::running().map(|handle| unsafe { (*(*(*handle).base).record).stats() })
+    switch::running().map(|handle| unsafe { (*(*(*handle).base).record()).stats() })
 }

@@ -52,11 +52,11 @@ mod switch;
 mod symbol;
 mod thread;
 
-pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE};
+pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE, RawFunction};
 pub use coroutine::{Coroutine, CoroutineResult, Yielder, current_stats};
 pub use error::Error;
-pub use grow::{NotMoved, Reason, Shrink, not_moved};
-pub use pin::{Pinned, pin, pinned_room};
+pub use grow::{Maps, NotMoved, Reason, Shrink, not_moved, reserve};
+pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
 pub use stack::class::{MAX_SIZE, MIN_SIZE};
-pub use stats::{Growth, LastGrowth, Stats, Totals, totals};
+pub use stats::{Growth, LastGrowth, Stats, Totals, WordsByMap, totals};
 pub use thread::{prepare_thread, signals_on_coroutine_stacks};

@@ -33,6 +33,7 @@
 
 use core::arch::asm;
 use core::cell::Cell;
+use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
 use crate::stack::Record;
@@ -73,7 +74,18 @@ pub(crate) struct Base {
     /// A fixed address inside `regrow_entry`.
     pub return_address: usize,
     /// Where the stack's record lies; rewritten like any other word when the stack moves.
-    pub record: *mut Record,
+    record: *mut c_void,
+}
+
+impl Base {
+    #[inline(always)]
+    pub fn record(&self) -> *mut Record {
+        self.record.cast()
+    }
+
+    pub fn set_record(&mut self, record: *mut Record) {
+        self.record = record.cast();
+    }
 }
 
 /// What a switch carries: a value, or the address of one on the other side's stack. Possibly
@@ -98,7 +110,9 @@ pub(crate) type Entry = unsafe extern "C" fn(word: Word, command: usize, base: &
 unsafe extern "C" {
     fn regrow_entry();
     fn regrow_entry_return();
-    fn regrow_watch();
+    fn regrow_watch_landing();
+    /// The entry function of a raw coroutine: it calls the function whose address is where a closure would be.
+    pub(crate) fn regrow_raw(word: Word, command: usize, base: &Base) -> !;
 }
 
 /// Writes the first frame of a coroutine below and into `base`, and returns its handle.
@@ -112,7 +126,7 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
     // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
     unsafe {
         (*base).return_address = regrow_entry_return as *const () as usize;
-        (*base).record = record;
+        (*base).record = record.cast();
         word.sub(1).write(regrow_entry as *const () as usize);
         word.sub(3).write(entry as usize);
     }
@@ -191,6 +205,28 @@ pub(crate) unsafe fn finish(word: Word, outcome: usize) -> ! {
     }
 }
 
+/// Calls `function` with `argument` and this stack's `rsp`, on the stack that ends at `end`, and goes on with the `rsp` that
+/// it returns: the function may move this stack, which looks like a suspended coroutine's to it.
+///
+/// # Safety
+/// The other stack is accessible, its end a multiple of 16, and nobody's meanwhile. The function returns where this
+/// stack's `rsp` is, and does not unwind.
+#[inline(always)]
+pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, usize) -> usize, end: usize) {
+    // SAFETY: the operands are those that asm/hop.s names; the function keeps what calls keep, and the rest is
+    // declared clobbered.
+    unsafe {
+        asm!(
+            include_str!("../asm/hop.s"),
+            inout("rdi") argument => _,
+            inout("rsi") function => _,
+            inout("rdx") end => _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            clobber_abi("sysv64"),
+        );
+    }
+}
+
 /// The stack pointer of whoever resumed the coroutine that runs on this thread; 0 if none runs.
 ///
 /// Not a pure function: it changes at every switch, and with the thread, so it is read anew each time.
@@ -224,7 +260,7 @@ pub(crate) fn watch_running() {
     if resumer.is_null() {
         return;
     }
-    let watch = regrow_watch as *const () as usize;
+    let watch = regrow_watch_landing as *const () as usize;
     // SAFETY: a resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
     unsafe {
         let landing = resumer.sub(1);
@@ -240,7 +276,7 @@ pub(crate) fn watch_running() {
 #[inline(always)]
 pub(crate) fn running_record() -> Option<*mut Record> {
     // SAFETY: the running coroutine's handle is with its resumer, who waits; its base is accessible.
-    running().map(|handle| unsafe { (*(*handle).base).record })
+    running().map(|handle| unsafe { (*(*handle).base).record() })
 }
 
 /// The base of the coroutine that runs.

@@ -186,12 +186,25 @@ global_asm!(
     // writes `distance` bytes below rsp, and stores them again.
     ".globl regrow_test_registers",
     "regrow_test_registers:",
+    ".cfi_startproc",
     "push rbx",
+    ".cfi_def_cfa_offset 16",
+    ".cfi_offset rbx, -16",
     "push rbp",
+    ".cfi_def_cfa_offset 24",
+    ".cfi_offset rbp, -24",
     "push r12",
+    ".cfi_def_cfa_offset 32",
+    ".cfi_offset r12, -32",
     "push r13",
+    ".cfi_def_cfa_offset 40",
+    ".cfi_offset r13, -40",
     "push r14",
+    ".cfi_def_cfa_offset 48",
+    ".cfi_offset r14, -48",
     "push r15",
+    ".cfi_def_cfa_offset 56",
+    ".cfi_offset r15, -56",
     "neg rsi",
     "mov rax, [rdi]",
     "mov rbx, [rdi + 8]",
@@ -227,10 +240,12 @@ global_asm!(
     "pop rbp",
     "pop rbx",
     "ret",
+    ".cfi_endproc",
     // regrow_test_red_zone(words: *mut [u64; 16], distance) -> rsp: a leaf function that keeps 16 words in the red
     // zone, every second one a pointer to itself, writes `distance` bytes below rsp, and copies the 16 words out.
     ".globl regrow_test_red_zone",
     "regrow_test_red_zone:",
+    ".cfi_startproc",
     ".irp i, 1, 3, 5, 7, 9, 11, 13, 15",
     "lea rax, [rsp - 8 * \\i]",
     "mov [rsp - 8 * \\i], rax",
@@ -244,11 +259,16 @@ global_asm!(
     ".endr",
     "mov rax, rsp",
     "ret",
+    ".cfi_endproc",
     // regrow_test_rbp_frames(depth) -> sum: recursion with rbp-based frames and rbp-based stores into them.
     ".globl regrow_test_rbp_frames",
     "regrow_test_rbp_frames:",
+    ".cfi_startproc",
     "push rbp",
+    ".cfi_def_cfa_offset 16",
+    ".cfi_offset rbp, -16",
     "mov rbp, rsp",
+    ".cfi_def_cfa_register rbp",
     "sub rsp, 112",
     "mov [rbp - 112], rdi", // the lowest word first: the store that meets the guard is based on rbp
     "lea rax, [rbp - 112]",
@@ -263,9 +283,16 @@ global_asm!(
     "add rax, [rdx]",
     "leave",
     "ret",
+    ".cfi_endproc",
     // regrow_test_pushes(n) -> sum: pushes n, n - 1, ..., 1, then takes them off again.
     ".globl regrow_test_pushes",
     "regrow_test_pushes:",
+    ".cfi_startproc",
+    "push rbp",
+    ".cfi_def_cfa_offset 16",
+    ".cfi_offset rbp, -16",
+    "mov rbp, rsp",
+    ".cfi_def_cfa_register rbp",
     "mov rcx, rdi",
     "xor eax, eax",
     "2: push rcx",
@@ -275,7 +302,9 @@ global_asm!(
     "add rax, rdx",
     "dec rdi",
     "jnz 3b",
+    "pop rbp",
     "ret",
+    ".cfi_endproc",
 );
 
 unsafe extern "C" {
@@ -333,7 +362,7 @@ fn the_red_zone_moves_too() {
 #[test]
 fn frames_based_on_rbp_survive() {
     for builder in both_ways() {
-        for depth in [10, 17, 30, 100, 200] {
+        for depth in [10, 17, 30, 100, 300, 10_000] {
             // SAFETY: it keeps the calling convention, and has a stack that grows.
             let sum = run(&builder, move || unsafe { regrow_test_rbp_frames(depth) });
             assert_eq!(sum, depth * (depth + 1) / 2, "{builder:?}");

@@ -197,7 +197,7 @@ fn a_pinned_stack_does_not_move_down_either() {
         assert!(coroutine.stats().shrinks == 0);
         coroutine.resume(());
     }
-    assert!(coroutine.shrink().unwrap());
+    assert!(coroutine.shrink().unwrap(), "{:?}", coroutine.last_not_moved().map(|why| why.function()));
 }
 
 #[test]

@@ -8,17 +8,24 @@
 
 mod context;
 mod fault;
+mod obey;
 mod point;
 mod reason;
 mod relocate;
+mod reserve;
 mod rewrite;
 mod shrink;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
+pub use obey::Maps;
+pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};
+pub use reserve::reserve;
 pub use shrink::Shrink;
 pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
+
+use relocate::Failure;
 
 use crate::error::Error;
 use crate::report;
@@ -36,6 +43,8 @@ struct Fault {
     growth_point: bool,
     /// In a probe loop, which general register holds its end.
     loop_end: Option<usize>,
+    /// Of a call, how many bytes it has.
+    call_length: usize,
 }
 
 /// Why a stack could not grow.
@@ -65,25 +74,28 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
         }
     };
     match outcome {
-        Ok(Done { record, growth, bytes, words }) => {
-            // SAFETY: where the record is now, accessible and this thread's.
-            let record = unsafe { &mut *record };
-            let last =
-                LastGrowth { from, to: record.size(), bytes, words, nanoseconds: now().wrapping_sub(start) };
-            record.tidy = true;
-            record.growths += 1;
-            record.bytes_copied += bytes as u64;
-            record.words_rewritten += words as u64;
-            record.highest = record.highest.max(last.to);
-            record.last = last;
-            record.watch.start_over(record.shrinks != 0);
-            if record.watch.policy() != Shrink::Off {
-                switch::watch_running();
-            }
-            stats::count(growth, &last);
-        }
+        Ok(done) => finish(done, from, start),
         Err(refusal) => report::overflow(record, fault.slot.end() - fault.lowest, &refusal, context),
     }
+}
+
+/// Counts a growth that has been made, from a stack of `from` bytes, since the time `start`.
+fn finish(done: Done, from: usize, start: u64) {
+    let Done { record, growth, bytes, words } = done;
+    // SAFETY: where the record of the running coroutine is now, accessible and this thread's.
+    let record = unsafe { &mut *record };
+    let last = LastGrowth { from, to: record.size(), bytes, words, nanoseconds: now().wrapping_sub(start) };
+    record.tidy = true;
+    record.growths += 1;
+    record.bytes_copied += bytes as u64;
+    record.words_rewritten += words as u64;
+    record.highest = record.highest.max(last.to);
+    record.last = last;
+    record.watch.start_over(record.shrinks != 0);
+    if record.watch.policy() != Shrink::Off {
+        switch::watch_running();
+    }
+    stats::count(growth, &last);
 }
 
 /// What a growth did, and where the record is now.
@@ -110,7 +122,8 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
                 let size = class::grown((*record).size(), need, (*record).maximum).ok_or(Refusal::Maximum)?;
                 match relocate::relocate(context, fault, size) {
                     Ok(moved) => return Ok(moved),
-                    Err(error) => {
+                    Err(Failure::Frame(reason, frame)) => Blame { reason, frame, error: None },
+                    Err(Failure::Kernel(error)) => {
                         Blame { reason: Reason::NoMemory, frame: context.rip(), error: Some(error) }
                     }
                 }
@@ -155,7 +168,7 @@ unsafe fn open_slack(fault: &Fault) -> Result<Done, Refusal> {
         return Err(Refusal::Slack);
     }
     // SAFETY: by the caller's word.
-    unsafe { open_to(fault, open) }
+    unsafe { open_to(Record::at(fault.slot.end()), open) }.map_err(Refusal::Kernel)
 }
 
 /// Doubles the open part of a stack that never moves.
@@ -171,16 +184,15 @@ unsafe fn open_window(fault: &Fault) -> Result<Done, Refusal> {
     let need = fault.slot.end() - fault.lowest;
     let size = class::grown(size, need, maximum).ok_or(Refusal::Maximum)?;
     // SAFETY: by the caller's word; the maximum's bytes are within the window of the class.
-    unsafe { open_to(fault, class::open_bytes(size)) }
+    unsafe { open_to(Record::at(fault.slot.end()), class::open_bytes(size)) }.map_err(Refusal::Kernel)
 }
 
 /// # Safety
-/// As for [`grow`]; `open` bytes are within the slot's window.
-unsafe fn open_to(fault: &Fault, open: usize) -> Result<Done, Refusal> {
-    let record = Record::at(fault.slot.end());
+/// `record` is the running coroutine's; `open` bytes are within its slot's window, and more than are open.
+unsafe fn open_to(record: *mut Record, open: usize) -> Result<Done, Error> {
     // SAFETY: guard pages of the running coroutine's own slot, right below what is open.
     unsafe {
-        guard::open(fault.slot.end() - open, open - (*record).open).map_err(Refusal::Kernel)?;
+        guard::open(Record::end(record) - open, open - (*record).open)?;
         (*record).open = open;
     }
     Ok(Done { record, growth: Growth::InPlace, bytes: 0, words: 0 })

@@ -1,7 +1,8 @@
 //! Why a stack that may move did not: what is known of the latest time, and how often each reason came up.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::map;
 use crate::symbol;
 
 /// Why a stack whose growth is [`Growth::Relocate`](crate::Growth::Relocate) grew in place instead.
@@ -77,7 +78,21 @@ pub fn not_moved() -> impl Iterator<Item = (Reason, u64)> {
     REASONS.into_iter().zip(&COUNTS).map(|(reason, count)| (reason, count.load(Ordering::Relaxed)))
 }
 
+/// Code without a map was met, or nothing has been recorded yet: look at the loaded objects before the next spawn.
+static UNKNOWN_CODE: AtomicBool = AtomicBool::new(true);
+
+/// Records the unwind tables of loaded objects if some code was unknown since the last time. Not for the handler.
+pub(crate) fn record_unknown_code() {
+    if UNKNOWN_CODE.load(Ordering::Acquire) {
+        map::record_loaded_objects(); // one thread at a time; the others wait here
+        UNKNOWN_CODE.store(false, Ordering::Release);
+    }
+}
+
 /// Counts one.
 pub(super) fn count(reason: Reason) {
+    if reason == Reason::NoMap {
+        UNKNOWN_CODE.store(true, Ordering::Relaxed);
+    }
     COUNTS[reason as usize].fetch_add(1, Ordering::Relaxed);
 }

@@ -27,7 +27,8 @@ use crate::stack::{Record, cache, class};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
-use super::relocate;
+use super::NotMoved;
+use super::relocate::{self, Failure};
 
 /// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
@@ -91,7 +92,7 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
     handle.sp &= !switch::WATCHED;
     // SAFETY: by the caller's word.
     unsafe {
-        let record = (*handle.base).record;
+        let record = (*handle.base).record();
         if is_quiet(handle, &mut *record) {
             // Without memory it stays as large as it is.
             let _ = shrink(handle);
@@ -105,7 +106,7 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
 /// The handle is that of a suspended coroutine.
 pub(crate) unsafe fn after_resume(handle: &mut Handle) {
     // SAFETY: by the caller's word.
-    let record = unsafe { &*(*handle.base).record };
+    let record = unsafe { &*(*handle.base).record() };
     if record.size() > record.first_size() && record.watch.policy != Shrink::Off {
         handle.sp |= switch::WATCHED;
     }
@@ -144,7 +145,7 @@ unsafe fn is_quiet(handle: &Handle, record: &mut Record) -> bool {
 pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
     // SAFETY: by the caller's word.
     unsafe {
-        let record = (*handle.base).record;
+        let record = (*handle.base).record();
         (*record).watch.marked = false;
         (*record).watch.quiet = 0;
         let used = handle.base as usize - (handle.sp - RED_ZONE);
@@ -159,7 +160,14 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
                 record
             }
             Growth::Relocate if (*record).is_pinned() => return Ok(false),
-            Growth::Relocate => relocate::relocate_suspended(handle, size)?.record,
+            Growth::Relocate => match relocate::relocate_suspended(handle, size) {
+                Ok(moved) => moved.record,
+                Err(Failure::Kernel(error)) => return Err(error),
+                Err(Failure::Frame(reason, frame)) => {
+                    (*record).not_moved = Some(NotMoved { reason, frame });
+                    return Ok(false);
+                }
+            },
         };
         (*record).shrinks += 1;
         stats::count_shrink();

@@ -26,6 +26,7 @@ use gimli::{
 };
 
 use super::Error;
+use super::assembly;
 use super::frame_map::{Cfa, FrameMap, Kind, Place, Register, Rules, Source, Unwalkable, Verdict};
 use super::stack_maps::{LayerName, Registration, StackMaps};
 
@@ -42,7 +43,7 @@ unsafe extern "C" {
     fn regrow_entry();
 }
 
-/// What recording an object brought.
+/// What recording an object brought; part of a [`Report`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ObjectReport {
     /// Its path as the loader knows it; empty for the program itself.
@@ -63,7 +64,55 @@ pub struct ObjectReport {
     pub error: Option<String>,
 }
 
-/// What [`record_loaded_objects`] did.
+impl ObjectReport {
+    fn new(name: String, address: usize) -> Self {
+        Self {
+            name,
+            address,
+            functions: 0,
+            rows: 0,
+            bytes: 0,
+            time: Duration::ZERO,
+            unwalkable: Vec::new(),
+            error: None,
+        }
+    }
+
+    /// Adds the object's maps, and says here what they take.
+    fn add(
+        &mut self,
+        to: &'static StackMaps,
+        layer: LayerName,
+        maps: Vec<FrameMap>,
+    ) -> Option<Registration<'static>> {
+        let start = Instant::now();
+        let added = to.add(layer, maps);
+        self.time += start.elapsed();
+        match added {
+            Ok((registration, size)) => {
+                self.rows = size.rows;
+                self.bytes = size.bytes;
+                Some(registration)
+            }
+            Err(error) => {
+                self.error = Some(error.to_string());
+                None
+            }
+        }
+    }
+}
+
+/// What [`record_loaded_objects`] did. Printed, it is a table.
+///
+/// ```
+/// let report = regrow::map::record_loaded_objects();
+/// assert!(report.bytes() < report.rows() * 16 + 4096);
+/// for object in report.added {
+///     for (code, why) in object.unwalkable {
+///         println!("{} {code:x?}: {why}", object.name);
+///     }
+/// }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Report {
     /// Objects that were recorded this time.
@@ -121,7 +170,8 @@ impl fmt::Display for Report {
 }
 
 /// Records the unwind tables of every loaded object that is not recorded yet, and removes those of objects that are not loaded any
-/// more. If nothing was loaded or unloaded since the last time, it returns at once.
+/// more. The first time, it also records the maps of assembly that was written with the macros in `asm/frame_map.inc` and linked
+/// into the same object as this crate. If nothing was loaded or unloaded since the last time, it returns at once.
 ///
 /// Call it after `dlopen` if coroutines that run code of that object may be moved.
 ///
@@ -132,7 +182,8 @@ impl fmt::Display for Report {
 /// assert!(map::record_loaded_objects().added.is_empty()); // unless another thread loads objects
 /// ```
 pub fn record_loaded_objects() -> Report {
-    static RECORDED: Mutex<Recorded> = Mutex::new(Recorded { changes: (0, 0), objects: Vec::new() });
+    static RECORDED: Mutex<Recorded> =
+        Mutex::new(Recorded { changes: (0, 0), objects: Vec::new(), assembly: None });
     RECORDED.lock().unwrap_or_else(PoisonError::into_inner).refresh(super::process())
 }
 
@@ -162,6 +213,8 @@ struct Recorded {
     /// How many objects had been loaded and unloaded.
     changes: (u64, u64),
     objects: Vec<(ObjectKey, Option<Registration<'static>>)>,
+    /// What assembly brought; never removed.
+    assembly: Option<Option<Registration<'static>>>,
 }
 
 /// Tells an object from others that may be loaded at the same address later.
@@ -186,21 +239,20 @@ impl Recorded {
         self.objects.retain(|(key, _)| found.contains(key));
         report.removed = before - self.objects.len();
         for (key, mut object, functions) in new {
-            let start = Instant::now();
-            let registration = match maps.add(LayerName::Unwind, functions.maps) {
-                Ok((registration, size)) => {
-                    object.rows = size.rows;
-                    object.bytes = size.bytes;
-                    Some(registration)
-                }
-                Err(error) => {
-                    object.error = Some(error.to_string());
-                    None
-                }
-            };
-            object.time += start.elapsed();
-            self.objects.push((key, registration));
+            self.objects.push((key, object.add(maps, LayerName::Unwind, functions.maps)));
             report.added.push(object);
+        }
+        if self.assembly.is_none() {
+            let section = assembly::section();
+            let parsed = assembly::parse(section, section.as_ptr() as usize);
+            let mut object = ObjectReport::new("(assembly)".to_owned(), section.as_ptr() as usize);
+            object.error = parsed.as_ref().err().map(|error| format!("malformed at byte {}", error.offset));
+            let parsed = parsed.unwrap_or_default();
+            object.functions = parsed.len();
+            self.assembly = Some(object.add(maps, LayerName::Registered, parsed));
+            if !section.is_empty() {
+                report.added.push(object);
+            }
         }
         report
     }
@@ -296,14 +348,11 @@ impl<'a> Object<'a> {
         let mut functions = Functions::default();
         let error = self.read(&mut functions).err().map(|error| error.to_string());
         let report = ObjectReport {
-            address: self.address,
             functions: functions.count,
-            rows: 0,
-            bytes: 0,
             time: start.elapsed(),
             unwalkable: core::mem::take(&mut functions.unwalkable),
             error,
-            name: self.name,
+            ..ObjectReport::new(self.name, self.address)
         };
         (report, functions)
     }
@@ -562,4 +611,90 @@ impl Functions {
 fn base(map: FrameMap) -> FrameMap {
     let rules = map.rules.map(|rules| rules.map(|rules| rules.kind(Kind::Base)));
     FrameMap { rules, ..map }.register(Register::RBP, Verdict::Pointer).register(Register::RBX, Verdict::Data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// This program's `.eh_frame`, or as much of it as the loader has mapped behind it.
+    fn section() -> &'static [u8] {
+        unsafe extern "C" fn first(info: *mut libc::dl_phdr_info, _: usize, found: *mut c_void) -> c_int {
+            // SAFETY: the program, which comes first, is never unloaded; `found` is ours.
+            unsafe {
+                let object = Object::new(&*info).unwrap();
+                let header_address = object.header.as_ptr() as usize;
+                let bases = BaseAddresses::default().set_eh_frame_hdr(header_address as u64);
+                let header = EhFrameHdr::new(object.header, LittleEndian).parse(&bases, WORD).unwrap();
+                *found.cast::<&[u8]>() = object.from(header.eh_frame_ptr().pointer() as usize).unwrap();
+            }
+            1
+        }
+        let mut found: &[u8] = &[];
+        // SAFETY: the callback is called with this argument.
+        unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut found).cast()) };
+        found
+    }
+
+    fn record(section: &[u8], address: usize) -> Functions {
+        let mut functions = Functions::default();
+        let tables = Tables::new(section, address, None);
+        let _ = tables.each_in_order_of_section(|fde| functions.push(&tables, fde));
+        functions
+    }
+
+    proptest! {
+        /// Damaged tables are an error, or other maps: never a panic, and never a table that cannot be built or refused.
+        #[test]
+        fn damaged_tables_are_read_within_bounds(
+            begin in any::<prop::sample::Index>(),
+            damage in prop::collection::vec((0..2000usize, any::<u8>()), 0..10),
+            length in 0..2000usize,
+        ) {
+            let whole = section();
+            // From some entry on: each begins with its length. The first is the CIE, which the others refer back to.
+            let mut starts = vec![0];
+            while starts.len() < 1000 {
+                let at = *starts.last().unwrap();
+                let bytes = u32::from_le_bytes(*whole[at..].first_chunk().unwrap());
+                if bytes == 0 { break }
+                starts.push(at + 4 + bytes as usize);
+            }
+            let begin = starts[begin.index(starts.len())];
+            let mut piece = whole[..begin + length.min(whole.len() - begin)].to_vec();
+            for (at, byte) in damage {
+                let at = if at % 2 == 0 { at % 60 } else { begin + at };
+                if let Some(place) = piece.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            let address = whole.as_ptr() as usize;
+            let _ = super::super::table::Table::build(record(&piece, address).maps);
+        }
+    }
+
+    #[test]
+    fn the_section_alone_gives_the_same_maps_as_with_its_header() {
+        let mut functions = record(section(), section().as_ptr() as usize);
+        assert!(functions.count > 1000);
+        functions.maps.sort_by_key(|map| map.range.start);
+        super::super::record_loaded_objects();
+        let reader = super::super::process().read();
+        for map in &functions.maps {
+            let found = reader.find(map.range.start).expect("recorded");
+            assert_eq!(found.rules(), map.rules, "{map:?}");
+        }
+    }
+
+    #[test]
+    fn a_coroutines_first_frame_is_a_base() {
+        super::super::record_loaded_objects();
+        let reader = super::super::process().read();
+        let map = reader.find(regrow_entry as *const () as usize + 3).unwrap();
+        let rules = map.rules().unwrap().unwrap();
+        assert_eq!(rules.kind, Kind::Base);
+        // After its first instruction: *rbp + 16.
+        assert_eq!(rules.cfa, Cfa::Loaded { register: Register::RBP, offset: 0, plus: 16 });
+    }
 }

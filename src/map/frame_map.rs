@@ -14,6 +14,10 @@ use core::fmt;
 use core::ops::Range;
 
 /// What is known about a word.
+///
+/// ```
+/// assert_eq!(regrow::map::Verdict::default(), regrow::map::Verdict::Ambiguous);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Verdict {
@@ -222,6 +226,11 @@ impl fmt::Debug for Place {
 
 /// How the CFA, the end of a frame, is found. `Register` and `Loaded` are enough for every frame that compilers
 /// make, realigned ones and signal frames among them.
+///
+/// ```
+/// use regrow::map::{Cfa, Register};
+/// assert_eq!(Cfa::rsp(8), Cfa::Register(Register::RSP, 8)); // a function that has pushed nothing
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Cfa {
     /// `register + offset`, in bytes.
@@ -266,6 +275,15 @@ impl Cfa {
 }
 
 /// What a frame is to a walker.
+///
+/// ```
+/// use regrow::map::{Cfa, Kind, Place, Register, Rules};
+/// // A handler's caller on x86-64 Linux: the interrupted rsp and rip are in the ucontext at rsp.
+/// let rules = Rules::new(Cfa::Loaded { register: Register::RSP, offset: 160, plus: 0 })
+///     .return_address(Place::at(Register::RSP, 168))
+///     .kind(Kind::Signal);
+/// # let _ = rules;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Kind {
@@ -295,13 +313,24 @@ pub struct Rules {
     pub(super) return_address: Place,
     pub(super) saved: [Place; SAVED],
     pub(super) kind: Kind,
+    /// Which of the registers are not [`Place::SAME`].
+    pub(super) touched: u8,
+    /// True if the return address and all saved registers are at offsets from the CFA: nearly always.
+    pub(super) simple: bool,
 }
 
 impl Rules {
     /// A frame that has saved no register, its return address right below the CFA.
     #[must_use]
     pub fn new(cfa: Cfa) -> Self {
-        Self { cfa, return_address: Place::cfa(-8), saved: [Place::SAME; SAVED], kind: Kind::Call }
+        Self {
+            cfa,
+            return_address: Place::cfa(-8),
+            saved: [Place::SAME; SAVED],
+            kind: Kind::Call,
+            touched: 0,
+            simple: true,
+        }
     }
 
     /// Says where the function has saved its caller's `register`.
@@ -311,13 +340,21 @@ impl Rules {
     #[must_use]
     pub fn saved(mut self, register: Register, place: Place) -> Self {
         self.saved[register.saved_index().expect("a callee-saved register")] = place;
-        self
+        self.summarised()
     }
 
     /// Says where the return address lies; [`Place::UNDEFINED`]: nowhere, the walk ends here.
     #[must_use]
     pub fn return_address(mut self, place: Place) -> Self {
         self.return_address = place;
+        self.summarised()
+    }
+
+    fn summarised(mut self) -> Self {
+        let touched = |index: usize| u8::from(self.saved[index] != Place::SAME) << index;
+        self.touched = (0..SAVED).map(touched).sum();
+        self.simple = self.return_address.origin() == Origin::Cfa
+            && self.saved.iter().all(|place| matches!(place.origin(), Origin::Cfa | Origin::Same));
         self
     }
 
@@ -328,6 +365,23 @@ impl Rules {
         self
     }
 
+    /// How the frame's end is found.
+    #[must_use]
+    pub fn cfa(&self) -> Cfa {
+        self.cfa
+    }
+
+    /// True if the frame's end is counted from `register`.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Register, Rules};
+    /// assert!(Rules::new(Cfa::rbp(16)).is_counted_from(Register::RBP));
+    /// ```
+    #[must_use]
+    pub fn is_counted_from(&self, register: Register) -> bool {
+        matches!(self.cfa, Cfa::Register(from, _) if from == register)
+    }
+
     /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.
     #[must_use]
     pub fn place_of(&self, register: Register) -> Option<Place> {
@@ -336,6 +390,10 @@ impl Rules {
 }
 
 /// Why a frame cannot be walked although its function is known.
+///
+/// ```
+/// assert_eq!(regrow::map::Unwalkable::StackPointer.to_string(), "it switches stacks");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
 pub enum Unwalkable {
@@ -370,6 +428,10 @@ impl fmt::Display for Unwalkable {
 }
 
 /// Who recorded a frame map.
+///
+/// ```
+/// assert_eq!(regrow::map::Source::EhFrame.to_string(), "eh_frame");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Source {

@@ -7,10 +7,14 @@
 //!   registers, memory ──────────────────────────────────────────────► Walk (walk.rs) ─┴─► Frame, Frame, ... End
 //! ```
 //!
+//! Hand-written assembly says what its frames hold with the macros in `asm/frame_map.inc`, which explains itself; a build script of a
+//! crate that depends on this one finds its directory in `DEP_REGROW_INCLUDE`.
+//!
 //! A [`FrameMap`] says two things about a range of code: the rules by which a frame's caller is found, and for
 //! each word whether it is a pointer, data, or ambiguous. Maps live in sorted tables, and those in
 //! [`StackMaps`], which can be read at any time by anyone. A [`Walk`] goes through the frames of a stack.
 
+mod assembly;
 #[cfg(feature = "cranelift")]
 pub mod cranelift;
 mod eh_frame;
@@ -28,6 +32,13 @@ pub use walk::{End, Frame, Location, Registers, Stuck, Walk, Word};
 use core::fmt;
 
 /// Why maps were not accepted.
+///
+/// ```
+/// use regrow::map::{Error, FrameMap, StackMaps};
+/// let maps = StackMaps::new();
+/// let error = maps.register(vec![FrameMap::new(1..9), FrameMap::new(8..10)]).unwrap_err();
+/// assert_eq!(error, Error::Overlap { address: 8 });
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Error {

@@ -69,7 +69,7 @@ pub(super) enum LayerName {
 type Layer = Box<[Segment]>;
 
 #[derive(Clone)]
-struct Segment {
+pub(super) struct Segment {
     start: usize,
     length: usize,
     table: Arc<Table>,
@@ -261,6 +261,11 @@ impl Segment {
         let range = table.range();
         Self { start: range.start, length: range.end - range.start, table, merged }
     }
+
+    #[inline]
+    fn contains(&self, address: usize) -> bool {
+        address.wrapping_sub(self.start) < self.length
+    }
 }
 
 impl Drop for StackMaps {
@@ -306,6 +311,15 @@ impl Drop for Registration<'_> {
 }
 
 /// All maps of one moment; see [`StackMaps::read`].
+///
+/// ```
+/// use regrow::map::{FrameMap, StackMaps};
+/// let maps = StackMaps::new();
+/// let reader = maps.read();
+/// let _registration = maps.register(vec![FrameMap::new(1..9)]);
+/// assert!(reader.find(1).is_none()); // this one began before
+/// assert!(maps.read().find(1).is_some());
+/// ```
 pub struct Reader<'a> {
     snapshot: Option<&'a Snapshot>,
     counter: &'a AtomicUsize,
@@ -330,25 +344,57 @@ impl Reader<'_> {
     #[inline]
     #[must_use]
     pub fn find(&self, address: usize) -> Option<Map<'_>> {
+        self.find_near(address, &mut Hints::default())
+    }
+
+    /// As [`find`](Self::find), looking first where the last look-up found something.
+    #[inline]
+    pub(super) fn find_near<'a>(&'a self, address: usize, hints: &mut Hints<'a>) -> Option<Map<'a>> {
         let [registered, unwind] = &self.snapshot?.layers;
-        let words = find(registered, address);
-        if let Some(entry) = words.filter(|entry| entry.shape.rules.is_some()) {
-            return Some(Map { rules: entry.shape.rules.as_ref(), words: entry });
+        if !registered.is_empty()
+            && let Some(words) = find(registered, address, &mut hints.registered)
+        {
+            let given = words.shape.rules.as_ref();
+            let tables = || find(unwind, address, &mut hints.unwind)?.shape.rules.as_ref();
+            return Some(Map { rules: given.or_else(tables), words });
         }
-        let tables = find(unwind, address);
-        let rules = tables.and_then(|entry| entry.shape.rules.as_ref());
-        Some(Map { rules, words: words.or(tables)? })
+        let tables = find(unwind, address, &mut hints.unwind)?;
+        Some(Map { rules: tables.shape.rules.as_ref(), words: tables })
     }
 }
 
-#[inline]
-fn find(layer: &Layer, address: usize) -> Option<Entry<'_>> {
-    let after = layer.partition_point(|segment| segment.start <= address);
-    let segment = layer.get(after.wrapping_sub(1))?;
-    if address - segment.start < segment.length { segment.table.find(address) } else { None }
+/// The segments, by layer, that the last look-up found: code calls code of its own object, mostly.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Hints<'a> {
+    registered: Option<&'a Segment>,
+    unwind: Option<&'a Segment>,
 }
 
-/// What is known about a frame.
+#[inline]
+fn find<'a>(layer: &'a Layer, address: usize, hint: &mut Option<&'a Segment>) -> Option<Entry<'a>> {
+    let segment = match *hint {
+        Some(segment) if segment.contains(address) => segment,
+        _ => {
+            let after = layer.partition_point(|segment| segment.start <= address);
+            *hint = layer.get(after.wrapping_sub(1));
+            (*hint)?
+        }
+    };
+    if segment.contains(address) { segment.table.find(address) } else { None }
+}
+
+/// What is known about a frame; see [`Reader::find`].
+///
+/// ```
+/// use regrow::map::{FrameMap, Register, StackMaps, Verdict};
+/// let maps = StackMaps::new();
+/// let map = FrameMap::at_return(0x1005).register(Register::RBX, Verdict::Data).rest(Verdict::Pointer);
+/// let _registration = maps.register(vec![map]);
+/// let reader = maps.read();
+/// let found = reader.find(0x1004).unwrap();
+/// assert_eq!((found.register(0), found.rest()), (Verdict::Data, Verdict::Pointer));
+/// assert_eq!(found.rules(), None); // and nothing says where such a frame ends
+/// ```
 #[derive(Clone, Copy)]
 pub struct Map<'a> {
     rules: Option<&'a Result<Rules, Unwalkable>>,

@@ -3,7 +3,9 @@
 //! ```text
 //!   address ─ start ─► buckets[offset >> shift]      where to begin in the rows
 //!                        │
-//!                      rows      | offset: u32 | shape: u32 |   valid up to the next row's offset
+//!                      offsets   one u32 for each row, which is valid up to the next row's offset
+//!                        │
+//!                      numbers   one u32 for each row: of its shape
 //!                        │
 //!                      shapes    rules, default verdicts, which runs    64 bytes, each different one once
 //!                        │
@@ -12,8 +14,8 @@
 //!                      bits      two for each word, four words a byte
 //! ```
 //!
-//! There are about as many buckets as quarters of rows, so a look-up reads two neighbouring buckets and searches the few rows between:
-//! three or four cache lines in all, whatever the size of the table.
+//! There are about as many buckets as quarters of rows, so that the row is one of the next few: these are all compared at once, without a
+//! branch. A look-up reads four cache lines, whatever the size of the table.
 #![forbid(unsafe_code)]
 
 use core::ops::Range;
@@ -26,21 +28,16 @@ use super::frame_map::{FrameMap, Origin, Place, Rules, SAVED, Source, Unwalkable
 const MOST_SPAN: usize = 1 << 31;
 /// Two maps further apart than this go into different tables: buckets are not spent on what lies between.
 const MOST_GAP: usize = 1 << 20;
-/// How many rows there are to a bucket, on average.
+/// How many rows there are to a bucket, at most, on average.
 const ROWS_PER_BUCKET: usize = 4;
+/// How many rows from a bucket's first on are compared at once.
+const WINDOW: usize = 8;
 /// A run of words that have a verdict does not bridge more words without one.
 const MOST_FILL: i64 = 64 * WORD;
 /// The shape of a row for addresses that no map is for.
 const GAP: u32 = u32::MAX;
 
 const WORD: i64 = size_of::<usize>() as i64;
-
-/// From `offset` on, up to the next row.
-#[derive(Clone, Copy)]
-struct Row {
-    offset: u32,
-    shape: u32,
-}
 
 /// A frame map without its addresses.
 #[derive(Clone, Copy, Debug)]
@@ -102,7 +99,10 @@ pub(super) struct Table {
     shift: u32,
     /// For each 2^shift bytes: the last row at or before the first of them. And one for the end.
     buckets: Box<[u32]>,
-    rows: Box<[Row]>,
+    /// Where the rows begin; then [`WINDOW`] times a number that no offset reaches.
+    offsets: Box<[u32]>,
+    /// The rows' shapes.
+    numbers: Box<[u32]>,
     shapes: Box<[Shape]>,
     runs: Box<[Run]>,
     bits: Box<[u8]>,
@@ -114,14 +114,15 @@ impl Table {
     }
 
     pub(super) fn rows(&self) -> usize {
-        self.rows.len()
+        self.numbers.len()
     }
 
     /// Memory it takes, in bytes.
     pub(super) fn bytes(&self) -> usize {
         size_of::<Self>()
             + size_of_val(&*self.buckets)
-            + size_of_val(&*self.rows)
+            + size_of_val(&*self.offsets)
+            + size_of_val(&*self.numbers)
             + size_of_val(&*self.shapes)
             + size_of_val(&*self.runs)
             + size_of_val(&*self.bits)
@@ -136,18 +137,30 @@ impl Table {
         let offset = (address - self.start) as u32; // below MOST_SPAN
         let bucket = (offset >> self.shift) as usize;
         let first = *self.buckets.get(bucket)? as usize;
+        let window: &[u32; WINDOW] = self.offsets.get(first..)?.first_chunk()?;
+        // Row `first` begins at or before the bucket, so at least one row does.
+        let mut count = window.iter().map(|&begin| u32::from(begin <= offset)).sum::<u32>() as usize;
+        if count == WINDOW {
+            count = self.count_from(first, bucket, offset)?;
+        }
+        let number = *self.numbers.get(first.wrapping_add(count).wrapping_sub(1))?;
+        Some(Entry { table: self, shape: self.shapes.get(number as usize)? }) // GAP has no shape
+    }
+
+    /// How many rows of a bucket begin at or before `offset`.
+    #[cold]
+    fn count_from(&self, first: usize, bucket: usize, offset: u32) -> Option<usize> {
         let last = *self.buckets.get(bucket + 1)? as usize;
-        // Row `first` begins at or before the bucket, so at least one row passes.
-        let few = self.rows.get(first..=last)?;
-        let row = few.get(few.partition_point(|row| row.offset <= offset).wrapping_sub(1))?;
-        Some(Entry { table: self, shape: self.shapes.get(row.shape as usize)? }) // GAP has no shape
+        Some(self.offsets.get(first..=last)?.partition_point(|&begin| begin <= offset))
     }
 
     /// Its maps again, in order; neighbours that say the same are one.
     pub(super) fn maps(&self) -> impl Iterator<Item = FrameMap> {
-        let ends = self.rows.iter().skip(1).map(|row| self.start + row.offset as usize).chain([self.end]);
-        self.rows.iter().zip(ends).filter(|(row, _)| row.shape != GAP).map(|(row, end)| {
-            let shape = &self.shapes[row.shape as usize];
+        let begins = self.offsets.iter().map(|&offset| self.start + offset as usize);
+        let ends = begins.clone().take(self.rows()).skip(1).chain([self.end]);
+        let rows = begins.zip(ends).zip(&self.numbers);
+        rows.filter(|(_, number)| **number != GAP).map(|((begin, end), number)| {
+            let shape = &self.shapes[*number as usize];
             let entry = Entry { table: self, shape };
             let words = entry.runs().iter().flat_map(|run| {
                 (0..run.count).filter_map(move |word| {
@@ -156,7 +169,7 @@ impl Table {
                 })
             });
             FrameMap {
-                range: self.start + row.offset as usize..end,
+                range: begin..end,
                 rules: shape.rules,
                 words: words.collect(),
                 rest: shape.rest,
@@ -199,7 +212,8 @@ struct Key {
 struct Builder {
     start: usize,
     end: usize,
-    rows: Vec<Row>,
+    offsets: Vec<u32>,
+    numbers: Vec<u32>,
     shapes: Vec<Shape>,
     runs: Vec<Run>,
     bits: Vec<u8>,
@@ -211,7 +225,8 @@ impl Builder {
         Self {
             start,
             end: start,
-            rows: Vec::new(),
+            offsets: Vec::new(),
+            numbers: Vec::new(),
             shapes: Vec::new(),
             runs: Vec::new(),
             bits: Vec::new(),
@@ -242,8 +257,9 @@ impl Builder {
     }
 
     fn push_row(&mut self, address: usize, shape: u32) {
-        if self.rows.last().is_none_or(|row| row.shape != shape) {
-            self.rows.push(Row { offset: (address - self.start) as u32, shape });
+        if self.numbers.last() != Some(&shape) {
+            self.offsets.push((address - self.start) as u32);
+            self.numbers.push(shape);
         }
     }
 
@@ -300,27 +316,30 @@ impl Builder {
         }
     }
 
-    fn finish(self) -> Table {
+    fn finish(mut self) -> Table {
         let span = self.end - self.start;
+        let rows = self.numbers.len();
         let mut shift = 0;
-        while span >> shift > self.rows.len() / ROWS_PER_BUCKET + 1 {
+        while span >> shift > rows / ROWS_PER_BUCKET + 1 {
             shift += 1;
         }
         let mut buckets: Vec<u32> = Vec::with_capacity((span >> shift) + 2);
         let mut row = 0;
         for bucket in 0..=span >> shift {
-            while self.rows.get(row + 1).is_some_and(|next| next.offset as usize <= bucket << shift) {
+            while self.offsets.get(row + 1).is_some_and(|&next| next as usize <= bucket << shift) {
                 row += 1;
             }
             buckets.push(row as u32);
         }
-        buckets.push(self.rows.len() as u32 - 1);
+        buckets.push(rows as u32 - 1);
+        self.offsets.extend([u32::MAX; WINDOW]);
         Table {
             start: self.start,
             end: self.end,
             shift,
             buckets: buckets.into(),
-            rows: self.rows.into(),
+            offsets: self.offsets.into(),
+            numbers: self.numbers.into(),
             shapes: self.shapes.into(),
             runs: self.runs.into(),
             bits: self.bits.into(),

@@ -21,7 +21,7 @@ use core::fmt;
 use core::ops::Range;
 
 use super::frame_map::{Cfa, Kind, Origin, Place, Register, Rules, SAVED, Unwalkable, Verdict};
-use super::stack_maps::{Map, Reader};
+use super::stack_maps::{Hints, Map, Reader};
 
 const WORD: usize = size_of::<usize>();
 
@@ -44,10 +44,13 @@ pub struct Registers {
 }
 
 impl Registers {
+    /// Nothing is known.
+    pub const UNKNOWN: Self = Self { pc: 0, general: [0; 16], known: 0 };
+
     /// `pc`: the instruction that was interrupted, or will run next.
     #[must_use]
     pub fn new(pc: usize, rsp: usize) -> Self {
-        Self { pc, general: [0; 16], known: 0 }.with(Register::RSP, rsp)
+        Self { pc, ..Self::UNKNOWN }.with(Register::RSP, rsp)
     }
 
     /// Adds a register's value.
@@ -85,7 +88,7 @@ impl fmt::Debug for Registers {
     }
 }
 
-/// Where the value lies that a callee-saved register has in a frame.
+/// Where the value lies that a callee-saved register has in a frame; see [`Frame::register`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Location {
     /// Still in the register.
@@ -114,7 +117,7 @@ impl Packed {
     }
 }
 
-/// Whose a word of a frame is.
+/// Whose a word of a frame is; see [`Frame::word`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Word {
     /// The return address.
@@ -125,7 +128,24 @@ pub enum Word {
     Own(Verdict),
 }
 
-/// One frame.
+/// One frame, as a [`Walk`] comes to it.
+///
+/// Every word of a stack, and every callee-saved register, has one owner, so this visits each of them once:
+/// ```
+/// use regrow::map::{Frame, Location, Verdict, Word};
+///
+/// fn visit(frame: &Frame<'_>, mut word: impl FnMut(Location, Verdict)) {
+///     for address in frame.range().step_by(8) {
+///         if let Word::Own(verdict) = frame.word(address) {
+///             word(Location::Memory(address), verdict);
+///         }
+///     }
+///     for index in (0..6).filter(|&index| frame.owns(index)) {
+///         word(frame.register(index), frame.map().register(index));
+///     }
+/// }
+/// # let _ = |frame: &Frame<'_>| visit(frame, |_, _| ());
+/// ```
 #[derive(Clone, Copy)]
 pub struct Frame<'a> {
     pc: usize,
@@ -137,8 +157,8 @@ pub struct Frame<'a> {
     return_address: usize,
     /// Where the frame's own values are.
     registers: [Packed; SAVED],
-    /// Where it has put its callers', 0 if not in memory or untouched.
-    saved: [usize; SAVED],
+    /// Where it has put its callers': in the register, if it has not touched it.
+    saved: [Packed; SAVED],
     /// Which of the registers it uses itself.
     owned: u8,
     /// The frame's own values, as far as its words are counted from them; 0 otherwise.
@@ -167,12 +187,12 @@ impl<'a> Frame<'a> {
 
     /// Its bytes on the stack: from its stack pointer to where its caller's frame begins.
     ///
-    /// A signal frame ends where the interrupted stack pointer was, and a base where its resumer's is, both of
-    /// which may be on another stack, even below: the range is empty then.
+    /// A base has none: what lies above it is no frame, and the caller is on another stack. A signal frame ends where the
+    /// interrupted stack pointer was, which may be on another stack too, above or below.
     #[inline]
     #[must_use]
     pub fn range(&self) -> Range<usize> {
-        self.rsp..self.cfa
+        self.rsp..if self.kind == Kind::Base { self.rsp } else { self.cfa }
     }
 
     /// The address of its return address. It has none if it is the thread's outermost frame.
@@ -182,14 +202,6 @@ impl<'a> Frame<'a> {
     }
 
     /// Where the value lies that the `index`th of [`Register::CALLEE_SAVED`] has in this frame.
-    ///
-    /// ```no_run
-    /// # let frame: regrow::map::Frame<'_> = unimplemented!();
-    /// use regrow::map::{Location, Register};
-    /// if let Location::Memory(address) = frame.register(Register::RBX.saved_index().unwrap()) {
-    ///     println!("rbx was saved at {address:#x}");
-    /// }
-    /// ```
     #[inline]
     #[must_use]
     pub fn register(&self, index: usize) -> Location {
@@ -207,7 +219,10 @@ impl<'a> Frame<'a> {
     #[inline]
     #[must_use]
     pub fn saved(&self, index: usize) -> Option<usize> {
-        self.saved.get(index).copied().filter(|&address| address != 0)
+        match self.saved.get(index)?.location() {
+            Location::Memory(address) => Some(address),
+            Location::Register | Location::Lost => None,
+        }
     }
 
     /// The map it is walked by.
@@ -223,7 +238,7 @@ impl<'a> Frame<'a> {
         if address == self.return_address {
             return Word::ReturnAddress;
         }
-        if let Some(index) = self.saved.iter().position(|&place| place == address)
+        if let Some(index) = self.saved.iter().position(|&place| place == Packed(address))
             && let Some(&register) = Register::CALLEE_SAVED.get(index)
         {
             return Word::Saved(register);
@@ -260,6 +275,14 @@ impl fmt::Debug for Frame<'_> {
 }
 
 /// How a walk ended.
+///
+/// ```
+/// use regrow::map::{self, End, Registers, Stuck, Walk};
+/// let reader = map::process().read();
+/// let mut walk = Walk::new(&reader, &Registers::new(8, 0), |_| None); // no code is at address 8
+/// assert!(walk.next().is_none());
+/// assert_eq!(walk.end(), Some(End::Stuck { pc: 8, why: Stuck::NoMap }));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
     /// At a coroutine's base, which was its last frame.
@@ -275,7 +298,11 @@ pub enum End {
     },
 }
 
-/// Why a walk cannot go on.
+/// Why a walk cannot go on: a phrase about the frame at which it stopped, for reports.
+///
+/// ```
+/// assert_eq!(regrow::map::Stuck::NoMap.to_string(), "no map is for its code");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stuck {
     /// No map is for this code: compiled at run time, or written by hand, without unwind tables.
@@ -321,23 +348,27 @@ impl fmt::Display for Stuck {
 /// let reader = maps.read();
 /// let mut walk = Walk::new(&reader, &Registers::new(0x1010, 0x8000), memory);
 /// let ranges: Vec<_> = walk.by_ref().map(|frame| frame.range()).collect();
-/// assert_eq!(ranges, [0x8000..0x8010, 0x8010..0x8018]);
+/// assert_eq!(ranges, [0x8000..0x8010, 0x8010..0x8010]);
 /// assert_eq!(walk.end(), Some(End::Base));
 /// ```
 pub struct Walk<'a, M> {
     reader: &'a Reader<'a>,
+    hints: Hints<'a>,
     memory: M,
     start: Registers,
     across: bool,
     stacks: u32,
     /// Of the next frame, or how the walk ended.
     next: Result<usize, End>,
+    /// The next frame's stack pointer.
     rsp: usize,
-    /// `pc` is that of an instruction that has not run, not of one after a call.
+    /// `next` is an instruction that has not run, not one after a call.
     exact: bool,
     /// The registers are those of the start: those that calls do not keep are known, too.
     innermost: bool,
+    /// Where the next frame's callee-saved registers are.
     registers: [Packed; SAVED],
+    frame: Option<Frame<'a>>,
 }
 
 impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
@@ -347,6 +378,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         let place = |register| if start.get(register).is_some() { Packed::REGISTER } else { Packed::LOST };
         Self {
             reader,
+            hints: Hints::default(),
             memory,
             start: *start,
             across: false,
@@ -356,6 +388,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
             exact: true,
             innermost: true,
             registers: Register::CALLEE_SAVED.map(place),
+            frame: None,
         }
     }
 
@@ -371,67 +404,87 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         self.next.err()
     }
 
-    /// The frame at `pc`; afterwards, `self` is at its caller.
+    /// The next frame, where it lies: as [`next`](Iterator::next), without copying it.
     #[inline]
-    fn step(&mut self, pc: usize) -> Result<Frame<'a>, Stuck> {
+    pub fn advance(&mut self) -> Option<&Frame<'a>> {
+        let pc = self.next.ok()?;
+        if let Err(why) = self.step(pc) {
+            self.next = Err(End::Stuck { pc, why });
+            return None;
+        }
+        self.frame.as_ref()
+    }
+
+    /// Makes the frame at `pc` the current one; afterwards, `self` is at its caller.
+    #[inline]
+    fn step(&mut self, pc: usize) -> Result<(), Stuck> {
         let code = if self.exact { pc } else { pc.wrapping_sub(1) };
-        let map = self.reader.find(code).ok_or(Stuck::NoMap)?;
+        let map = self.reader.find_near(code, &mut self.hints).ok_or(Stuck::NoMap)?;
         let rules =
             map.rules_here().ok_or(Stuck::NoRules)?.as_ref().map_err(|reason| Stuck::Rules(*reason))?;
         let cfa = self.cfa(rules, pc)?;
         if cfa <= self.rsp || rules.kind != Kind::Call {
             self.other_stack(rules.kind)?;
         }
-        let mut frame = Frame {
+        let (return_address, saved) = if rules.simple {
+            let at = |place: Place| cfa.wrapping_add_signed(place.offset() as isize);
+            let saved =
+                |place: Place| if place == Place::SAME { Packed::REGISTER } else { Packed(at(place)) };
+            (at(rules.return_address), rules.saved.map(saved))
+        } else {
+            self.places(rules, cfa)?
+        };
+        let frame = self.frame.insert(Frame {
             pc,
             exact: self.exact,
             kind: rules.kind,
             rsp: self.rsp,
             cfa,
-            return_address: 0,
+            return_address,
             registers: self.registers,
-            saved: [0; SAVED],
-            owned: 0,
+            saved,
+            owned: rules.touched,
             values: [0; SAVED],
             map,
-        };
+        });
         if !map.is_ambiguous() {
+            let mut frame = *frame;
             self.word_bases(&mut frame)?;
+            self.frame = Some(frame);
         }
-        frame.return_address = self.address(rules.return_address, cfa)?.unwrap_or(0);
-        let mut outer = self.registers;
-        for (index, &place) in rules.saved.iter().enumerate() {
-            if place == Place::SAME {
-                continue;
-            }
-            let address = self.address(place, cfa)?;
-            frame.owned |= 1 << index;
-            if let Some(saved) = frame.saved.get_mut(index) {
-                *saved = address.unwrap_or(0);
-            }
-            if let Some(register) = outer.get_mut(index) {
-                *register = address.map_or(Packed::LOST, Packed);
-            }
+        self.next = self.caller(pc, return_address, rules);
+        for (register, &saved) in self.registers.iter_mut().zip(&saved) {
+            *register = if saved == Packed::REGISTER { *register } else { saved };
         }
-        self.next = self.caller(&frame, rules);
-        self.registers = outer;
         self.rsp = cfa;
         self.exact = rules.kind != Kind::Call;
         self.innermost = false;
-        Ok(frame)
+        Ok(())
     }
 
-    /// Where the frame's caller goes on.
+    /// The address of the return address, 0 if there is none, and where the callers' registers are.
+    #[cold]
+    fn places(&self, rules: &Rules, cfa: usize) -> Result<(usize, [Packed; SAVED]), Stuck> {
+        let return_address = self.address(rules.return_address, cfa)?.unwrap_or(0);
+        let mut saved = [Packed::REGISTER; SAVED];
+        for (saved, &place) in saved.iter_mut().zip(&rules.saved) {
+            if place != Place::SAME {
+                *saved = self.address(place, cfa)?.map_or(Packed::LOST, Packed);
+            }
+        }
+        Ok((return_address, saved))
+    }
+
+    /// Where the caller of the frame at `pc` goes on.
     #[inline]
-    fn caller(&self, frame: &Frame<'_>, rules: &Rules) -> Result<usize, End> {
+    fn caller(&self, pc: usize, return_address: usize, rules: &Rules) -> Result<usize, End> {
         if rules.kind == Kind::Base && !self.across {
             return Err(End::Base);
         }
-        if frame.return_address == 0 {
+        if return_address == 0 {
             return Err(End::Outermost);
         }
-        let stuck = End::Stuck { pc: frame.pc, why: Stuck::Memory(frame.return_address) };
-        (self.memory)(frame.return_address).ok_or(stuck)
+        (self.memory)(return_address).ok_or(End::Stuck { pc, why: Stuck::Memory(return_address) })
     }
 
     #[inline]
@@ -472,7 +525,6 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
     }
 
     /// The address of a place in the frame that is next; `None` if it says that there is none.
-    #[inline]
     fn address(&self, place: Place, cfa: usize) -> Result<Option<usize>, Stuck> {
         let origin = match place.origin() {
             Origin::Cfa => cfa,
@@ -510,19 +562,204 @@ impl<'a, M: Fn(usize) -> Option<usize>> Iterator for Walk<'a, M> {
 
     #[inline]
     fn next(&mut self) -> Option<Frame<'a>> {
-        let pc = self.next.ok()?;
-        match self.step(pc) {
-            Ok(frame) => Some(frame),
-            Err(why) => {
-                self.next = Err(End::Stuck { pc, why });
-                None
-            }
-        }
+        self.advance().copied()
     }
 }
 
 impl<M> fmt::Debug for Walk<'_, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Walk").field("next", &self.next).field("rsp", &self.rsp).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::frame_map::FrameMap;
+    use crate::map::stack_maps::StackMaps;
+
+    const STACK: usize = 0x8000;
+
+    fn maps(maps: Vec<FrameMap>) -> StackMaps {
+        let all = StackMaps::new();
+        core::mem::forget(all.register(maps).unwrap());
+        all
+    }
+
+    fn code(number: usize) -> Range<usize> {
+        number * 0x1000..number * 0x1000 + 0x100
+    }
+
+    /// Walks a stack of these words at `STACK`.
+    fn walk(maps: &StackMaps, start: &Registers, stack: &[usize], check: impl FnOnce(&[Frame<'_>], End)) {
+        let memory = |address: usize| stack.get(address.checked_sub(STACK)? / WORD).copied();
+        let reader = maps.read();
+        let mut walk = Walk::new(&reader, start, memory);
+        let frames: Vec<_> = walk.by_ref().take(100).collect();
+        check(&frames, walk.end().expect("an end within 100 frames"));
+    }
+
+    fn base() -> FrameMap {
+        FrameMap::new(code(9)).rules(Rules::new(Cfa::rsp(8)).kind(Kind::Base))
+    }
+
+    /// rbx passes through two frames that do not touch it; the third one owns it.
+    #[test]
+    fn a_saved_register_belongs_to_the_frame_that_saved_it_before() {
+        let saves_rbx = Rules::new(Cfa::rsp(16)).saved(Register::RBX, Place::cfa(-16));
+        let maps = maps(vec![
+            FrameMap::new(code(1)).rules(saves_rbx),
+            FrameMap::new(code(2)).rules(Rules::new(Cfa::rsp(16))),
+            FrameMap::new(code(3)).rules(saves_rbx).register(Register::RBX, Verdict::Pointer),
+            base(),
+        ]);
+        let stack = [33, 0x2010, 0, 0x3010, 99, 0x9010, 0];
+        let start = Registers::new(0x1000, STACK).with(Register::RBX, 11);
+        walk(&maps, &start, &stack, |frames, end| {
+            assert_eq!(end, End::Base);
+            let rbx = |frame: &Frame<'_>| (frame.register(0), frame.owns(0), frame.saved(0));
+            assert_eq!(rbx(&frames[0]), (Location::Register, true, Some(STACK)));
+            assert_eq!(rbx(&frames[1]), (Location::Memory(STACK), false, None));
+            assert_eq!(rbx(&frames[2]), (Location::Memory(STACK), true, Some(STACK + 32)));
+            assert_eq!(rbx(&frames[3]), (Location::Memory(STACK + 32), false, None));
+            assert_eq!(frames[2].map().register(0), Verdict::Pointer);
+            // Of r12 nothing was said when the walk began.
+            assert_eq!(frames[0].register(2), Location::Lost);
+        });
+    }
+
+    #[test]
+    fn every_word_has_one_owner_and_its_verdict() {
+        let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+        let map = FrameMap::at_return(0x2010)
+            .rules(rules)
+            .word(Place::at(Register::RSP, 0), Verdict::Pointer)
+            .word(Place::at(Register::RBP, -8), Verdict::Ambiguous)
+            .rest(Verdict::Data);
+        let maps = maps(vec![FrameMap::new(code(1)).rules(Rules::new(Cfa::rsp(8))), map, base()]);
+        //           caller's frame: rsp ...  rbp-8  rbp             return address
+        let stack = [0x2010, 1, 2, 3, 4, 0xbbbb, 0x9010, 0];
+        let start = Registers::new(0x1000, STACK).with(Register::RBP, STACK + 40);
+        walk(&maps, &start, &stack, |frames, _| {
+            let frame = &frames[1];
+            assert_eq!(frame.range(), STACK + 8..STACK + 56);
+            let words: Vec<_> = frame.range().step_by(WORD).map(|address| frame.word(address)).collect();
+            let own = Word::Own;
+            assert_eq!(
+                words,
+                [
+                    own(Verdict::Pointer),
+                    own(Verdict::Data),
+                    own(Verdict::Data),
+                    own(Verdict::Ambiguous),
+                    Word::Saved(Register::RBP),
+                    Word::ReturnAddress,
+                ]
+            );
+            assert!(!frame.is_precise());
+            assert_eq!(frame.saved(1), Some(STACK + 40));
+        });
+    }
+
+    /// Words from one source, rules from another: that is how LLVM's stack maps come.
+    #[test]
+    fn words_without_rules_take_those_of_the_unwind_tables() {
+        let all = maps(vec![FrameMap::new(0x1010..0x1011).rest(Verdict::Data)]);
+        let start = Registers::new(0x1010, STACK);
+        walk(&all, &start, &[0; 4], |frames, end| {
+            assert!(frames.is_empty());
+            assert_eq!(end, End::Stuck { pc: 0x1010, why: Stuck::NoRules });
+        });
+        let unwind = vec![FrameMap::new(code(1)).rules(Rules::new(Cfa::rsp(16))), base()];
+        let _registration = all.add(crate::map::stack_maps::LayerName::Unwind, unwind).unwrap();
+        walk(&all, &start, &[0, 0x9010, 0], |frames, end| {
+            assert_eq!(end, End::Base);
+            assert_eq!(frames[0].range(), STACK..STACK + 16);
+            assert_eq!(frames[0].word(STACK), Word::Own(Verdict::Data));
+        });
+    }
+
+    /// After a signal frame the program counter is that of an instruction, even the first of a function.
+    #[test]
+    fn a_signal_frame_leads_to_the_interrupted_instruction() {
+        let signal = Rules::new(Cfa::Loaded { register: Register::RSP, offset: 8, plus: 0 })
+            .return_address(Place::at(Register::RSP, 16))
+            .saved(Register::RBP, Place::at(Register::RSP, 0))
+            .kind(Kind::Signal);
+        let maps = maps(vec![
+            FrameMap::new(code(1)).rules(Rules::new(Cfa::rsp(8))),
+            FrameMap::new(0x1fff..0x2100).rules(signal), // from one byte before, as in libc
+            FrameMap::new(code(3)).rules(Rules::new(Cfa::rbp(16))),
+            base(),
+        ]);
+        // The interrupted rsp is below: the handler ran on another stack.
+        let stack = [0x9010, 0, 0, 0x2000, STACK - 8, STACK - 8, 0x3000];
+        let start = Registers::new(0x1000, STACK + 24).with(Register::RBP, 1);
+        walk(&maps, &start, &stack, |frames, end| {
+            assert_eq!(end, End::Base);
+            let pcs: Vec<_> = frames.iter().map(|frame| (frame.pc(), frame.code())).collect();
+            assert_eq!(pcs, [(0x1000, 0x1000), (0x2000, 0x1fff), (0x3000, 0x3000), (0x9010, 0x900f)]);
+            assert_eq!(frames[2].register(1), Location::Memory(STACK + 32));
+            assert_eq!(frames[2].range(), STACK - 8..STACK + 8);
+        });
+    }
+
+    #[test]
+    fn a_linkage_table_has_pushed_one_word_or_none() {
+        let maps = maps(vec![FrameMap::new(code(1)).rules(Rules::new(Cfa::Plt { pushed: 11 })), base()]);
+        for (pc, words) in [(0x1010, 1), (0x101a, 1), (0x101b, 2), (0x101f, 2), (0x1020, 1)] {
+            walk(&maps, &Registers::new(pc, STACK), &[0x9010, 0x9010, 0], |frames, _| {
+                assert_eq!(frames[0].range().len(), words * WORD, "{pc:#x}");
+            });
+        }
+    }
+
+    #[test]
+    fn a_walk_says_why_it_cannot_go_on() {
+        let stuck = |rules: Rules, stack: &[usize], why: Stuck| {
+            let maps = maps(vec![
+                FrameMap::new(code(1)).rules(rules),
+                FrameMap::new(code(2)).unwalkable(Unwalkable::StackPointer),
+                base(),
+            ]);
+            walk(&maps, &Registers::new(0x1000, STACK), stack, |_, end| match end {
+                End::Stuck { why: found, .. } => assert_eq!(found, why),
+                _ => panic!("{end:?} instead of {why:?}"),
+            });
+        };
+        let leaf = Rules::new(Cfa::rsp(8));
+        stuck(leaf, &[0x7777], Stuck::NoMap);
+        stuck(leaf, &[0], Stuck::NoMap);
+        stuck(leaf, &[0x2010], Stuck::Rules(Unwalkable::StackPointer));
+        stuck(leaf, &[], Stuck::Memory(STACK));
+        stuck(Rules::new(Cfa::rbp(16)), &[0; 9], Stuck::Register(Register::RBP));
+        stuck(Rules::new(Cfa::Register(Register::R10, 0)), &[0; 9], Stuck::Register(Register::R10));
+        stuck(Rules::new(Cfa::rsp(0)), &[0x1010; 9], Stuck::NoProgress);
+        stuck(Rules::new(Cfa::rsp(-8)), &[0x1010; 9], Stuck::NoProgress);
+        let lost = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::UNDEFINED);
+        stuck(lost, &[0x1010; 9], Stuck::Register(Register::RBP));
+    }
+
+    /// A signal frame may lead down, but not round and round for ever.
+    #[test]
+    fn a_circle_ends() {
+        let circle =
+            Rules::new(Cfa::Loaded { register: Register::RSP, offset: 0, plus: 0 }).kind(Kind::Signal);
+        let maps = maps(vec![FrameMap::new(code(1)).rules(circle)]);
+        let reader = maps.read();
+        let memory = |address| Some(if address == STACK { STACK } else { 0x1010 });
+        let mut walk = Walk::new(&reader, &Registers::new(0x1000, STACK), memory);
+        assert!(walk.by_ref().count() as u32 <= MOST_STACKS);
+        assert_eq!(walk.end(), Some(End::Stuck { pc: 0x1010, why: Stuck::NoProgress }));
+    }
+
+    #[test]
+    fn a_return_address_that_is_undefined_ends_the_walk() {
+        let outermost = Rules::new(Cfa::rsp(8)).return_address(Place::UNDEFINED);
+        let maps = maps(vec![FrameMap::new(code(1)).rules(outermost)]);
+        walk(&maps, &Registers::new(0x1000, STACK), &[0], |frames, end| {
+            assert_eq!((frames.len(), end), (1, End::Outermost));
+            assert_eq!(frames[0].return_address(), None);
+        });
     }
 }

@@ -34,6 +34,17 @@ const MIN_SLACK: usize = 11 * PAGE;
 /// looks like a pointer into the stack, and is rewritten as one. The `u16` in it must not change by that.
 pub(crate) const ALIGN: usize = 1 << 16;
 
+/// True if a slot of a moving stack ending at `end` has addresses whose lower 32 bits are a small integer, positive or
+/// negative: none is used there (src/grow/rewrite.rs says why).
+pub(crate) const fn looks_like_integers(class: Class, end: usize) -> bool {
+    const NEAR: usize = 1 << 16;
+    if !class.is_moving() || class.stride() > 1 << 24 {
+        return false; // a slot of many megabytes has no choice
+    }
+    let (start, last) = (end - class.stride(), end - 1);
+    start >> 32 != (last + NEAR) >> 32 || start.wrapping_sub(NEAR) >> 32 != last >> 32
+}
+
 /// How many classes there are: those of moving stacks, then those of stacks that stay.
 pub(crate) const CLASSES: usize = 2 * SIZES;
 const SIZES: usize = 22;
@@ -138,6 +149,22 @@ mod tests {
         for log in 11..=32 {
             assert_eq!(Class::moving(1 << log).stride() % ALIGN, 0);
         }
+    }
+
+    #[test]
+    fn slots_at_multiples_of_four_gib_are_left_out() {
+        let class = Class::moving(MIN_SIZE);
+        let four_gib = 0x7f12_0000_0000;
+        for (end, expected) in [
+            (four_gib - 0x2_0000, false),
+            (four_gib - 0x1_0000, false),
+            (four_gib, true),
+            (four_gib + 0x1_0000, true),
+            (four_gib + 0x2_0000, false),
+        ] {
+            assert_eq!(looks_like_integers(class, end), expected, "{end:#x}");
+        }
+        assert!(!looks_like_integers(Class::staying(MIN_SIZE), four_gib));
     }
 
     #[test]

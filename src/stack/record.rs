@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use super::arena::{Link, Slot};
 use super::class::{Class, HEAD, size_of_open};
-use crate::grow::{NotMoved, Watch};
+use crate::grow::{Maps, NotMoved, Watch};
 use crate::stats::{Growth, LastGrowth, Stats};
 use crate::switch::Base;
 
@@ -52,6 +52,10 @@ pub(crate) struct Record {
     /// The slot's class.
     pub class: Class,
     pub growth: Growth,
+    /// Which words may be judged by their value.
+    pub maps: Maps,
+    /// No Rust frames lie below: nothing is unwound when it is dropped.
+    pub raw: bool,
     /// The owner leaves something behind that is not just forgotten: `release` has more to do.
     pub tidy: bool,
     /// Whether and when the stack becomes smaller.

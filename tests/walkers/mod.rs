@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 
 use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
 use framehop::{ExplicitModuleSectionInfo, FrameAddress, Module, Unwinder};
-use regrow::map::{self, End, Kind, Location, Register, Registers, Walk};
+use regrow::map::{self, Cfa, End, Kind, Location, Register, Registers, Walk};
 
 /// A frame as a walker sees it: where its code is, its stack pointer, and its callee-saved registers.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -28,7 +28,8 @@ pub const MOST: usize = 256;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Walked {
     pub frames: usize,
-    /// Frames up to the first base or signal frame, that one included: framehop does not get past it.
+    /// Frames up to the first that framehop does not get past, that one included: a base, a signal frame, or one whose end is
+    /// counted from a register other than rsp and rbp (the loader's lazy binding).
     pub ordinary: usize,
     /// `None`: there was no more room.
     pub end: Option<End>,
@@ -59,7 +60,14 @@ pub fn ours(
         let saved = std::array::from_fn(|index| value(index).unwrap_or(0xdead));
         steps[count] = Step { pc: frame.pc(), rsp: frame.range().start, saved };
         count += 1;
-        if frame.kind() != Kind::Call {
+        let register = match frame.map().rules() {
+            Some(Ok(rules)) => match rules.cfa() {
+                Cfa::Register(register, _) | Cfa::Loaded { register, .. } => register,
+                Cfa::Plt { .. } => Register::RSP,
+            },
+            _ => Register::RSP,
+        };
+        if frame.kind() != Kind::Call || (register != Register::RSP && register != Register::RBP) {
             ordinary = ordinary.or(Some(count));
         }
     }
