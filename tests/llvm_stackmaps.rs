@@ -13,7 +13,7 @@ use std::process::Command;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use proptest::prelude::*;
 use regrow::map::llvm::{self, Kind, Location, Reason, Table, tables};
-use regrow::map::recorded::{Base, Frame, Verdict, Word};
+use regrow::map::{self, FrameMap, Place, Register, Registration, Source, Verdict};
 
 /// Counts what this thread allocates, to show that reading allocates nothing.
 struct Counting;
@@ -184,14 +184,12 @@ fn exhaust(section: &[u8]) {
     // The smallest thing there is, a live-out, takes 4 bytes.
     assert!(items <= section.len() / 4, "{items} items in {} bytes", section.len());
     for table in tables(section).flatten() {
-        for frame in table.frames(Verdict::Ambiguous, |_| true).flatten() {
-            assert!(frame.words.len() <= u16::MAX.into());
-            assert!(
-                frame
-                    .words
-                    .windows(2)
-                    .all(|pair| (pair[0].base, pair[0].offset) < (pair[1].base, pair[1].offset))
-            );
+        for map in table.frame_maps(Verdict::Ambiguous, |_| true).flatten() {
+            assert!(map.words().len() <= u16::MAX.into());
+            // Accepted or refused: addresses may be absurd.
+            let maps = map::StackMaps::new();
+            let (range, refused) = (map.range(), maps.register(vec![map]).is_err());
+            assert_eq!(refused, range.start > range.end);
         }
     }
 }
@@ -348,8 +346,8 @@ fn each_error_says_what_and_where() {
     );
 }
 
-/// The frame, or why there is none, of one statepoint with these locations after its three constants.
-fn describe(deopts: &[Location], live: &[Location]) -> Option<Result<Frame, Reason>> {
+/// The map, or why there is none, of one statepoint with these locations after its three constants.
+fn describe(deopts: &[Location], live: &[Location]) -> Option<Result<FrameMap, Reason>> {
     let constant = |value| Location { kind: Kind::Constant, size: 8, register: 0, value };
     let head = [constant(0), constant(0), constant(deopts.len() as i32)];
     let locations = [&head[..], deopts, live].concat();
@@ -358,8 +356,8 @@ fn describe(deopts: &[Location], live: &[Location]) -> Option<Result<Frame, Reas
     let mut section = Vec::new();
     write(&model, &mut section);
     let table = tables(&section).next().unwrap().unwrap();
-    let frame = table.frames(Verdict::Data, |_| true).next()?;
-    Some(frame.map_err(|unusable| {
+    let map = table.frame_maps(Verdict::Data, |_| true).next()?;
+    Some(map.map_err(|unusable| {
         assert_eq!(unusable.return_address, 0x1020);
         unusable.reason
     }))
@@ -369,34 +367,49 @@ fn at(kind: Kind, register: u16, value: i32, size: u16) -> Location {
     Location { kind, size, register, value }
 }
 
-fn word(base: Base, offset: i32, verdict: Verdict) -> Word {
-    Word { base, offset, verdict }
+/// What the map says of each of the words it names, by place: the last verdict given.
+fn words(map: &FrameMap) -> Vec<(Place, Verdict)> {
+    let last: std::collections::BTreeMap<Place, Verdict> = map.words().iter().copied().collect();
+    last.into_iter().collect()
+}
+
+fn from_rsp(offset: i32, verdict: Verdict) -> (Place, Verdict) {
+    (Place::at(Register::RSP, offset), verdict)
+}
+
+/// The callee-saved registers of which it says that they are pointers.
+fn pointer_registers(map: &FrameMap) -> Vec<Register> {
+    let is_pointer = |register: &Register| map.verdict_of(*register) == Some(Verdict::Pointer);
+    Register::CALLEE_SAVED.into_iter().filter(is_pointer).collect()
 }
 
 #[test]
 fn a_vector_of_pointers_is_as_many_words() {
     let vector = at(Kind::Indirect, 7, 16, 24);
-    let frame = describe(&[], &[vector, vector]).unwrap().unwrap();
-    assert_eq!(frame.words, [16, 24, 32].map(|offset| word(Base::Rsp, offset, Verdict::Pointer)));
-    assert_eq!((frame.function, frame.return_address, frame.size), (0x1000, 0x1020, Some(0x40)));
-    assert_eq!(frame.rest, Verdict::Data);
+    let map = describe(&[], &[vector, vector]).unwrap().unwrap();
+    assert_eq!(words(&map), [16, 24, 32].map(|offset| from_rsp(offset, Verdict::Pointer)));
+    assert_eq!(map.range(), 0x101f..0x1020);
+    assert_eq!(map.verdict_of(Register::R12), Some(Verdict::Data));
 }
 
 #[test]
-fn a_pointer_wins_over_a_deopt_value_in_the_same_word() {
+fn a_pointer_wins_over_a_deopt_value_in_the_same_place() {
     let slot = |offset| at(Kind::Indirect, 7, offset, 8);
-    let frame =
-        describe(&[slot(8), slot(16), at(Kind::Indirect, 7, 28, 4)], &[slot(8), slot(8)]).unwrap().unwrap();
-    assert_eq!(frame.words, [word(Base::Rsp, 8, Verdict::Pointer), word(Base::Rsp, 16, Verdict::Ambiguous)]);
+    let register = |number| at(Kind::Register, number, 0, 8);
+    let deopts = [slot(8), slot(16), at(Kind::Indirect, 7, 28, 4), register(12), register(13)];
+    let map = describe(&deopts, &[slot(8), slot(8), register(12), register(12)]).unwrap().unwrap();
+    assert_eq!(words(&map), [from_rsp(8, Verdict::Pointer), from_rsp(16, Verdict::Ambiguous)]);
+    let registers = [Register::R12, Register::R13, Register::R14].map(|one| map.verdict_of(one).unwrap());
+    assert_eq!(registers, [Verdict::Pointer, Verdict::Ambiguous, Verdict::Data]);
 }
 
 #[test]
 fn a_frame_addressed_from_a_register_has_a_pointer_in_it() {
-    for (base, register) in [(Base::Rbp, 6), (Base::Rbx, 3)] {
-        let slot = at(Kind::Indirect, register, -24, 8);
-        let frame = describe(&[], &[slot, slot]).unwrap().unwrap();
-        assert_eq!(frame.words, [word(base, -24, Verdict::Pointer)]);
-        assert_eq!(frame.registers.iter().collect::<Vec<_>>(), [register]);
+    for base in [Register::RBP, Register::RBX] {
+        let slot = at(Kind::Indirect, base.dwarf().into(), -24, 8);
+        let map = describe(&[], &[slot, slot]).unwrap().unwrap();
+        assert_eq!(words(&map), [(Place::at(base, -24), Verdict::Pointer)]);
+        assert_eq!(pointer_registers(&map), [base]);
     }
 }
 
@@ -409,6 +422,7 @@ fn what_no_frame_can_obey_is_named() {
     assert_eq!(pair(at(Kind::Indirect, 7, 4, 8)), Reason::Place { offset: 4, size: 8 });
     assert_eq!(pair(at(Kind::Indirect, 7, 8, 0)), Reason::Place { offset: 8, size: 0 });
     assert_eq!(pair(at(Kind::Indirect, 7, i32::MAX - 7, 8)), Reason::Place { offset: i32::MAX - 7, size: 8 });
+    assert_eq!(pair(at(Kind::Indirect, 7, 1 << 26, 8)), Reason::Place { offset: 1 << 26, size: 8 });
     let huge = vec![at(Kind::Indirect, 7, 0, 65528); 10];
     assert_eq!(describe(&[], &huge).unwrap().unwrap_err(), Reason::Words);
     assert_eq!(describe(&huge, &[]).unwrap().unwrap_err(), Reason::Words);
@@ -427,35 +441,53 @@ const CHECKED_IN: [(&str, &[u8]); 3] = [
     ("patchpoint", include_bytes!("llvm/patchpoint.bin")),
 ];
 
-fn checked_in(name: &str) -> Vec<Frame> {
+fn checked_in(name: &str) -> Vec<FrameMap> {
     let section = CHECKED_IN.iter().find(|(known, _)| *known == name).unwrap().1;
     let table = tables(section).next().unwrap().unwrap();
-    table.frames(Verdict::Ambiguous, |id| id >= 7000).map(Result::unwrap).collect()
+    table.frame_maps(Verdict::Ambiguous, |id| id >= 7000).map(Result::unwrap).collect()
 }
 
 #[test]
-fn the_statepoints_checked_in_give_these_frames() {
-    let frames = checked_in("statepoint");
-    let [pairs, dynamic, realigned] = &frames[..] else { panic!("{frames:?}") };
-    let pointer = |offset| word(Base::Rsp, offset, Verdict::Pointer);
-    let deopt = word(Base::Rsp, 48, Verdict::Ambiguous);
+fn the_statepoints_checked_in_give_these_maps() {
+    let maps = checked_in("statepoint");
+    let [pairs, dynamic, realigned] = &maps[..] else { panic!("{maps:?}") };
+    let pointer = |offset| from_rsp(offset, Verdict::Pointer);
     // alloca, a, b, derived, i
-    assert_eq!(pairs.words, [pointer(8), pointer(24), pointer(32), pointer(40), deopt]);
-    assert_eq!((pairs.size, pairs.return_address - pairs.function), (Some(56), 45));
-    assert!(pairs.registers.is_empty());
-    assert_eq!(dynamic.words, [word(Base::Rbp, -24, Verdict::Pointer)]);
-    assert_eq!(dynamic.size, None);
-    assert_eq!(realigned.words, [word(Base::Rbx, 56, Verdict::Pointer)]);
-    assert_eq!(realigned.registers.iter().collect::<Vec<_>>(), [3]);
-    assert_eq!(frames.iter().map(|frame| frame.rest).collect::<Vec<_>>(), [Verdict::Ambiguous; 3]);
+    let expected = [pointer(8), pointer(24), pointer(32), pointer(40), from_rsp(48, Verdict::Ambiguous)];
+    assert_eq!(words(pairs), expected);
+    assert!(pointer_registers(pairs).is_empty());
+    assert_eq!(words(dynamic), [(Place::at(Register::RBP, -24), Verdict::Pointer)]);
+    assert_eq!(words(realigned), [(Place::at(Register::RBX, 56), Verdict::Pointer)]);
+    assert_eq!(pointer_registers(realigned), [Register::RBX]);
+
+    let table = tables(CHECKED_IN[0].1).next().unwrap().unwrap();
+    let functions: Vec<_> = table.functions().collect();
+    assert_eq!(pairs.range().end as u64 - functions[0].address, 45);
+    let sizes: Vec<_> = functions.iter().map(|function| function.stack_size).collect();
+    assert_eq!(sizes, [Some(56), None, None]);
 }
 
 #[test]
 fn pointers_in_registers_checked_in_are_found() {
-    let frames = checked_in("statepoint-registers");
-    let pointers = frames[0].words.iter().filter(|word| word.verdict == Verdict::Pointer);
+    let maps = checked_in("statepoint-registers");
+    let pointers = words(&maps[0]).into_iter().filter(|(_, verdict)| *verdict == Verdict::Pointer);
     assert_eq!(pointers.count(), 1, "the alloca");
-    assert_eq!(frames[0].registers.iter().count(), 3);
+    assert_eq!(pointer_registers(&maps[0]).len(), 3);
+}
+
+#[test]
+fn a_section_is_registered_once() {
+    let recorded = llvm::register(CHECKED_IN[0].1, Verdict::Ambiguous).unwrap();
+    assert!(recorded.unusable.is_empty());
+    let address = tables(CHECKED_IN[0].1).next().unwrap().unwrap().functions().next().unwrap().address;
+    let source = || map::process().read().find(address as usize + 44).map(|map| (map.source(), map.rules()));
+    assert_eq!(source(), Some((Source::Llvm, None)), "words, and no rules");
+    let again = llvm::register(CHECKED_IN[0].1, Verdict::Ambiguous).unwrap_err();
+    assert!(matches!(again, llvm::Error::Refused(map::Error::Overlap { .. })), "{again}");
+    drop(recorded);
+    assert_eq!(source(), None);
+    let cut = &CHECKED_IN[0].1[..100];
+    assert!(matches!(llvm::register(cut, Verdict::Data), Err(llvm::Error::Truncated { .. })));
 }
 
 #[test]
@@ -569,58 +601,62 @@ fn llvm_readobj_reads_the_same() {
     }
 }
 
-/// Where the text of an object file lies once it is mapped, and its code, with calls led to the callee.
-fn load(file: &object::File<'_>) -> recorded::Code {
+/// The text of an object file in place, with calls led to the callee; and its unwind tables, registered.
+fn load(file: &object::File<'_>) -> (recorded::Code, Registration<'static>) {
     let text = file.section_by_name(".text").unwrap();
-    let bytes = text.data().unwrap();
+    let unwind = file.section_by_name(".eh_frame").unwrap();
+    let (bytes, tables) = (text.data().unwrap(), unwind.data().unwrap());
     let thunk = bytes.len().next_multiple_of(16);
-    recorded::Code::new(thunk + 16, |_, memory| {
+    let unwind_at = thunk + 16;
+    let code = recorded::Code::new(unwind_at + tables.len(), |_, memory| {
         memory[..bytes.len()].copy_from_slice(bytes);
+        memory[unwind_at..].copy_from_slice(tables);
         // jmp [rip + 0], and where to
         memory[thunk..][..6].copy_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
         memory[thunk + 6..][..8].copy_from_slice(&(recorded::callee as *const () as u64).to_le_bytes());
-        for (at, relocation) in text.relocations() {
+        let in_text = text.relocations().map(|(at, relocation)| (at as usize, relocation));
+        let in_tables = unwind.relocations().map(|(at, relocation)| (unwind_at + at as usize, relocation));
+        for (at, relocation) in in_text.chain(in_tables) {
             assert_eq!(relocation.size(), 32);
             let object::RelocationTarget::Symbol(symbol) = relocation.target() else {
                 panic!("{relocation:?}")
             };
-            let at = at as usize;
+            let symbol = file.symbol_by_index(symbol).unwrap();
             // `fill` wants a buffer written, which may as well stay as it is: its thunk is a `ret`.
-            let target = match file.symbol_by_index(symbol).unwrap().name().unwrap() {
+            let target = match symbol.name().unwrap() {
                 "callee" => thunk,
                 "fill" => thunk + 15,
+                _ if symbol.section_index() == Some(text.index()) => symbol.address() as usize,
                 other => panic!("a call to {other}"),
             };
             let distance = (target as i64 + relocation.addend() - at as i64) as i32;
             memory[at..][..4].copy_from_slice(&distance.to_le_bytes());
         }
         memory[thunk + 15] = 0xc3;
-    })
+    });
+    let registration = map::register_eh_frame(&code.bytes()[unwind_at..]).unwrap();
+    (code, registration)
 }
 
 #[test]
 fn code_of_llvm_goes_on_with_the_moved_pointers_and_no_others() {
-    type Four = extern "C" fn(*mut u64, *mut u64, u64, u32) -> u64;
+    type Four = extern "C" fn(*mut usize, *mut usize, usize, u32) -> usize;
     for suffix in llvms() {
         for source in &SOURCES[..2] {
             let data = std::fs::read(compile("run", &suffix, *source)).unwrap();
             let file = object::File::parse(&*data).unwrap();
-            let code = load(&file);
-            let section = relocated(&file, ".llvm_stackmaps", code.address());
-            let frames: Vec<_> = tables(&section)
-                .flat_map(|table| table.unwrap().frames(Verdict::Ambiguous, |_| true).collect::<Vec<_>>())
-                .map(Result::unwrap)
-                .collect();
-            assert_eq!(frames.len(), 3);
+            let (code, _unwind) = load(&file);
+            let section = relocated(&file, ".llvm_stackmaps", code.address() as u64);
+            let recorded = llvm::register(&section, Verdict::Ambiguous).unwrap();
+            assert!(recorded.unusable.is_empty());
+            let functions: Vec<_> = tables(&section).next().unwrap().unwrap().functions().collect();
+            assert_eq!(functions.len(), 3);
             for name in ["pairs", "dynamic", "realigned"] {
                 let symbol = file.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap();
-                let entry = code.address() + symbol.address();
-                let frame = frames.iter().find(|frame| frame.function == entry).unwrap().clone();
+                let entry = code.address() + symbol.address() as usize;
                 // SAFETY: the code is mapped and has at most these parameters; `callee` and `fill` suit it.
                 let function = unsafe { core::mem::transmute::<*const (), Four>(entry as *const ()) };
-                let objects =
-                    recorded::Objects { old: Box::new([900; 8]), new: Box::new([1, 2, 3, 4, 5, 6, 7, 8]) };
-                let (result, stops) = recorded::run(vec![frame.clone()], objects, |old| {
+                let (result, stops) = recorded::run(recorded::Objects::new(), |old| {
                     // pairs(a, b, i, j); the others are (a, n)
                     let second = if name == "pairs" {
                         old.wrapping_add(4)
@@ -630,20 +666,17 @@ fn code_of_llvm_goes_on_with_the_moved_pointers_and_no_others() {
                     function(old, second, 2, 7)
                 });
                 let [stop] = &stops[..] else { panic!("{stops:?}") };
-                assert_eq!(stop.return_address, frame.return_address);
+                let what = format!("{suffix} {} {name}: {stop:?}", source.0);
+                assert_eq!(stop.source, Source::Llvm, "{what}");
+                // LLVM's own idea of the frame's size, which unwind tables gave here.
+                let function = functions.iter().find(|function| function.address == entry as u64).unwrap();
+                assert_eq!(function.stack_size.unwrap_or(stop.size as u64), stop.size as u64, "{what}");
+                let moved = stop.words + stop.registers;
                 if name == "pairs" {
                     // a = 1, b = 5, derived = a + 2, and what was stored in the alloca = a
-                    assert_eq!(
-                        (result, stop.words + stop.registers),
-                        (1_003_005_001, 4),
-                        "{suffix} {}",
-                        source.0
-                    );
-                    let caller = stop.callers_return_address.unwrap();
-                    assert!(!(code.address()..code.address() + 0x1000).contains(&caller), "{caller:#x}");
-                    assert_ne!(caller, 0);
+                    assert_eq!((result, moved), (1_003_005_001, 4), "{what}");
                 } else {
-                    assert_eq!((result, stop.words + stop.registers), (1, 1), "{suffix} {} {name}", source.0);
+                    assert_eq!((result, moved), (1, 1), "{what}");
                 }
             }
         }
@@ -673,6 +706,50 @@ fn a_linker_joins_tables() {
             let symbol = symbol.unwrap_or_else(|| panic!("no function at {:#x}", function.address));
             assert!(u64::from(record.offset()) < symbol.size());
         }
+    }
+}
+
+/// As the documentation of `llvm::register` says: a renamed section, its ends found by symbols that the linker makes.
+#[test]
+fn a_renamed_section_is_found_by_the_symbols_of_the_linker() {
+    const SHIM: &str = "extern const char __start_llvm_stackmaps[], __stop_llvm_stackmaps[];
+        const char *const bounds[] = { __start_llvm_stackmaps, __stop_llvm_stackmaps };
+        void callee(long n) {} void fill(char *p) {}";
+    for suffix in llvms() {
+        let object = compile("renamed", &suffix, SOURCES[0]);
+        let rename = "llvm_stackmaps,alloc,load,data,contents";
+        let renamed = Command::new("objcopy")
+            .args(["--rename-section", &format!(".llvm_stackmaps={rename}")])
+            .arg(&object)
+            .status();
+        let (shim, library) =
+            (scratch(&format!("shim{suffix}.c")), scratch(&format!("librenamed{suffix}.so")));
+        std::fs::write(&shim, SHIM).unwrap();
+        let linked = Command::new("cc")
+            .args(["-shared", "-fPIC", "-w", "-o"])
+            .args([&library, &shim, &object])
+            .status();
+        let (Ok(renamed), Ok(linked)) = (renamed, linked) else { return };
+        assert!(renamed.success() && linked.success());
+        let path = std::ffi::CString::new(library.to_str().unwrap()).unwrap();
+        // SAFETY: loads what was linked above, which has these symbols, and never unloads it.
+        let (section, pairs) = unsafe {
+            let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+            assert!(!handle.is_null(), "{:?}", std::ffi::CStr::from_ptr(libc::dlerror()));
+            let bounds = *libc::dlsym(handle, c"bounds".as_ptr()).cast::<[*const u8; 2]>();
+            let length = bounds[1].addr() - bounds[0].addr();
+            (std::slice::from_raw_parts(bounds[0], length), libc::dlsym(handle, c"pairs".as_ptr()).addr())
+        };
+        map::record_loaded_objects();
+        let recorded = llvm::register(section, Verdict::Ambiguous).unwrap();
+        assert!(recorded.unusable.is_empty());
+        let reader = map::process().read();
+        let site = tables(section).next().unwrap().unwrap().sites().next().unwrap();
+        assert_eq!(site.0.address, pairs as u64);
+        let map = reader.find(pairs + site.1.offset() as usize - 1).unwrap();
+        assert_eq!(map.source(), Source::Llvm);
+        let size = site.0.stack_size.unwrap() as i32;
+        assert_eq!(map.rules(), Some(Ok(map::Rules::new(map::Cfa::rsp(size + 8)))));
     }
 }
 

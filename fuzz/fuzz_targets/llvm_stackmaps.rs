@@ -7,7 +7,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use regrow::map::llvm::{Kind, tables};
-use regrow::map::recorded::Verdict;
+use regrow::map::{StackMaps, Verdict};
 
 fuzz_target!(|section: &[u8]| {
     let mut items = 0;
@@ -23,9 +23,12 @@ fuzz_target!(|section: &[u8]| {
             }
         }
         assert_eq!(table.sites().count(), table.records().count());
-        for frame in table.frames(Verdict::Ambiguous, |_| true).flatten() {
-            assert!(frame.words.len() <= u16::MAX.into());
-            assert!(frame.words.is_sorted_by_key(|word| (word.base, word.offset)));
+        for map in table.frame_maps(Verdict::Ambiguous, |_| true).flatten() {
+            assert!(map.words().len() <= u16::MAX.into());
+            let (range, maps) = (map.range(), StackMaps::new());
+            if maps.register(vec![map]).is_ok() {
+                assert!(range.start < range.end);
+            }
         }
     }
     assert!(items <= section.len() / 4, "{items} items in {} bytes", section.len());

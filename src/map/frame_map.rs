@@ -263,6 +263,15 @@ impl Cfa {
     pub const fn rbp(offset: i32) -> Self {
         Self::Register(Register::RBP, offset)
     }
+
+    /// The register it is counted from, which therefore points into the stack.
+    #[inline]
+    pub(super) const fn register(self) -> Register {
+        match self {
+            Self::Register(register, _) | Self::Loaded { register, .. } => register,
+            Self::Plt { .. } => Register::RSP,
+        }
+    }
 }
 
 /// What a frame is to a walker.
@@ -498,6 +507,25 @@ impl FrameMap {
 
     /// A map for the call that returns to `address` and for no other instruction: it covers the call's last
     /// byte, which is where walkers look for a caller.
+    ///
+    /// It holds, too, for the call that *cannot push* its return address because the stack is full: the frame is the same
+    /// before that push and after the return. How long a call is only its decoder knows. So whoever looks up a
+    /// context that was interrupted at one does as walkers do, and takes the call's last byte, not its first, for
+    /// the program counter: `pc + length - 1`.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Verdict, Walk, Word};
+    /// let maps = StackMaps::new();
+    /// // At 0x2000 a call of 5 bytes, in a frame of one word besides the return address.
+    /// let map = FrameMap::at_return(0x2005).rules(Rules::new(Cfa::rsp(16))).rest(Verdict::Pointer);
+    /// let _registration = maps.register(vec![map]);
+    ///
+    /// let (pc, length, rsp) = (0x2000, 5, 0x8000); // it faults at its push
+    /// let interrupted = Registers::new(pc + length - 1, rsp);
+    /// let reader = maps.read();
+    /// let frame = Walk::new(&reader, &interrupted, |_| Some(0)).next().unwrap();
+    /// assert_eq!(frame.word(rsp), Word::Own(Verdict::Pointer));
+    /// ```
     #[must_use]
     pub fn at_return(address: usize) -> Self {
         Self::new(address.wrapping_sub(1)..address)
@@ -517,7 +545,10 @@ impl FrameMap {
         self
     }
 
-    /// Gives the verdict for the word at `place`. The last one given for a word holds.
+    /// Gives the verdict for the word at `place`. The last one given for a place holds.
+    ///
+    /// Two places may be the same word, counted from different registers. Then a pointer wins, and
+    /// otherwise what is not [`rest`](Self::rest).
     #[must_use]
     pub fn word(mut self, place: Place, verdict: Verdict) -> Self {
         self.words.push((place, verdict));
@@ -533,13 +564,21 @@ impl FrameMap {
     }
 
     /// Gives the verdict for a callee-saved register that the function uses itself. (One it has not touched belongs to
-    /// a caller, and takes the verdict given there.)
+    /// a caller, and takes the verdict given there. One that the CFA is counted from is a pointer in any case.)
     ///
     /// # Panics
     /// If `register` is not one of [`Register::CALLEE_SAVED`].
     #[must_use]
     pub fn register(mut self, register: Register, verdict: Verdict) -> Self {
         self.registers[register.saved_index().expect("a callee-saved register")] = verdict;
+        self
+    }
+
+    /// Gives the same verdict for all callee-saved registers. See [`register`](Self::register), of which calls before this
+    /// one are forgotten.
+    #[must_use]
+    pub fn registers(mut self, verdict: Verdict) -> Self {
+        self.registers = [verdict; SAVED];
         self
     }
 
@@ -554,6 +593,26 @@ impl FrameMap {
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.range.clone()
+    }
+
+    /// The verdicts that were given for words, in that order.
+    #[must_use]
+    pub fn words(&self) -> &[(Place, Verdict)] {
+        &self.words
+    }
+
+    /// The verdict for a callee-saved register that the function uses itself; `None` for another register.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Register, Verdict};
+    /// let map = FrameMap::at_return(0x2005).registers(Verdict::Data).register(Register::R12, Verdict::Pointer);
+    /// assert_eq!(map.verdict_of(Register::R12), Some(Verdict::Pointer));
+    /// assert_eq!(map.verdict_of(Register::RBX), Some(Verdict::Data));
+    /// assert_eq!(map.verdict_of(Register::RAX), None);
+    /// ```
+    #[must_use]
+    pub fn verdict_of(&self, register: Register) -> Option<Verdict> {
+        register.saved_index().map(|index| self.registers[index])
     }
 }
 

@@ -50,7 +50,7 @@
 //!
 //! A statepoint is told by its shape ([`Record::statepoint`]). A patchpoint could be given three constants as
 //! first values and look the same; who mixes them gives statepoints ids of their own and passes a
-//! predicate to [`Table::frames`].
+//! predicate to [`Table::frame_maps`].
 //!
 //! # What the locations of a statepoint mean here
 //!
@@ -61,8 +61,13 @@
 //!   there is nothing to rewrite. The memory it points to is another matter: an `alloca` listed as live is
 //!   LLVM's way to declare a spill slot of one's own, so its first word is a pointer word. Its size is not
 //!   recorded: list `alloca`s of one word, each a pointer.
-//! - `Indirect` among the deopt values: a value of any type. An aligned word of it is ambiguous,
-//!   unless a pair names the same word: then it is a pointer. `Direct` there: an address, so nothing.
+//! - `Indirect` and `Register` among the deopt values: a value of any type. An aligned word of it is ambiguous, and so is
+//!   a callee-saved register, unless a pair names the same: then it is a pointer. `Direct` there: an address, so nothing.
+//!
+//! Words are counted from `rsp`; from `rbp` in frames of dynamic size, from `rbx`, LLVM's base pointer, in those that are
+//! realigned as well. Where the frame ends and where registers are saved is not recorded. The maps have no
+//! [`Rules`](super::Rules), therefore, and take those of the function's unwind tables: `.eh_frame` of a program is
+//! [recorded](super::record_loaded_objects) anyway; that of a JIT is [given](super::register_eh_frame).
 //!
 //! # What LLVM does not record
 //!
@@ -76,7 +81,7 @@
 
 use core::fmt;
 
-use super::recorded::{Base, Frame, Registers, Verdict};
+use super::{FrameMap, Place, Register, Registration, Source, Verdict};
 
 const VERSION: u8 = 3;
 const HEADER: usize = 16;
@@ -135,6 +140,8 @@ pub enum Error {
         /// The constant it names.
         index: u32,
     },
+    /// The maps could not be registered.
+    Refused(super::Error),
 }
 
 impl fmt::Display for Error {
@@ -158,11 +165,81 @@ impl fmt::Display for Error {
                     ".llvm_stackmaps at {offset:#x}: a location names constant {index}, which there is not"
                 )
             }
+            Self::Refused(error) => error.fmt(f),
         }
     }
 }
 
-impl core::error::Error for Error {}
+impl core::error::Error for Error {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Refused(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// What [`register`] brought.
+#[must_use = "dropping it removes the maps"]
+#[derive(Debug)]
+pub struct Recorded {
+    /// Keeps the maps.
+    pub registration: Registration<'static>,
+    /// Statepoints that got no map; their frames are judged by unwind data alone.
+    pub unusable: Vec<Unusable>,
+}
+
+/// Adds the maps of all statepoints of a section, with addresses in place, to those of the process. Everything that has the
+/// shape of a statepoint is taken for one; where that is too much, see [`Table::frame_maps`].
+///
+/// `rest` is the verdict on all that LLVM does not record; read [above](self#what-llvm-does-not-record)
+/// before it is [`Data`](Verdict::Data).
+///
+/// A JIT has the section in memory. In a program or a shared library nothing says where it lies, for the linker makes
+/// symbols only for sections whose names are those of C. Give it one, in each object file:
+///
+/// ```text
+/// objcopy --rename-section .llvm_stackmaps=llvm_stackmaps,alloc,load,data,contents code.o
+/// ```
+///
+/// (`data` although nothing writes it but the loader, which fills in the addresses.) Then:
+///
+/// ```no_run
+/// # use regrow::map::{self, Verdict, llvm};
+/// unsafe extern "C" {
+///     static __start_llvm_stackmaps: u8;
+///     static __stop_llvm_stackmaps: u8;
+/// }
+/// # mod made_by_the_linker {
+/// #     #[unsafe(no_mangle)] static __start_llvm_stackmaps: u8 = 0;
+/// #     #[unsafe(no_mangle)] static __stop_llvm_stackmaps: u8 = 0;
+/// # }
+/// let (start, stop) = (&raw const __start_llvm_stackmaps, &raw const __stop_llvm_stackmaps);
+/// // SAFETY: the linker puts these around the section, which is not written after the program was loaded.
+/// let section = unsafe { std::slice::from_raw_parts(start, stop.addr() - start.addr()) };
+/// map::record_loaded_objects();
+/// let recorded = llvm::register(section, Verdict::Ambiguous)?;
+/// assert!(recorded.unusable.is_empty(), "{:?}", recorded.unusable);
+/// std::mem::forget(recorded); // for as long as the program runs
+/// # Ok::<_, llvm::Error>(())
+/// ```
+///
+/// # Errors
+/// If the section cannot be read, or has maps already. Nothing is added then.
+pub fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
+    let mut maps = Vec::new();
+    let mut unusable = Vec::new();
+    for table in tables(section) {
+        for map in table?.frame_maps(rest, |_| true) {
+            match map {
+                Ok(map) => maps.push(map),
+                Err(one) => unusable.push(one),
+            }
+        }
+    }
+    let registration = super::register(maps).map_err(Error::Refused)?;
+    Ok(Recorded { registration, unusable })
+}
 
 /// Bytes not read yet, and where they begin in the section.
 #[derive(Clone, Copy)]
@@ -296,7 +373,7 @@ impl<'a> Table<'a> {
         self.functions().flat_map(|function| (0..function.records).map(move |_| function)).zip(self.records())
     }
 
-    /// The frames of the table's statepoints, in the order of the records. Records whose id
+    /// The maps of the table's statepoints, in the order of the records. Records whose id
     /// `is_statepoint` denies, or whose shape is another's, are passed over.
     ///
     /// `rest` is the verdict on all that LLVM does not record; read [above](self#what-llvm-does-not-record)
@@ -304,28 +381,29 @@ impl<'a> Table<'a> {
     /// [`Unusable`]: its frame is to be judged by unwind data.
     ///
     /// ```
-    /// use regrow::map::{llvm, recorded::Verdict};
+    /// use regrow::map::{self, Verdict, llvm};
     /// # let section: &[u8] = include_bytes!("../../tests/llvm/statepoint.bin");
+    /// let mut maps = Vec::new();
     /// for table in llvm::tables(section) {
-    ///     for frame in table?.frames(Verdict::Ambiguous, |id| id >= 7000) {
-    ///         let frame = frame?;
-    ///         println!("{:#x}: {:?}", frame.return_address, frame.words);
+    ///     for map in table?.frame_maps(Verdict::Ambiguous, |id| id >= 7000) {
+    ///         maps.push(map?);
     ///     }
     /// }
+    /// let registration = map::register(maps)?;
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
-    pub fn frames(
+    pub fn frame_maps(
         &self,
         rest: Verdict,
         is_statepoint: impl Fn(u64) -> bool,
-    ) -> impl Iterator<Item = Result<Frame, Unusable>> {
+    ) -> impl Iterator<Item = Result<FrameMap, Unusable>> {
         self.sites().filter(move |(_, record)| is_statepoint(record.id())).filter_map(
             move |(function, record)| {
                 let statepoint = record.statepoint()?;
                 let return_address = function.address.wrapping_add(record.offset().into());
-                let frame =
-                    Frame { size: function.stack_size, ..Frame::new(function.address, return_address, rest) };
-                Some(statepoint.describe(frame).map_err(|reason| Unusable { return_address, reason }))
+                let map = FrameMap::at_return(return_address as usize).rest(rest).registers(rest);
+                let described = statepoint.describe(map.source(Source::Llvm));
+                Some(described.map_err(|reason| Unusable { return_address, reason }))
             },
         )
     }
@@ -560,57 +638,64 @@ impl<'a> Statepoint<'a> {
         self.allocas.clone()
     }
 
-    /// Adds to `frame` what the statepoint says about it.
-    fn describe(&self, mut frame: Frame) -> Result<Frame, Reason> {
+    /// Adds to `map` what the statepoint says about its frame.
+    fn describe(&self, mut map: FrameMap) -> Result<FrameMap, Reason> {
+        for location in self.deopts() {
+            map = match (location.kind, callee_saved(location), Words::of(location)) {
+                (Kind::Indirect, _, Ok(words)) => words.add(map, Verdict::Ambiguous)?,
+                (Kind::Register, Ok(register), _) => map.register(register, Verdict::Ambiguous),
+                _ => map, // an address, a constant, or too small for a pointer
+            };
+        }
         for location in self.pairs.clone().chain(self.allocas()) {
-            match location.kind {
-                Kind::Constant | Kind::ConstantIndex => {}
-                Kind::Register
-                    if Registers::CALLEE_SAVED.contains(location.register) && location.size == 8 =>
-                {
-                    frame.registers.insert(location.register);
-                }
-                Kind::Register => return Err(Reason::Register(location.register)),
-                Kind::Direct | Kind::Indirect => Words::of(location)?.add(&mut frame, Verdict::Pointer)?,
-            }
+            map = match location.kind {
+                Kind::Constant | Kind::ConstantIndex => map,
+                Kind::Register => map.register(callee_saved(location)?, Verdict::Pointer),
+                Kind::Direct | Kind::Indirect => Words::of(location)?.add(map, Verdict::Pointer)?,
+            };
         }
-        for location in self.deopts().filter(|location| location.kind == Kind::Indirect) {
-            if let Ok(words) = Words::of(location) {
-                words.add(&mut frame, Verdict::Ambiguous)?;
-            }
-        }
-        Ok(frame.finish())
+        Ok(map)
     }
 }
 
+/// The register of a location, if its value survives a call there.
+fn callee_saved(location: Location) -> Result<Register, Reason> {
+    let register = Register::from_dwarf(location.register);
+    let kept = register.filter(|register| register.saved_index().is_some() && location.size == 8);
+    kept.ok_or(Reason::Register(location.register))
+}
+
+/// The registers that LLVM counts the words of a frame from.
+const BASES: [Register; 3] = [Register::RSP, Register::RBP, Register::RBX];
+
 /// A location that is made of whole words of the frame.
 struct Words {
-    base: Base,
+    base: Register,
     offsets: core::ops::Range<i32>,
 }
 
 impl Words {
     fn of(location: Location) -> Result<Self, Reason> {
         let Location { size, register, value: start, .. } = location;
-        let base = Base::from_dwarf(register).ok_or(Reason::Base(register))?;
+        let base = Register::from_dwarf(register).filter(|base| BASES.contains(base));
+        let base = base.ok_or(Reason::Base(register))?;
         let whole = size > 0 && size % 8 == 0 && start % 8 == 0;
-        let end =
-            start.checked_add(size.into()).filter(|_| whole).ok_or(Reason::Place { offset: start, size })?;
-        Ok(Self { base, offsets: start..end })
+        let end = start.checked_add(size.into()).filter(|&end| {
+            whole
+                && [start, end].into_iter().all(|offset| Place::checked(Some(base), offset.into()).is_some())
+        });
+        Ok(Self { base, offsets: start..end.ok_or(Reason::Place { offset: start, size })? })
     }
 
-    fn add(self, frame: &mut Frame, verdict: Verdict) -> Result<(), Reason> {
-        if frame.words.len() + self.offsets.len() / 8 > MOST_WORDS {
+    fn add(self, mut map: FrameMap, verdict: Verdict) -> Result<FrameMap, Reason> {
+        if map.words().len() + self.offsets.len() / 8 > MOST_WORDS {
             return Err(Reason::Words);
         }
         for offset in self.offsets.step_by(8) {
-            frame.add(self.base, offset, verdict);
+            map = map.word(Place::at(self.base, offset), verdict);
         }
         // A base other than the stack pointer is itself a pointer, kept in a register across the call.
-        if self.base != Base::Rsp {
-            frame.registers.insert(self.base.dwarf());
-        }
-        Ok(())
+        Ok(if self.base == Register::RSP { map } else { map.register(self.base, Verdict::Pointer) })
     }
 }
 
@@ -631,7 +716,7 @@ pub enum Reason {
     Register(u16),
     /// A pointer lies at an offset from a register that is no base. The DWARF number.
     Base(u16),
-    /// A pointer is not made of whole, aligned words.
+    /// A pointer is not made of whole, aligned words within 64 MiB of the base.
     Place {
         /// Bytes from the base.
         offset: i32,
@@ -653,7 +738,7 @@ impl fmt::Display for Unusable {
                 write!(f, "a pointer relative to register {register} (DWARF), which is no base")
             }
             Reason::Place { offset, size } => {
-                write!(f, "a pointer of {size} bytes at offset {offset}: not whole words")
+                write!(f, "a pointer of {size} bytes at offset {offset}: not whole words, or too far")
             }
             Reason::Words => write!(f, "more than {MOST_WORDS} words"),
         }

@@ -20,7 +20,6 @@ pub mod cranelift;
 mod eh_frame;
 mod frame_map;
 pub mod llvm;
-pub mod recorded;
 mod stack_maps;
 mod table;
 mod walk;

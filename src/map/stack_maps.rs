@@ -21,7 +21,7 @@ use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Error;
-use super::frame_map::{FrameMap, Place, Rules, Source, Unwalkable, Verdict};
+use super::frame_map::{FrameMap, Place, Register, Rules, Source, Unwalkable, Verdict};
 use super::table::{Entry, Run, Table};
 
 /// Frame maps by code address: read by anyone at any time, a signal handler included, while others add and remove.
@@ -421,14 +421,18 @@ impl<'a> Map<'a> {
         self.words.shape.source
     }
 
-    /// The verdict for a callee-saved register (by its place in
-    /// [`Register::CALLEE_SAVED`](super::Register::CALLEE_SAVED)), if the frame uses it itself.
+    /// The verdict for a callee-saved register (by its place in [`Register::CALLEE_SAVED`]), if the frame uses it itself.
+    /// One that the CFA is counted from is a pointer.
     ///
     /// # Panics
     /// Never; [`Verdict::Ambiguous`] if `index` is above 5.
     #[must_use]
     pub fn register(&self, index: usize) -> Verdict {
-        if index < super::frame_map::SAVED { self.words.shape.register(index) } else { Verdict::Ambiguous }
+        let Some(&register) = Register::CALLEE_SAVED.get(index) else { return Verdict::Ambiguous };
+        match self.rules {
+            Some(Ok(rules)) if rules.cfa.register() == register => Verdict::Pointer,
+            _ => self.words.shape.register(index),
+        }
     }
 
     /// The verdict for the words that none was given for.
@@ -457,8 +461,14 @@ impl<'a> Map<'a> {
             let word = offset / size_of::<usize>();
             (offset % size_of::<usize>() == 0 && word < run.count as usize).then_some(word)
         };
-        let found = self.words.runs().iter().find_map(|run| Some((run, within(run)?)));
-        found.map_or(self.rest(), |(run, word)| self.words.verdict(run, word))
+        // A word may be in runs of several origins, in some of them only because they bridge it.
+        let said = self.words.runs().iter().filter_map(|run| Some(self.words.verdict(run, within(run)?)));
+        let strength = |verdict: &Verdict| match verdict {
+            Verdict::Pointer => 2,
+            Verdict::Ambiguous => 1,
+            Verdict::Data => 0,
+        };
+        said.filter(|verdict| *verdict != self.rest()).max_by_key(strength).unwrap_or(self.rest())
     }
 }
 

@@ -3,16 +3,28 @@
 //! A function under test is given pointers into [`Objects::old`]. It calls [`callee`], which moves the
 //! objects: every pointer word and pointer register of the calling frame that points to `old` is made to
 //! point to `new`. Old and new objects differ, so what the function computes afterwards tells whether the map
-//! named *every* copy of each pointer.
+//! named *every* copy of each pointer. The frame is found by a walk, with the maps of the process, which must go on to the
+//! end of the thread.
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
 
 use std::cell::RefCell;
+use std::sync::OnceLock;
 
-use regrow::map::recorded::{Base, Frame, Verdict};
+use regrow::map::{
+    self, Cfa, End, FrameMap, Location, Register, Registers, Registration, Rules, Source, Verdict, Walk, Word,
+};
 
 /// What the code's pointers point to, before and after the move.
 pub struct Objects {
-    pub old: Box<[u64; 8]>,
-    pub new: Box<[u64; 8]>,
+    pub old: Box<[usize; 8]>,
+    pub new: Box<[usize; 8]>,
+}
+
+impl Objects {
+    /// 900 each before the move, 1 to 8 after.
+    pub fn new() -> Self {
+        Self { old: Box::new([900; 8]), new: Box::new([1, 2, 3, 4, 5, 6, 7, 8]) }
+    }
 }
 
 thread_local! {
@@ -20,7 +32,6 @@ thread_local! {
 }
 
 struct Move {
-    frames: Vec<Frame>,
     objects: Objects,
     log: Vec<Stop>,
 }
@@ -29,22 +40,33 @@ struct Move {
 #[derive(Debug)]
 pub struct Stop {
     /// Where the call returns to.
-    pub return_address: u64,
+    pub return_address: usize,
+    pub source: Source,
+    /// From the stack pointer to the frame's own return address.
+    pub size: usize,
+    pub is_precise: bool,
+    /// Words by verdict: pointers, ambiguous.
+    pub pointers: usize,
+    pub ambiguous: usize,
     /// Pointer words that pointed to old objects.
     pub words: usize,
     /// Pointer registers that pointed to old objects.
     pub registers: usize,
-    /// The word that the frame's size says is its own return address.
-    pub callers_return_address: Option<u64>,
-    /// The callee-saved registers that point into the frame, less `rbp`, by their DWARF numbers: addresses of
-    /// stack objects that wait there for the call to return.
-    pub stack_addresses: Vec<u16>,
+    /// The callee-saved registers that point into the frame, less `rbp`: addresses of stack objects that wait there for
+    /// the call to return.
+    pub stack_addresses: Vec<Register>,
 }
 
-/// Runs `code` with `frames` in force; returns its result and what was found at each call, in order.
-pub fn run(frames: Vec<Frame>, objects: Objects, code: impl FnOnce(*mut u64) -> u64) -> (u64, Vec<Stop>) {
+/// Runs `code`; returns its result and what was found at each call, in order.
+pub fn run(objects: Objects, code: impl FnOnce(*mut usize) -> usize) -> (usize, Vec<Stop>) {
+    static CALLEE: OnceLock<Registration<'static>> = OnceLock::new();
+    CALLEE.get_or_init(|| {
+        map::record_loaded_objects();
+        let entry = callee as *const () as usize;
+        map::register(vec![FrameMap::new(entry..entry + 1).rules(Rules::new(Cfa::rsp(8)))]).unwrap()
+    });
     let old = objects.old.as_ptr().cast_mut();
-    MOVE.set(Some(Move { frames, objects, log: Vec::new() }));
+    MOVE.set(Some(Move { objects, log: Vec::new() }));
     let result = code(old);
     (result, MOVE.take().unwrap().log)
 }
@@ -53,75 +75,91 @@ pub fn run(frames: Vec<Frame>, objects: Objects, code: impl FnOnce(*mut u64) -> 
 #[unsafe(naked)]
 pub unsafe extern "C" fn callee() {
     core::arch::naked_asm!(
-        "push rbp", // saved[5]
-        "push rbx",
-        "push r12",
-        "push r13",
+        "pushfq", // with the trap flag, if our caller is stepped through: we are not
+        "pushfq",
+        "and dword ptr [rsp], 0xfffffeff",
+        "popfq",
+        "push r15",
         "push r14",
-        "push r15", // saved[0]
+        "push r13",
+        "push r12",
+        "push rbp",
+        "push rbx", // in the order of Register::CALLEE_SAVED
         "mov rdi, rsp",
-        "lea rsi, [rsp + 48]",
-        "sub rsp, 8",
+        "lea rsi, [rsp + 56]",
         "call {stop}",
-        "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbx",
         "pop rbp",
+        "pop r12",
+        "pop r13",
+        "pop r14",
+        "pop r15",
+        "popfq",
         "ret",
         stop = sym stop,
     )
 }
 
-/// The DWARF numbers of the registers as [`callee`] saves them.
-const SAVED: [u16; 6] = [15, 14, 13, 12, 3, 6];
+/// Reads this process's memory.
+pub fn memory(address: usize) -> Option<usize> {
+    let readable = address.is_multiple_of(8) && address > 4096;
+    // SAFETY: the tests ask for words of stacks that are in use; a walker that errs crashes its test.
+    readable.then(|| unsafe { *(address as *const usize) })
+}
 
-extern "C" fn stop(saved: &mut [u64; 6], return_slot: *mut u64) {
+extern "C" fn stop(saved: &mut [usize; 6], return_slot: *mut usize) {
+    // As it was at the callee's first instruction.
+    let start = Registers::new(callee as *const () as usize, return_slot.addr());
+    let start =
+        Register::CALLEE_SAVED.iter().zip(*saved).fold(start, |all, (one, value)| all.with(*one, value));
+    let reader = map::process().read();
+    let mut walk = Walk::new(&reader, &start, memory);
+    assert_eq!(walk.next().map(|frame| frame.pc()), Some(callee as *const () as usize));
+    let Some(frame) = walk.next() else { panic!("no frame: {:?}", walk.end()) };
+    walk.by_ref().for_each(drop);
+    assert_eq!(walk.end(), Some(End::Outermost));
     MOVE.with_borrow_mut(|state| {
-        let Move { frames, objects, log } = state.as_mut().unwrap();
-        // SAFETY: `callee` passes the address of its own return address.
-        let return_address = unsafe { return_slot.read() };
-        let frame = frames.iter().find(|frame| frame.return_address == return_address);
-        let Some(frame) = frame else { panic!("no frame for {return_address:#x}: {frames:#x?}") };
-        let value = |base: Base| match base {
-            Base::Rsp => return_slot.addr() as u64 + 8,
-            _ => saved[SAVED.iter().position(|&register| register == base.dwarf()).unwrap()],
-        };
-        let distance = (objects.new.as_ptr() as u64).wrapping_sub(objects.old.as_ptr() as u64);
+        let Move { objects, log } = state.as_mut().unwrap();
+        let distance = objects.new.as_ptr().addr().wrapping_sub(objects.old.as_ptr().addr());
         let old = objects.old.as_ptr_range();
-        let is_old = |word: u64| (old.start as u64..old.end as u64).contains(&word);
+        let moved = |word: &mut usize| {
+            let is_old = (old.start.addr()..old.end.addr()).contains(word);
+            *word = word.wrapping_add(if is_old { distance } else { 0 });
+            usize::from(is_old)
+        };
+        let range = frame.range();
+        let owned = |index: &usize| frame.owns(*index);
         let mut found = Stop {
-            return_address,
+            return_address: frame.pc(),
+            source: frame.map().source(),
+            size: range.len() - 8,
+            is_precise: frame.is_precise(),
+            pointers: 0,
+            ambiguous: 0,
             words: 0,
             registers: 0,
-            callers_return_address: None,
-            stack_addresses: vec![],
+            stack_addresses: (0..6)
+                .filter(owned)
+                .filter(|&index| range.contains(&saved[index]))
+                .map(|index| Register::CALLEE_SAVED[index])
+                .filter(|register| *register != Register::RBP)
+                .collect(),
         };
-        for word in frame.words.iter().filter(|word| word.verdict == Verdict::Pointer) {
-            let place = value(word.base).wrapping_add_signed(word.offset.into()) as *mut u64;
-            // SAFETY: the map says that this is a word of the frame that is stopped in the call to us. If it
-            // lies, the test that this is part of has found what it looks for.
-            let pointer = unsafe { &mut *place };
-            if is_old(*pointer) {
-                *pointer = pointer.wrapping_add(distance);
-                found.words += 1;
+        for address in range.step_by(8) {
+            match frame.word(address) {
+                Word::Own(Verdict::Pointer) => {
+                    found.pointers += 1;
+                    // SAFETY: a word of the frame that is stopped in the call to us. If the map lies, the test that
+                    // this is part of has found what it looks for.
+                    found.words += moved(unsafe { &mut *(address as *mut usize) });
+                }
+                Word::Own(Verdict::Ambiguous) => found.ambiguous += 1,
+                Word::Own(Verdict::Data) | Word::ReturnAddress | Word::Saved(_) => {}
             }
         }
-        if let Some(size) = frame.size {
-            let inside = value(Base::Rsp)..value(Base::Rsp) + size;
-            // SAFETY: likewise.
-            found.callers_return_address = Some(unsafe { (inside.end as *const u64).read() });
-            let addresses = SAVED.into_iter().zip(*saved).filter(|(_, value)| inside.contains(value));
-            found.stack_addresses =
-                addresses.map(|(register, _)| register).filter(|&register| register != 6).collect();
-        }
-        for (place, register) in saved.iter_mut().zip(SAVED) {
-            if frame.registers.contains(register) && is_old(*place) {
-                *place = place.wrapping_add(distance);
-                found.registers += 1;
-            }
+        for index in (0..6).filter(owned).filter(|&index| frame.map().register(index) == Verdict::Pointer) {
+            assert_eq!(frame.register(index), Location::Register);
+            found.registers += moved(&mut saved[index]);
         }
         log.push(found);
     });
@@ -135,7 +173,7 @@ pub struct Code {
 
 impl Code {
     /// Maps room for `size` bytes of code, lets `write` fill them, and makes them executable.
-    pub fn new(size: usize, write: impl FnOnce(u64, &mut [u8])) -> Self {
+    pub fn new(size: usize, write: impl FnOnce(usize, &mut [u8])) -> Self {
         // SAFETY: a fresh private mapping at an address of the kernel's choice, filled before anything
         // else can know it.
         unsafe {
@@ -143,14 +181,23 @@ impl Code {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
             let address = libc::mmap(core::ptr::null_mut(), size, protection, flags, -1, 0);
             assert_ne!(address, libc::MAP_FAILED);
-            write(address as u64, core::slice::from_raw_parts_mut(address.cast(), size));
+            write(address.addr(), core::slice::from_raw_parts_mut(address.cast(), size));
             assert_eq!(libc::mprotect(address, size, libc::PROT_READ | libc::PROT_EXEC), 0);
             Self { address: address.cast(), size }
         }
     }
 
-    pub fn address(&self) -> u64 {
-        self.address as u64
+    pub fn address(&self) -> usize {
+        self.address.addr()
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped, readable, and not written any more.
+        unsafe { core::slice::from_raw_parts(self.address, self.size) }
+    }
+
+    pub fn contains(&self, address: usize) -> bool {
+        (self.address()..self.address() + self.size).contains(&address)
     }
 }
 
