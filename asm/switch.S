@@ -18,11 +18,6 @@
 regrow_resumer:
     .zero 8
 
-// The section of spawn sites (src/site.rs) begins with an entry of nobody, so that there is one.
-    .section regrow_sites, "aw", @progbits
-    .p2align 4
-    .zero 32
-
 // regrow_entry: where a coroutine's first resume lands. Its frame is the outermost one on the stack
 // and lasts as long as the coroutine.
 //

@@ -1,7 +1,7 @@
 //! Learned start sizes: what the coroutines of one spawn site have come to need.
 //!
 //! A *site* is one place in the program's code that makes coroutines of one closure: a static of 32 bytes that
-//! the compiler puts beside that code. So two kinds of coroutines that need very different stacks never share
+//! the assembler puts beside that code. So two kinds of coroutines that need very different stacks never share
 //! an average, and finding a site costs one instruction.
 //!
 //! A site learns from what fails: when a coroutine that grew has ended, the next ones start with the size it came to.
@@ -23,11 +23,11 @@ const SCOUT_EVERY: u32 = 64;
 /// After how many scouts the largest size any of them used becomes the one learned.
 const SCOUTS: u32 = 8;
 
-/// What is known of one spawn site. In the section `regrow_sites`, which asm/switch.S begins.
+/// What is known of one spawn site. In the section `regrow_sites`.
 #[repr(C, align(16))]
 pub(crate) struct Site {
-    /// Names the closure, for reading. `None` in the section's first entry.
-    name: Option<fn() -> &'static str>,
+    /// Names the closure, for reading.
+    name: fn() -> &'static str,
     /// log2 of the size learned; 0: none.
     learned: AtomicU32,
     /// How many coroutines started with it.
@@ -152,21 +152,26 @@ pub struct SpawnSite {
 #[must_use]
 pub fn spawn_sites() -> Vec<SpawnSite> {
     let (first, end): (*const Site, *const Site);
-    // SAFETY: the linker gives the section these two symbols; asm/switch.S sees to it that there is one. All in it
-    // are sites.
+    // SAFETY: the linker gives the section these two symbols, and they are null if the program makes no coroutine. All
+    // in the section are sites.
     let sites = unsafe {
         asm!(
-            "lea {first}, [rip + __start_regrow_sites]",
-            "lea {end}, [rip + __stop_regrow_sites]",
+            ".weak __start_regrow_sites",
+            ".weak __stop_regrow_sites",
+            "mov {first}, [rip + __start_regrow_sites@GOTPCREL]",
+            "mov {end}, [rip + __stop_regrow_sites@GOTPCREL]",
             first = out(reg) first,
             end = out(reg) end,
-            options(nomem, nostack, preserves_flags),
+            options(nostack, preserves_flags, pure, readonly),
         );
+        if first.is_null() {
+            return Vec::new();
+        }
         core::slice::from_raw_parts(first, end.offset_from_unsigned(first))
     };
     let described = |site: &Site| {
         Some(SpawnSite {
-            closure: site.name?(),
+            closure: (site.name)(),
             first_size: site.learned()?,
             spawned: site.spawned.load(Ordering::Relaxed),
         })

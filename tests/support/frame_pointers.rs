@@ -66,7 +66,7 @@ fn root(builder: &Builder) {
 }
 
 fn main() {
-    root(&Builder::new());
+    root(&Builder::new().learn(false));
     // SAFETY: nothing keeps a pointer to these stacks elsewhere but `of_outer`, while that stack does not run.
-    root(&unsafe { Builder::new().relocating() });
+    root(&unsafe { Builder::new().learn(false).relocating() });
 }
