@@ -263,15 +263,6 @@ impl Cfa {
     pub const fn rbp(offset: i32) -> Self {
         Self::Register(Register::RBP, offset)
     }
-
-    /// The register it is counted from, which therefore points into the stack.
-    #[inline]
-    pub(super) const fn register(self) -> Register {
-        match self {
-            Self::Register(register, _) | Self::Loaded { register, .. } => register,
-            Self::Plt { .. } => Register::RSP,
-        }
-    }
 }
 
 /// What a frame is to a walker.
@@ -371,15 +362,16 @@ impl Rules {
         self.cfa
     }
 
-    /// True if the frame's end is counted from `register`.
+    /// True if the frame's end is counted from `register`, which is a pointer into the stack, therefore.
     ///
     /// ```
     /// use regrow::map::{Cfa, Register, Rules};
     /// assert!(Rules::new(Cfa::rbp(16)).is_counted_from(Register::RBP));
     /// ```
+    #[inline]
     #[must_use]
     pub fn is_counted_from(&self, register: Register) -> bool {
-        matches!(self.cfa, Cfa::Register(from, _) if from == register)
+        matches!(self.cfa, Cfa::Register(from, _) | Cfa::Loaded { register: from, .. } if from == register)
     }
 
     /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.

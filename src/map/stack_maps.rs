@@ -430,7 +430,7 @@ impl<'a> Map<'a> {
     pub fn register(&self, index: usize) -> Verdict {
         let Some(&register) = Register::CALLEE_SAVED.get(index) else { return Verdict::Ambiguous };
         match self.rules {
-            Some(Ok(rules)) if rules.cfa.register() == register => Verdict::Pointer,
+            Some(Ok(rules)) if rules.is_counted_from(register) => Verdict::Pointer,
             _ => self.words.shape.register(index),
         }
     }
