@@ -453,27 +453,21 @@ unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &O
     // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
     // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
     unsafe {
+        Record::clear(record);
         (*record).first_open = open_bytes(plan.first_size);
         (*record).maximum = plan.maximum;
-        (*record).old = 0;
         (*record).growth = plan.growth;
         (*record).watch = Watch::new(plan.shrink);
         (*record).first_log = plan.first_size.trailing_zeros() as u8;
-        (*record).shrinks = 0;
         (*record).maps = plan.maps;
         (*record).raw = plan.raw;
-        (*record).scout = false;
-        (*record).site = ptr::null();
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
-        (&raw mut (*record).name).write(name.clone());
-        (&raw mut (*record).pins).write(None);
-        (*record).not_moved = None;
-        (*record).tidy = name.is_some();
-        (*record).growths = 0;
-        (*record).bytes_copied = 0;
-        (*record).words_rewritten = 0;
         (*record).highest = plan.first_size;
+        if name.is_some() {
+            (*record).name.clone_from(name);
+            (*record).tidy = true;
+        }
         place.cast::<MaybeUninit<ManuallyDrop<F>>>().write(MaybeUninit::new(ManuallyDrop::new(f)));
         switch::prepare(base, record, entry)
     }

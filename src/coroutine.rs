@@ -186,7 +186,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         if self.done() {
             resumed_after_end();
         }
-        // SAFETY: it has not ended, so it is suspended, and it is not just so: it is watched.
+        if let Err(error) = self.thaw() {
+            panic!("cannot resume a frozen coroutine: {error}");
+        }
+        // SAFETY: it has not ended and is not frozen, so it is suspended.
         unsafe { grow::before_resume(&mut self.handle) };
         let result = self.run(input);
         if !self.done() {
@@ -255,8 +258,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn started(&self) -> bool {
-        // SAFETY: a coroutine that has not ended is suspended here.
-        self.done() || !unsafe { switch::is_fresh(self.handle.sp & !switch::WATCHED) }
+        // SAFETY: a coroutine that has neither ended nor been frozen is suspended here.
+        self.done() || self.is_frozen() || !unsafe { switch::is_fresh(self.handle.sp & !switch::WATCHED) }
     }
 
     /// How its stack grows. After the end: how it grew is no longer known, [`Growth::InPlace`].
@@ -267,6 +270,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn growth(&self) -> Growth {
+        if self.is_frozen() {
+            return Growth::Relocate;
+        }
         self.record().map_or(Growth::InPlace, |record| record.growth)
     }
 
@@ -277,7 +283,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn name(&self) -> Option<&str> {
-        self.record().and_then(|record| record.name.as_deref())
+        match self.frozen() {
+            Some(frozen) => frozen.name(),
+            None => self.record().and_then(|record| record.name.as_deref()),
+        }
     }
 
     /// Its counters. All zero after its end, when its stack may be somebody else's.
@@ -288,7 +297,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.record().map_or(Stats::NONE, Record::stats)
+        match self.frozen() {
+            Some(frozen) => frozen.stats(),
+            None => self.record().map_or(Stats::NONE, Record::stats),
+        }
     }
 
     /// Makes the stack as small as it can be with as much room as is used now, and no smaller than it was at first.
@@ -315,7 +327,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Ok::<(), regrow::Error>(())
     /// ```
     pub fn shrink(&mut self) -> Result<bool, Error> {
-        if self.done() {
+        if self.done() || self.is_frozen() {
             return Ok(false);
         }
         let watched = self.handle.sp & switch::WATCHED;
@@ -324,6 +336,92 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         let outcome = unsafe { grow::shrink(&mut self.handle) };
         self.handle.sp |= watched;
         outcome
+    }
+
+    /// Puts the coroutine's used bytes into a block of just their size and gives its stack to others. `true` if it is frozen
+    /// now; it thaws by itself when it is resumed or dropped.
+    ///
+    /// For coroutines that are parked for long: one that holds almost nothing takes some hundred bytes. Only those whose
+    /// stacks move ([`Builder::relocating`](crate::Builder::relocating)) are frozen, and only if nothing keeps the
+    /// stack in place: a [pin](crate::pin()), or a frame that may not move (see
+    /// [`last_not_moved`](Self::last_not_moved)). One that never ran, or has ended, stays as it is.
+    ///
+    /// # Errors
+    /// If there is no memory for the block; nothing has changed then.
+    ///
+    /// ```
+    /// // SAFETY: nothing is kept outside the stack.
+    /// let builder = unsafe { regrow::Builder::new().relocating() };
+    /// let mut coroutine = builder.spawn(|yielder: &regrow::Yielder<(), u32>, ()| {
+    ///     let mut number = 0;
+    ///     let reference = &mut number;
+    ///     loop {
+    ///         *reference += 1;
+    ///         yielder.suspend(*reference);
+    ///     }
+    /// #   #[allow(unreachable_code)]
+    /// #   ()
+    /// });
+    /// assert_eq!(coroutine.resume(()).yielded(), Some(1));
+    /// assert!(coroutine.freeze()?);
+    /// assert!(coroutine.is_frozen());
+    /// assert_eq!(coroutine.resume(()).yielded(), Some(2));
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    pub fn freeze(&mut self) -> Result<bool, Error> {
+        if self.done() || self.is_frozen() {
+            return Ok(self.is_frozen());
+        }
+        let watched = self.handle.sp & switch::WATCHED;
+        self.handle.sp &= !switch::WATCHED;
+        // SAFETY: it has neither ended nor been frozen, so it is suspended.
+        let outcome = unsafe { grow::freeze(&mut self.handle) };
+        if !self.is_frozen() {
+            self.handle.sp |= watched;
+        }
+        outcome
+    }
+
+    /// Brings a frozen coroutine back onto a stack now; a resume does it, too.
+    ///
+    /// # Errors
+    /// If there is no memory for a stack; it is still frozen then.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+    /// coroutine.thaw()?; // nothing to do
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    pub fn thaw(&mut self) -> Result<(), Error> {
+        if !self.is_frozen() {
+            return Ok(());
+        }
+        // SAFETY: it is frozen.
+        unsafe { grow::thaw(&mut self.handle) }
+    }
+
+    /// True if the coroutine is [frozen](Self::freeze).
+    ///
+    /// ```
+    /// assert!(!regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).is_frozen());
+    /// ```
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.handle.sp & switch::FROZEN != 0
+    }
+
+    /// Bytes of memory that the coroutine's stack and record take: of its block if it is frozen, else of the accessible
+    /// pages of its slot, which are used only as far as they were touched. 0 after its end.
+    ///
+    /// ```
+    /// assert_eq!(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).bytes(), 4096);
+    /// ```
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self.frozen() {
+            Some(frozen) => frozen.bytes(),
+            None => self.record().map_or(0, |record| record.open),
+        }
     }
 
     /// Why its stack grew in place when it last did although it may move; `None` if it never did.
@@ -364,13 +462,21 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         if self.done() {
             return Frames::finished();
         }
+        if self.is_frozen() {
+            return Frames::frozen(self.name().map(str::to_owned), self.stats());
+        }
         // SAFETY: it has not ended, so it is suspended.
         unsafe { Frames::of_suspended(self.handle.sp & !switch::WATCHED, self.handle.base) }
     }
 
+    fn frozen(&self) -> Option<&grow::Frozen> {
+        // SAFETY: a block is the coroutine's as long as the handle says so.
+        grow::block(&self.handle).map(|block| unsafe { block.as_ref() })
+    }
+
     fn record(&self) -> Option<&Record> {
-        // SAFETY: a coroutine that has not ended has its record; it is written only while it runs.
-        (!self.done()).then(|| unsafe { &*(*self.handle.base).record() })
+        // SAFETY: a coroutine that has neither ended nor been frozen has its record; it is written only while it runs.
+        (!self.done() && !self.is_frozen()).then(|| unsafe { &*(*self.handle.base).record() })
     }
 
     /// Unwinds the frames of a suspended coroutine.
@@ -412,6 +518,9 @@ impl<In, Out, Ret> Drop for Coroutine<In, Out, Ret> {
 impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[cold]
     fn drop_unfinished(&mut self) {
+        if self.thaw().is_err() {
+            return; // without memory to unwind it on it is leaked, like a coroutine that is forgotten
+        }
         self.handle.sp &= !switch::WATCHED;
         if self.started() {
             // SAFETY: it has not ended; whoever made a raw coroutine said that its frames may be forgotten.

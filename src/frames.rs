@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use crate::grow;
 use crate::map::{self, End, Kind, Source, Stuck, Verdict, Walk, Word};
 use crate::stack::Record;
-use crate::stats::Growth;
+use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base};
 use crate::symbol;
 
@@ -79,6 +79,8 @@ pub enum State {
     NotStarted,
     /// It has frames.
     Suspended,
+    /// It has frames, in a block: thaw it to see them.
+    Frozen,
     /// It has ended: its stack has been given back.
     Finished,
 }
@@ -231,6 +233,11 @@ impl Frames {
             end: End::Base,
             stuck_in: Vec::new(),
         }
+    }
+
+    pub(crate) fn frozen(name: Option<String>, stats: Stats) -> Self {
+        let Stats { size, .. } = stats;
+        Self { name, state: State::Frozen, growth: Growth::Relocate, size, ..Self::finished() }
     }
 
     /// Of the coroutine suspended at `sp`.
@@ -413,6 +420,7 @@ impl fmt::Display for Frames {
         let state = match self.state {
             State::NotStarted => "not started",
             State::Suspended => "suspended",
+            State::Frozen => return writeln!(f, ", frozen: thaw it to see its frames"),
             State::Finished => return writeln!(f, ", finished: its stack has been given back"),
         };
         let growth = match self.growth {

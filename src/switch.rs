@@ -54,6 +54,9 @@ pub(crate) const ENDED: usize = 1;
 /// Set in the `sp` of a coroutine whose stack has grown (`regrow_watch` in asm/switch.S, src/grow/shrink.rs).
 pub(crate) const WATCHED: usize = 2;
 
+/// Set in the `sp` of a frozen coroutine, which is the address of its block (src/grow/freeze.rs).
+pub(crate) const FROZEN: usize = 4;
+
 impl Handle {
     /// True if the coroutine cannot just be resumed.
     #[inline(always)]
@@ -126,12 +129,23 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
     let word = base.cast::<usize>();
     // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
     unsafe {
-        (*base).return_address = regrow_entry_return as *const () as usize;
-        (*base).record = record.cast();
+        restore_base(base, record);
         word.sub(1).write(regrow_entry as *const () as usize);
         word.sub(3).write(entry as usize);
     }
     Handle { sp: base as usize, base }
+}
+
+/// Writes the base of a stack anew, but for the link, which the next resume writes.
+///
+/// # Safety
+/// `base` is writable and nobody else's; `record` is the record of that stack.
+pub(crate) unsafe fn restore_base(base: *mut Base, record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        (*base).return_address = regrow_entry_return as *const () as usize;
+        (*base).record = record.cast();
+    }
 }
 
 /// True if the coroutine suspended at `sp` has not run yet.

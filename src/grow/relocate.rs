@@ -122,18 +122,27 @@ pub(super) unsafe fn relocate_suspended(handle: *mut Handle, size: usize) -> Res
     unsafe {
         let sp = (*handle).sp;
         let slot = Record::slot((*(*handle).base).record()).ok_or(Error::Arenas)?;
-        let start = switch::registers_of(sp);
-        let mut parked = [None; 6];
-        for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
-            if let Some(index) = register.saved_index() {
-                parked[index] = Some(sp - below);
-            }
-        }
+        let (start, parked) = suspended_registers(sp);
         let moved = transfer(slot, &start, size, parked)?;
         moved.correct_base(handle);
         (*handle).sp = moved.window.moved(sp);
         Ok(moved)
     }
+}
+
+/// The registers that a coroutine suspended at `sp` goes on with, and where on its stack some of them lie.
+///
+/// # Safety
+/// `sp` is the stack pointer of a suspended coroutine.
+pub(super) unsafe fn suspended_registers(sp: usize) -> (Registers, [Option<usize>; 6]) {
+    let mut parked = [None; 6];
+    for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
+        if let Some(index) = register.saved_index() {
+            parked[index] = Some(sp - below);
+        }
+    }
+    // SAFETY: by the caller's word.
+    (unsafe { switch::registers_of(sp) }, parked)
 }
 
 impl Moved {

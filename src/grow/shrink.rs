@@ -176,7 +176,7 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
 }
 
 /// The smallest size from `first` on that has `need` accessible bytes.
-fn fitting(need: usize, first: usize) -> usize {
+pub(super) fn fitting(need: usize, first: usize) -> usize {
     let mut size = first;
     while class::open_bytes(size) < need {
         size *= 2;

@@ -116,6 +116,28 @@ impl Record {
         (top - colour(Self::end(record), room.min(COLOURS)) * LINE) as *mut Base
     }
 
+    /// Writes what a record says of a coroutine to which nothing has happened yet.
+    ///
+    /// # Safety
+    /// The slot of `record` is accessible and the caller's. What was there needs no drop: `release` takes that out.
+    #[inline(always)]
+    pub(crate) unsafe fn clear(record: *mut Self) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            (*record).old = 0;
+            (*record).shrinks = 0;
+            (*record).scout = false;
+            (*record).site = core::ptr::null();
+            (&raw mut (*record).name).write(None);
+            (&raw mut (*record).pins).write(None);
+            (*record).not_moved = None;
+            (*record).tidy = false;
+            (*record).growths = 0;
+            (*record).bytes_copied = 0;
+            (*record).words_rewritten = 0;
+        }
+    }
+
     pub(crate) fn size(&self) -> usize {
         size_of_open(self.open)
     }
