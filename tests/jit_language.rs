@@ -1,5 +1,6 @@
 //! The language of `examples/jit`: compiled code does what the interpreter does, on a plain stack, on one
-//! that moves, and on one where every word that no stack map names is spoiled at every `yield`.
+//! that moves, with frames of Rust code among its own and with precise maps and none, and on one where every word
+//! that no stack map names is spoiled at every `yield`.
 
 #[path = "../examples/jit/compiler.rs"]
 mod compiler;
@@ -18,14 +19,13 @@ use std::fs;
 use std::hint::black_box;
 use std::ops::Range;
 use std::ptr;
-use std::rc::Rc;
 
 use interpreter::{Limits, Trap};
 use module::{Entry, Module};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
-use regrow::{Builder, CoroutineResult, Growth, Yielder, current_stats};
+use regrow::{Builder, Coroutine, CoroutineResult, Maps, Yielder, current_stats};
 use syntax::{Program, parse};
 
 /// What a program yields and returns.
@@ -78,7 +78,7 @@ impl<'m> Recorder<'m> {
 
     /// # Safety
     /// `context` is a recorder.
-    unsafe extern "C-unwind" fn record(context: *const c_void, value: i64) -> i64 {
+    unsafe extern "C" fn record(context: *const c_void, value: i64) -> i64 {
         // SAFETY: by the caller's word.
         let mut yields = unsafe { &*context.cast::<Self>() }.yields.borrow_mut();
         yields.push(value);
@@ -86,44 +86,71 @@ impl<'m> Recorder<'m> {
     }
 }
 
-fn run_plain(program: &Program, [a, b]: [i64; 2]) -> Trace {
+fn run_plain(program: &Program, arguments: [i64; 2]) -> Trace {
     let module = compiler::compile(program, Recorder::record).unwrap();
     let recorder = Recorder::new(&module);
     // SAFETY: the module lives, and was compiled for this context.
-    let result = unsafe { module.entry()(ptr::from_ref(&recorder).cast(), a, b) };
+    let result = unsafe { module.entry()(ptr::from_ref(&recorder).cast(), &arguments) };
     Trace { yields: recorder.yields.take(), result }
 }
 
 /// # Safety
 /// `context` is the yielder of the running coroutine.
-unsafe extern "C-unwind" fn suspend(context: *const c_void, value: i64) -> i64 {
+unsafe extern "C" fn suspend(context: *const c_void, value: i64) -> i64 {
     // SAFETY: by the caller's word.
-    unsafe { &*context.cast::<Yielder<i64, i64>>() }.suspend(value)
+    unsafe { &*context.cast::<Yielder<usize, usize>>() }.suspend(value as usize) as i64
 }
 
-/// Runs a program on a stack of 2 KiB that may move, below so many other frames; also returns how often it
-/// did move.
-fn run_moving(program: &Program, [a, b]: [i64; 2], frames: usize) -> (Trace, u64) {
-    let module = compiler::compile(program, suspend).unwrap();
-    let entry = module.entry();
-    // SAFETY: compiled code keeps pointers in its frames and in registers; the closure keeps none.
-    let mut coroutine =
-        unsafe { Builder::new().learn(false).relocating() }.spawn(move |yielder: &Yielder<i64, i64>, _| {
-            // SAFETY: the module outlives the coroutine, and was compiled for this context.
-            let result = below(frames, &|| unsafe { entry(ptr::from_ref(yielder).cast(), a, b) });
-            (result, current_stats().map_or(0, |stats| stats.growths))
-        });
+/// Coroutines on stacks of 2 KiB that may move.
+fn relocating() -> Builder {
+    // SAFETY: compiled code keeps pointers in its frames and in registers; the closure of `run_moving` keeps none.
+    unsafe { Builder::new().learn(false).relocating() }
+}
+
+/// Resumes a coroutine to its end, with `look` after each yield.
+fn resume_to_end<R: 'static>(
+    mut coroutine: Coroutine<usize, usize, R>,
+    mut input: usize,
+    mut look: impl FnMut(&Coroutine<usize, usize, R>),
+) -> (Vec<i64>, R) {
     let mut yields = Vec::new();
-    let mut input = 0;
     loop {
         match coroutine.resume(input) {
             CoroutineResult::Yield(value) => {
-                yields.push(value);
-                input = answer(yields.len(), value);
+                yields.push(value as i64);
+                input = answer(yields.len(), value as i64) as usize;
+                look(&coroutine);
             }
-            CoroutineResult::Return((result, moves)) => return (Trace { yields, result }, moves),
+            CoroutineResult::Return(result) => return (yields, result),
         }
     }
+}
+
+/// Runs a program below so many frames of Rust code; also returns how often the stack grew.
+fn run_moving(program: &Program, arguments: [i64; 2], frames: usize) -> (Trace, u64) {
+    let module = compiler::compile(program, suspend).unwrap();
+    let entry = module.entry();
+    let coroutine = relocating().spawn(move |yielder: &Yielder<usize, usize>, _| {
+        // SAFETY: the module outlives the coroutine, and was compiled for this context.
+        let result = below(frames, &|| unsafe { entry(ptr::from_ref(yielder).cast(), &arguments) });
+        (result, current_stats().map_or(0, |stats| stats.growths))
+    });
+    let (yields, (result, growths)) = resume_to_end(coroutine, 0, |_| {});
+    (Trace { yields, result }, growths)
+}
+
+/// Runs a program with no frame of Rust code below it, and no word judged by its value: else its stack
+/// would not have moved. Also returns how often it had at the last yield.
+fn run_precise(program: &Program, arguments: [i64; 2]) -> (Trace, u64) {
+    let module = compiler::compile(program, suspend).unwrap();
+    // SAFETY: compiled code does not unwind, the module outlives the coroutine, and was compiled for this context.
+    let coroutine = unsafe { relocating().maps(Maps::Precise).spawn_raw(module.raw_entry()).unwrap() };
+    let mut moves = 0;
+    let (yields, result) = resume_to_end(coroutine, ptr::from_ref(&arguments) as usize, |coroutine| {
+        assert_eq!(coroutine.last_not_moved(), None);
+        moves = coroutine.stats().growths;
+    });
+    (Trace { yields, result: result as i64 }, moves)
 }
 
 /// Calls `f` with that many frames more on the stack.
@@ -133,18 +160,18 @@ fn below(frames: usize, f: &dyn Fn() -> i64) -> i64 {
 
 /// Runs a program whose frames and callee-saved registers are spoiled at each yield, but for the words that
 /// its stack maps name; those must point into the stack. What is lost was not needed, or the trace differs.
-fn run_spoiled(program: &Program, [a, b]: [i64; 2]) -> (Trace, Frames) {
+fn run_spoiled(program: &Program, arguments: [i64; 2]) -> (Trace, Frames) {
     let module = compiler::compile(program, spoil_and_record).unwrap();
     let recorder = Recorder::new(&module);
     // SAFETY: as in `run_plain`.
-    let result = unsafe { enter(module.entry(), ptr::from_ref(&recorder).cast(), a, b) };
+    let result = unsafe { enter(module.entry(), ptr::from_ref(&recorder).cast(), &arguments) };
     (Trace { yields: recorder.yields.take(), result }, recorder.frames)
 }
 
 /// Calls `entry` with 0 in all registers it must preserve: whatever is found in them later is its own, and
 /// the chain of frame pointers ends there.
 #[unsafe(naked)]
-unsafe extern "C" fn enter(entry: Entry, context: *const c_void, a: i64, b: i64) -> i64 {
+unsafe extern "C" fn enter(entry: Entry, context: *const c_void, arguments: *const [i64; 2]) -> i64 {
     naked_asm!(
         "push rbp",
         "push rbx",
@@ -156,7 +183,6 @@ unsafe extern "C" fn enter(entry: Entry, context: *const c_void, a: i64, b: i64)
         "mov rax, rdi",
         "mov rdi, rsi",
         "mov rsi, rdx",
-        "mov rdx, rcx",
         "xor ebp, ebp",
         "xor ebx, ebx",
         "xor r12d, r12d",
@@ -177,7 +203,7 @@ unsafe extern "C" fn enter(entry: Entry, context: *const c_void, a: i64, b: i64)
 
 /// The `yield` function: shows [`spoil`] the registers that compiled code trusts it to preserve.
 #[unsafe(naked)]
-unsafe extern "C-unwind" fn spoil_and_record(context: *const c_void, value: i64) -> i64 {
+unsafe extern "C" fn spoil_and_record(context: *const c_void, value: i64) -> i64 {
     naked_asm!(
         "push r15",
         "push r14",
@@ -207,12 +233,7 @@ struct Saved {
 
 /// # Safety
 /// As called by [`spoil_and_record`], below [`enter`], on a recorder.
-unsafe extern "C-unwind" fn spoil(
-    context: *const c_void,
-    value: i64,
-    saved: *mut Saved,
-    mut rbp: usize,
-) -> i64 {
+unsafe extern "C" fn spoil(context: *const c_void, value: i64, saved: *mut Saved, mut rbp: usize) -> i64 {
     // SAFETY: by the caller's word. Compiled code does not look at the recorder.
     let Recorder { module, frames, .. } = unsafe { &*context.cast::<Recorder<'_>>() };
     // All frames lie below the recorder; a pointer may have outlived the frame it points to.
@@ -264,13 +285,13 @@ impl Frames {
     /// Offsets from rsp of the words that hold pointers at a call, by the map of a frame of `size` bytes.
     fn pointers_of(&self, module: &Module, return_address: usize, size: usize) -> Vec<usize> {
         let within =
-            |function: &&module::Function| return_address.wrapping_sub(function.address) < function.size;
+            |function: &&module::Function| return_address.wrapping_sub(function.address) < function.size();
         let Some(function) = module.functions.iter().find(within) else {
             self.faults.borrow_mut().push(format!("{return_address:#x} is not in compiled code"));
             return Vec::new();
         };
         let map =
-            function.stack_maps.iter().find(|(at, ..)| function.address + *at as usize == return_address);
+            function.stack_maps().iter().find(|(at, ..)| function.address + *at as usize == return_address);
         let Some((_, span, map)) = map else { return Vec::new() };
         if *span as usize != size {
             self.faults
@@ -302,33 +323,6 @@ fn maps_of_the_examples_are_precise() {
     }
 }
 
-/// Once its prologue has saved the caller's registers, a function first touches the lowest word of its
-/// frame: wherever else in it the stack might overflow, it has done so there, when no pointer was in the
-/// frame.
-#[test]
-fn frames_are_touched_before_they_are_used() {
-    use iced_x86::{Code, Decoder, DecoderOptions, Mnemonic, OpKind, Register};
-    const CALLEE_SAVED: [Register; 5] =
-        [Register::RBX, Register::R12, Register::R13, Register::R14, Register::R15];
-    let programs = EXAMPLES.map(|source| compiler::compile(&parse(source).unwrap(), suspend).unwrap());
-    for function in programs.iter().flat_map(|module| &module.functions) {
-        // SAFETY: the module lives, and its code is not written to.
-        let code = unsafe { std::slice::from_raw_parts(function.address as *const u8, function.size) };
-        for instruction in &mut Decoder::new(64, code, DecoderOptions::NONE) {
-            let stores = instruction.op0_kind() == OpKind::Memory;
-            if stores && instruction.code() == Code::Mov_rm64_imm32 {
-                assert_eq!(instruction.memory_base(), Register::RSP, "{}: {instruction}", function.name);
-                assert_eq!(instruction.memory_displacement64(), 0, "{}: {instruction}", function.name);
-                break;
-            }
-            let saves = stores && CALLEE_SAVED.contains(&instruction.op1_register());
-            let moves = !stores && instruction.mnemonic() == Mnemonic::Mov;
-            let prologue = matches!(instruction.mnemonic(), Mnemonic::Push | Mnemonic::Sub);
-            assert!(saves || moves || prologue, "{}: {instruction}", function.name);
-        }
-    }
-}
-
 const FAILURES: &str = "proptest-regressions/jit_language.txt";
 
 proptest! {
@@ -338,7 +332,7 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// Random programs mean the same interpreted, compiled, on a stack that moves, and with unmapped words
+    /// Random programs mean the same interpreted, compiled, on stacks that move, and with unmapped words
     /// spoiled.
     #[test]
     fn compiled_programs_do_what_the_interpreter_does(
@@ -356,6 +350,7 @@ proptest! {
         let expected = expected.unwrap();
         prop_assert_eq!(&run_plain(&program, [depth, seed]), &expected, "plain\n{}", source);
         prop_assert_eq!(&run_moving(&program, [depth, seed], frames).0, &expected, "moving\n{}", source);
+        prop_assert_eq!(&run_precise(&program, [depth, seed]).0, &expected, "precise\n{}", source);
         let (trace, frames) = run_spoiled(&program, [depth, seed]);
         prop_assert_eq!(&trace, &expected, "spoiled\n{}", source);
         prop_assert!(frames.faults.borrow().is_empty(), "{:?}\n{source}", frames.faults);
@@ -551,34 +546,12 @@ impl<'c> Writer<'c> {
 fn the_examples_run_on_stacks_that_move() {
     for source in EXAMPLES {
         let program = parse(source).unwrap();
-        let (trace, moves) = run_moving(&program, [150, 3], 0);
-        assert_eq!(trace, interpret(&program, [150, 3]).unwrap());
-        assert!(moves >= 3, "{moves} moves: {source}");
+        let expected = interpret(&program, [150, 3]).unwrap();
+        for (trace, growths) in [run_moving(&program, [150, 3], 0), run_precise(&program, [150, 3])] {
+            assert_eq!(trace, expected);
+            assert!(growths >= 3, "{growths} growths: {source}");
+        }
     }
-}
-
-/// Frames of compiled code can be unwound: a coroutine dropped in the midst of them drops what is on its
-/// stack.
-#[test]
-fn a_dropped_coroutine_unwinds_compiled_frames() {
-    let source =
-        "fn main(n: int, at: int) { let x = n; if n == at { yield x; } return main(n - 1, at) + x; }";
-    let module = compiler::compile(&parse(source).unwrap(), suspend).unwrap();
-    let entry = module.entry();
-    let guard = Rc::new(());
-    let watch = Rc::downgrade(&guard);
-    // SAFETY: as in `run_moving`; the guard is on the heap and points to nothing.
-    let mut coroutine =
-        unsafe { Builder::new().learn(false).relocating() }.spawn(move |yielder: &Yielder<i64, i64>, _| {
-            let _guard = guard;
-            // SAFETY: as in `run_moving`.
-            unsafe { entry(ptr::from_ref(yielder).cast(), 500, 0) }
-        });
-    assert_eq!(coroutine.resume(0), CoroutineResult::Yield(0));
-    assert_eq!((coroutine.growth(), coroutine.stats().growths > 0), (Growth::Relocate, true));
-    assert!(watch.upgrade().is_some());
-    drop(coroutine);
-    assert!(watch.upgrade().is_none());
 }
 
 fn result(source: &str, arguments: [i64; 2]) -> Result<i64, Trap> {

@@ -13,20 +13,23 @@
 //! - No address of a slot is computed earlier than where it is used, and no optimisation may share it:
 //!   Cranelift's would keep one `stack_addr` across calls in a register that no map mentions.
 //!
-//! What is left is never a pointer at a call: registers, spilled temporaries, slots of integers.
+//! What is left is never a pointer at a call: registers, spilled temporaries, slots of integers. So
+//! `regrow::map::cranelift` may be told that the rest of each frame is data ([`Module::link`]).
 //!
-//! A frame, and when it is touched. Between calls nothing but the prologue and the first instruction of the
-//! body can run into the guard page, and then the frame holds no pointer yet but the caller's registers:
+//! # Where the stack overflows
+//!
+//! In prologues, where a frame holds nothing yet: they probe all of the frame (`configure`). The function that `yield`
+//! calls is Rust code, of whose frame no map knows all: the stack could not move if it overflowed there. So `yield` first
+//! calls a compiled function with a large frame and nothing in it, which returns at once. What comes next
+//! has as much room as that frame had:
 //!
 //! ```text
-//!        ┌──────────────────┐
-//!        │ return address   │  the caller's call
-//!  rbp → │ caller's rbp     │  prologue
-//!        │ caller's rbx ... │  prologue
-//!        │ spilled integers │
-//!        │ pointers, locals │  explicit slots
-//!  rsp → │ 0                │  first in the body: the lowest word
-//!        └──────────────────┘
+//!   ├───────────────┤                      ├───────────────┤
+//!   │ frame of f    │                      │ frame of f    │
+//!   ├───────────────┤                      ├───────────────┤
+//!   │ frame of room │  probed: the stack   │ yield's       │
+//!   │               │  moves here, if ever │ function      │
+//!   └───────────────┘                      └───────────────┘
 //! ```
 
 use std::error::Error;
@@ -42,15 +45,21 @@ use cranelift_codegen::ir::{
     StackSlot, StackSlotData, StackSlotKind, UserExternalName, UserStackMapEntry, Value,
 };
 use cranelift_codegen::isa::{CallConv, OwnedTargetIsa, TargetIsa};
-use cranelift_codegen::settings::{self, Configurable};
+use cranelift_codegen::settings;
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
+use regrow::map;
 
 use crate::module::{Call, Module, Object};
-use crate::syntax::{Block, Expression, Function, Kind, LocalId, Operator, Program, Statement, Type};
+use crate::syntax::{
+    Block, Expression, Function, FunctionId, Kind, LocalId, Operator, Program, Statement, Type,
+};
+
+/// How many bytes the function that `yield` calls may need on the stack.
+const ROOM: u32 = 1024;
 
 /// What compiled code calls for `yield`: with the context it was entered with, and the value. Returns what
-/// `yield` evaluates to.
-pub type YieldFunction = unsafe extern "C-unwind" fn(context: *const c_void, value: i64) -> i64;
+/// `yield` evaluates to. It does not unwind.
+pub type YieldFunction = unsafe extern "C" fn(context: *const c_void, value: i64) -> i64;
 
 /// Compiles a program into executable memory.
 pub fn compile(program: &Program, yield_function: YieldFunction) -> Result<Module, Box<dyn Error>> {
@@ -63,23 +72,36 @@ pub fn compile(program: &Program, yield_function: YieldFunction) -> Result<Modul
         context.func.signature = signature(function.parameters);
         let builder = FunctionBuilder::new(&mut context.func, &mut builder_context);
         Translator::new(builder, program, function, yield_function).translate(&*isa);
-        objects.push(generate(&mut context, function, &*isa)?);
+        let parameters = function.locals[..function.parameters].iter().map(|local| local.ty).collect();
+        objects.push(generate(&mut context, &function.name, parameters, &*isa)?);
     }
-    Module::link(objects, program.main, &*isa)
+    let (room, entry) = (room_id(program), entry_id(program));
+    assert_eq!(objects.len(), room);
+    context.clear();
+    make_room(FunctionBuilder::new(&mut context.func, &mut builder_context), &*isa);
+    objects.push(generate(&mut context, "(room)", Vec::new(), &*isa)?);
+    assert_eq!(objects.len(), entry);
+    context.clear();
+    context.func.signature = signature(1);
+    enter(FunctionBuilder::new(&mut context.func, &mut builder_context), program.main, &*isa);
+    objects.push(generate(&mut context, "(entry)", Vec::new(), &*isa)?);
+    Module::link(objects, entry, &*isa)
 }
 
-/// The machine we run on, and what the stack asks of its code.
+/// Of the function that makes room; those of the program come before it.
+fn room_id(program: &Program) -> FunctionId {
+    program.functions.len()
+}
+
+/// Of the function that a program is entered by.
+fn entry_id(program: &Program) -> FunctionId {
+    room_id(program) + 1
+}
+
+/// The machine we run on, and what moving stacks ask of its code.
 fn host() -> Result<OwnedTargetIsa, Box<dyn Error>> {
     let mut flags = settings::builder();
-    // One `stack_addr` must not serve two uses with a call between them.
-    flags.set("opt_level", "none")?;
-    // A frame larger than the guard may not step over it.
-    flags.set("enable_probestack", "true")?;
-    flags.set("probestack_strategy", "inline")?;
-    flags.set("probestack_size_log2", "12")?;
-    // Frames must be found, by the relocator as by a backtrace.
-    flags.set("preserve_frame_pointers", "true")?;
-    flags.set("unwind_info", "true")?;
+    map::cranelift::configure(&mut flags)?;
     Ok(cranelift_native::builder()?.finish(settings::Flags::new(flags))?)
 }
 
@@ -94,24 +116,52 @@ fn signature(parameters: usize) -> Signature {
 /// Machine code of the function in `context`.
 fn generate(
     context: &mut Context,
-    function: &Function,
+    name: &str,
+    parameters: Vec<Type>,
     isa: &dyn TargetIsa,
 ) -> Result<Object, Box<dyn Error>> {
-    let code = context.compile(isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
-    let unwind = code.create_unwind_info(isa)?.ok_or("no unwind information")?;
-    let (bytes, stack_maps) = (code.code_buffer().to_vec(), code.buffer.user_stack_maps().to_vec());
-    let relocations = code.buffer.relocs().to_vec();
-    let calls = relocations.iter().map(|relocation| {
-        Call::new(relocation, |name| context.func.params.user_named_funcs()[name].index as usize)
-    });
-    Ok(Object {
-        name: function.name.clone(),
-        parameters: function.locals[..function.parameters].iter().map(|local| local.ty).collect(),
-        bytes,
-        calls: calls.collect::<Result<_, _>>()?,
-        stack_maps,
-        unwind,
-    })
+    context.compile(isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
+    let code = context.take_compiled_code().ok_or("no code")?;
+    let id = |name| context.func.params.user_named_funcs()[name].index as usize;
+    let calls = code.buffer.relocs().iter().map(|relocation| Call::new(relocation, id));
+    let calls = calls.collect::<Result<_, _>>()?;
+    Ok(Object { name: name.to_string(), parameters, code, calls })
+}
+
+/// Imports function `id` of the same module.
+fn import(builder: &mut FunctionBuilder<'_>, id: FunctionId, signature: Signature) -> FuncRef {
+    let signature = builder.import_signature(signature);
+    let name = UserExternalName::new(0, id as u32);
+    let name = ExternalName::user(builder.func.declare_imported_user_function(name));
+    builder.import_function(ExtFuncData { name, signature, colocated: true, patchable: false })
+}
+
+/// A function whose prologue probes [`ROOM`] bytes of stack, and that does nothing else.
+fn make_room(mut builder: FunctionBuilder<'_>, isa: &dyn TargetIsa) {
+    builder.create_sized_stack_slot(StackSlotData::new(StackSlotKind::ExplicitSlot, ROOM, 3));
+    let block = builder.create_block();
+    builder.switch_to_block(block);
+    builder.ins().return_(&[]);
+    builder.seal_all_blocks();
+    builder.finalize(isa.frontend_config());
+}
+
+/// A function of the context and the address of two words, which calls `main` with them.
+fn enter(mut builder: FunctionBuilder<'_>, main: FunctionId, isa: &dyn TargetIsa) {
+    let block = builder.create_block();
+    builder.append_block_params_for_function_params(block);
+    builder.switch_to_block(block);
+    let &[context, arguments] = builder.block_params(block) else { unreachable!("two parameters") };
+    for pointer in [context, arguments] {
+        builder.declare_value_needs_stack_map(pointer);
+    }
+    let [a, b] = [0, 8].map(|offset| builder.ins().load(I64, MemFlagsData::trusted(), arguments, offset));
+    let main = import(&mut builder, main, signature(2));
+    let call = builder.ins().call(main, &[context, a, b]);
+    let result = builder.inst_results(call)[0];
+    builder.ins().return_(&[result]);
+    builder.seal_all_blocks();
+    builder.finalize(isa.frontend_config());
 }
 
 /// Where a local lives.
@@ -129,6 +179,7 @@ struct Translator<'a> {
     yield_function: YieldFunction,
     yield_signature: SigRef,
     callees: Vec<FuncRef>,
+    room: FuncRef,
     context: Variable,
     homes: Vec<Home>,
     /// The slots in scope that hold pointers.
@@ -142,14 +193,10 @@ impl<'a> Translator<'a> {
         function: &'a Function,
         yield_function: YieldFunction,
     ) -> Self {
-        let mut callees = Vec::new();
-        for (id, callee) in program.functions.iter().enumerate() {
-            let signature = builder.import_signature(signature(callee.parameters));
-            let name = UserExternalName::new(0, id as u32);
-            let name = ExternalName::user(builder.func.declare_imported_user_function(name));
-            let data = ExtFuncData { name, signature, colocated: true, patchable: false };
-            callees.push(builder.import_function(data));
-        }
+        let callees = program.functions.iter().enumerate();
+        let callees =
+            callees.map(|(id, callee)| import(&mut builder, id, signature(callee.parameters))).collect();
+        let room = import(&mut builder, room_id(program), Signature::new(CallConv::SystemV));
         let yield_signature = builder.import_signature(signature(1));
         let context = builder.declare_var(I64);
         builder.declare_var_needs_stack_map(context);
@@ -159,6 +206,7 @@ impl<'a> Translator<'a> {
             yield_function,
             yield_signature,
             callees,
+            room,
             context,
             homes: Vec::new(),
             pointers: Vec::new(),
@@ -174,10 +222,8 @@ impl<'a> Translator<'a> {
         self.builder.finalize(isa.frontend_config());
     }
 
-    /// Touches the frame, then brings the locals into being. Two blocks, since spills of parameters go to
-    /// the beginning of theirs.
+    /// Brings the locals into being.
     fn enter(&mut self) {
-        let lowest = self.slot(); // slots lie in the order of their making, from rsp upwards
         for local in &self.function.locals {
             let home = if local.addressed { Home::Slot(self.slot()) } else { self.variable(local.ty) };
             self.homes.push(home);
@@ -185,15 +231,7 @@ impl<'a> Translator<'a> {
         let entry = self.builder.create_block();
         self.builder.append_block_params_for_function_params(entry);
         self.builder.switch_to_block(entry);
-        let zero = self.iconst(0);
-        self.builder.ins().stack_store(I64, zero, lowest, 0);
-        let arguments: Vec<_> = self.builder.block_params(entry).iter().map(|&value| value.into()).collect();
-
-        let body = self.builder.create_block();
-        let parameters: Vec<_> =
-            arguments.iter().map(|_| self.builder.append_block_param(body, I64)).collect();
-        self.builder.ins().jump(body, &arguments);
-        self.builder.switch_to_block(body);
+        let parameters = self.builder.block_params(entry).to_vec();
         self.builder.def_var(self.context, parameters[0]);
         for (local, &value) in parameters[1..].iter().enumerate() {
             self.declare_if_pointer(value, self.function.locals[local].ty);
@@ -360,18 +398,24 @@ impl<'a> Translator<'a> {
 
     fn suspend(&mut self, value: &Expression) -> Value {
         let value = self.expression(value);
+        let room = self.builder.ins().call(self.room, &[]);
+        self.keep_pointers(room);
         let context = self.builder.use_var(self.context);
         let callee = self.iconst(self.yield_function as usize as i64);
         let call = self.builder.ins().call_indirect(self.yield_signature, callee, &[context, value]);
         self.result(call)
     }
 
-    /// A call's result. Adds the slots that hold pointers to its map.
     fn result(&mut self, call: Inst) -> Value {
+        self.keep_pointers(call);
+        self.builder.inst_results(call)[0]
+    }
+
+    /// Adds the slots that hold pointers to a call's map.
+    fn keep_pointers(&mut self, call: Inst) {
         for &slot in &self.pointers {
             let entry = UserStackMapEntry { ty: I64, slot, offset: 0 };
             self.builder.func.dfg.append_user_stack_map_entry(call, entry);
         }
-        self.builder.inst_results(call)[0]
     }
 }
