@@ -2,6 +2,6 @@
 #
 #   in    r8   the resumer's rsp
 #         rdi  the word for the resumer        rsi  the outcome
-    xor     eax, eax                    # rax <- 0: the handle of a finished coroutine
+    mov     eax, 1                      # rax <- ENDED, for the handle
     mov     rsp, r8                     # the switch
     jmp     qword ptr [rsp - 8]         # lands at 2: of asm/resume.s

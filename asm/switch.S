@@ -4,6 +4,7 @@
 // src/switch.rs draws what they leave where.
 
     .intel_syntax noprefix
+    .include "frame_map.inc"
 
 // regrow_resumer: one word per thread. The stack pointer of whoever resumed the coroutine that runs
 // on this thread, 0 when none does. It lives here, in a line that is always hot, and not on the
@@ -57,6 +58,58 @@ regrow_entry_return:
     ud2                                 // an entry function ends in asm/finish.s and never returns
     .cfi_endproc
     .size   regrow_entry, . - regrow_entry
+
+// regrow_raw: the entry function of a raw coroutine (Builder::spawn_raw). Entered as any entry function, by a jump.
+//
+//   in   rdi  the word passed to the first resume    rdx  the base
+//        [[base + 16] - 16]  the function to call, rdi = base, rsi = word; its result is the coroutine's
+//
+// Its frame is one word, which holds nothing.
+    .globl  regrow_raw
+    .type   regrow_raw, @function
+    .p2align 4
+regrow_raw:
+    .cfi_startproc
+    mov     rax, [rdx + 16]             // rax <- the record
+    mov     rsi, rdi                    // argument 2 <- the word
+    mov     rdi, rdx                    // argument 1 <- the base, which is the yielder
+    sub     rsp, 8                      // aligned for the call
+    .cfi_adjust_cfa_offset 8
+    call    qword ptr [rax - 16]        // the function
+    mov     rdi, rax                    // rdi <- its result, for the resumer
+    mov     esi, 1                      // RETURNED
+    mov     r8, [rip + regrow_resumer@GOTTPOFF]
+    mov     r8, fs:[r8]                 // r8 <- the resumer's rsp
+    mov     eax, 1                      // ENDED, for the handle; from here on as in asm/finish.s
+    mov     rsp, r8
+    jmp     qword ptr [rsp - 8]
+    .cfi_endproc
+1:
+    .size   regrow_raw, . - regrow_raw
+    frame_map_range regrow_raw, 1b
+    frame_map_rest  data
+    frame_map_end
+
+// regrow_watch: where a suspend lands, instead of its resumer, after the stack has grown (src/grow/shrink.rs).
+//
+//   in   rsp  the resumer's; rax the coroutine's; rdi, rsi as for the resumer
+//   out  rax with WATCHED set; goes on to the resumer's landing, kept at [rsp - 48]
+//
+// To an unwinder that comes from the coroutine it is a frame without extent between the first frame and the resumer.
+    .globl  regrow_watch_landing
+    .type   regrow_watch, @function
+    .p2align 4
+regrow_watch:
+    .cfi_startproc
+    .cfi_signal_frame
+    .cfi_def_cfa rsp, 0
+    .cfi_offset rip, -48
+    nop                                 // some look up a return address by the byte before it
+regrow_watch_landing:
+    or      rax, 2                      // WATCHED
+    jmp     qword ptr [rsp - 48]
+    .cfi_endproc
+    .size   regrow_watch, . - regrow_watch
 
 // regrow_call_on: calls a function on another stack. Unwinders pass through it.
 //

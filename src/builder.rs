@@ -1,14 +1,17 @@
 //! How a coroutine is made: sizes, way to grow, name.
 
 use core::mem::{ManuallyDrop, MaybeUninit};
+use core::ptr;
 use std::sync::Arc;
 
 use crate::coroutine::{self, Coroutine, Yielder};
 use crate::error::Error;
-use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE};
-use crate::stack::{INLINE_CLOSURE, Record, cache, first_open};
+use crate::grow::{self, Maps, Shrink, Watch};
+use crate::site::{self, Site};
+use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE, open_bytes};
+use crate::stack::{INLINE_CLOSURE, Record, cache};
 use crate::stats::Growth;
-use crate::switch;
+use crate::switch::{self, Entry, Handle};
 
 /// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
 ///
@@ -17,6 +20,9 @@ pub const DEFAULT_MAXIMUM_IN_PLACE: usize = 256 << 10;
 
 /// The largest size of a stack that moves, unless the builder says otherwise: 256 MiB.
 pub const DEFAULT_MAXIMUM_RELOCATE: usize = 256 << 20;
+
+/// What [`Builder::spawn_raw`] starts: gets the yielder and the first value, returns the last.
+pub type RawFunction = unsafe extern "C" fn(yielder: &Yielder<usize, usize>, argument: usize) -> usize;
 
 /// Makes coroutines with other than the default properties.
 ///
@@ -37,6 +43,9 @@ pub struct Builder {
     maximum: Option<usize>,
     growth: Growth,
     name: Option<Arc<str>>,
+    shrink: Shrink,
+    maps: Maps,
+    learn: bool,
 }
 
 impl Default for Builder {
@@ -54,7 +63,15 @@ impl Builder {
     /// ```
     #[must_use]
     pub const fn new() -> Self {
-        Self { first_size: MIN_SIZE, maximum: None, growth: Growth::InPlace, name: None }
+        Self {
+            first_size: MIN_SIZE,
+            maximum: None,
+            growth: Growth::InPlace,
+            name: None,
+            shrink: Shrink::Default,
+            maps: Maps::Ambiguous,
+            learn: true,
+        }
     }
 
     /// How many bytes of stack the coroutine has to begin with: a power of two from
@@ -82,6 +99,62 @@ impl Builder {
     #[must_use]
     pub const fn maximum(mut self, bytes: usize) -> Self {
         self.maximum = Some(bytes);
+        self
+    }
+
+    /// When the stack becomes smaller by itself. Looked at when a coroutine that has grown is resumed; costs nothing
+    /// before it has.
+    ///
+    /// ```
+    /// use regrow::{Builder, Shrink, Yielder};
+    ///
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 10_000]);
+    /// }
+    /// let mut coroutine = Builder::new().shrink(Shrink::Eager).spawn(|yielder: &Yielder<(), ()>, ()| {
+    ///     deeper();
+    ///     loop {
+    ///         yielder.suspend(());
+    ///     }
+    /// });
+    /// coroutine.resume(());
+    /// assert!(coroutine.stats().size >= 8192);
+    /// coroutine.resume(());
+    /// coroutine.resume(());
+    /// assert_eq!(coroutine.stats().size, 2048);
+    /// ```
+    #[must_use]
+    pub const fn shrink(mut self, policy: Shrink) -> Self {
+        self.shrink = policy;
+        self
+    }
+
+    /// What a stack that moves must know about its frames. By default every frame needs unwind data, and words that
+    /// no stack map speaks for are judged by their value.
+    ///
+    /// ```
+    /// use regrow::{Builder, Maps};
+    /// // SAFETY: the code started from this builder keeps nothing outside its stack.
+    /// let builder = unsafe { Builder::new().relocating() }.maps(Maps::Precise);
+    /// # let _ = builder;
+    /// ```
+    #[must_use]
+    pub const fn maps(mut self, maps: Maps) -> Self {
+        self.maps = maps;
+        self
+    }
+
+    /// Whether coroutines made by the same code start with the size that earlier ones of them came to need, if that is more
+    /// than the first size. By default they do. [`spawn_sites`](crate::spawn_sites) reads what was learned.
+    ///
+    /// ```
+    /// let builder = regrow::Builder::new().learn(false);
+    /// # let _ = builder;
+    /// ```
+    #[must_use]
+    pub const fn learn(mut self, learn: bool) -> Self {
+        self.learn = learn;
         self
     }
 
@@ -173,12 +246,60 @@ impl Builder {
         Out: 'static,
         Ret: 'static,
     {
+        make(f, &self.plan()?, &self.name)
+    }
+
+    /// Makes a coroutine that runs `function` when it is first resumed, with no frame of Rust code below it.
+    ///
+    /// For compilers: the stack holds the frames of their code, and of what that calls, and nothing else, so that with
+    /// [`Maps::Precise`] and maps for all of their code it moves without a guess. `function` gets the coroutine's
+    /// yielder, to be passed to functions that suspend, and the first resume's value; it returns the last one.
+    ///
+    /// ```
+    /// use regrow::{Builder, CoroutineResult, Yielder};
+    ///
+    /// unsafe extern "C" fn compiled(yielder: &Yielder<usize, usize>, argument: usize) -> usize {
+    ///     yielder.suspend(argument + 1) * 2
+    /// }
+    /// // SAFETY: the function does not unwind, and leaves nothing behind when it is dropped.
+    /// let mut coroutine = unsafe { Builder::new().spawn_raw(compiled)? };
+    /// assert_eq!(coroutine.resume(1), CoroutineResult::Yield(2));
+    /// assert_eq!(coroutine.resume(20), CoroutineResult::Return(40));
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`try_spawn`](Self::try_spawn).
+    ///
+    /// # Safety
+    /// `function` does not unwind: a panic that leaves it ends the process. When the coroutine is dropped while it is
+    /// suspended nothing is unwound, its frames are forgotten: nothing outside may still refer to them.
+    pub unsafe fn spawn_raw(&self, function: RawFunction) -> Result<Coroutine<usize, usize, usize>, Error> {
+        let plan = Plan { raw: true, learn: false, ..self.plan()? };
+        let record = cache::take(plan.class, open_bytes(plan.first_size))?;
+        // SAFETY: the slot was taken for this plan, and a function pointer fits; asm/switch.S calls it.
+        Ok(Coroutine::from_handle(unsafe { fill(record, function, switch::regrow_raw, &plan, &self.name) }))
+    }
+
+    fn plan(&self) -> Result<Plan, Error> {
         let maximum = self.checked_maximum()?;
+        if self.growth == Growth::Relocate && self.maps != Maps::Off {
+            grow::record_unknown_code();
+        }
         let class = match self.growth {
             Growth::InPlace => Class::staying(maximum),
             Growth::Relocate => Class::moving(self.first_size),
         };
-        make(f, class, self.growth, first_open(self.first_size), maximum, &self.name)
+        Ok(Plan {
+            class,
+            growth: self.growth,
+            first_size: self.first_size,
+            maximum,
+            shrink: self.shrink,
+            maps: self.maps,
+            raw: false,
+            learn: self.learn,
+        })
     }
 
     fn checked_maximum(&self) -> Result<usize, Error> {
@@ -207,68 +328,147 @@ where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
     const MAXIMUM: usize = DEFAULT_MAXIMUM_IN_PLACE;
-    make(f, Class::staying(MAXIMUM), Growth::InPlace, first_open(MIN_SIZE), MAXIMUM, &None)
+    const PLAN: Plan = Plan {
+        class: Class::staying(MAXIMUM),
+        growth: Growth::InPlace,
+        first_size: MIN_SIZE,
+        maximum: MAXIMUM,
+        shrink: Shrink::Default,
+        maps: Maps::Ambiguous,
+        raw: false,
+        learn: true,
+    };
+    make(f, &PLAN, &None)
+}
+
+/// What a builder comes to, checked.
+#[derive(Clone, Copy)]
+struct Plan {
+    class: Class,
+    growth: Growth,
+    first_size: usize,
+    maximum: usize,
+    shrink: Shrink,
+    maps: Maps,
+    /// No Rust frames: it is not unwound.
+    raw: bool,
+    learn: bool,
 }
 
 #[inline(always)]
-fn make<In, Out, Ret, F>(
+fn make<In, Out, Ret, F>(f: F, plan: &Plan, name: &Option<Arc<str>>) -> Result<Coroutine<In, Out, Ret>, Error>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    let site = site::here!(F);
+    if plan.learn
+        && let Some(learned) = site.learned()
+    {
+        return make_learned(f, plan, name, site, learned);
+    }
+    let record = cache::take(plan.class, open_bytes(plan.first_size))?;
+    // SAFETY: the slot was taken above, for this plan.
+    let coroutine = unsafe { fill_with_closure(record, f, plan, name) };
+    // SAFETY: the same.
+    unsafe { (*record).site = if plan.learn { site } else { ptr::null() } };
+    Ok(coroutine)
+}
+
+/// As [`make`], at a site that has learned a start size.
+#[cold]
+#[inline(never)]
+fn make_learned<In, Out, Ret, F>(
     f: F,
-    class: Class,
-    growth: Growth,
-    open: usize,
-    maximum: usize,
+    plan: &Plan,
     name: &Option<Arc<str>>,
+    site: &'static Site,
+    learned: usize,
 ) -> Result<Coroutine<In, Out, Ret>, Error>
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    let record = cache::take(class, open)?;
-    if size_of::<F>() > INLINE_CLOSURE || align_of::<F>() > 16 {
-        // A closure too large for the head goes to the heap, and the box into the head.
-        let boxed = Box::new(f);
-        let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
-        // SAFETY: the slot was taken above; the box fits.
-        return Ok(unsafe { fill(record, f, growth, open, maximum, name) });
+    let first_size = learned.clamp(plan.first_size, plan.maximum);
+    let class = if plan.growth == Growth::Relocate { Class::moving(first_size) } else { plan.class };
+    let plan = Plan { class, first_size, ..*plan };
+    let record = cache::take(class, open_bytes(first_size))?;
+    // SAFETY: the slot was taken above, for this plan.
+    unsafe {
+        let coroutine = fill_with_closure(record, f, &plan, name);
+        (*record).site = site;
+        if site.count() {
+            site::send_scout(record);
+        }
+        Ok(coroutine)
     }
-    // SAFETY: the slot was taken above; the closure fits.
-    Ok(unsafe { fill(record, f, growth, open, maximum, name) })
 }
 
-/// Writes the head of a slot that was just taken.
-///
 /// # Safety
-/// The slot of `record` is the caller's and has `open` accessible bytes. `F` is at most
-/// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
+/// As for [`fill`].
 #[inline(always)]
-unsafe fn fill<In, Out, Ret, F>(
+unsafe fn fill_with_closure<In, Out, Ret, F>(
     record: *mut Record,
     f: F,
-    growth: Growth,
-    open: usize,
-    maximum: usize,
+    plan: &Plan,
     name: &Option<Arc<str>>,
 ) -> Coroutine<In, Out, Ret>
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
+    if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
+        let entry = coroutine::entry::<In, Out, Ret, F>;
+        // SAFETY: by the caller's word; the entry function takes an `F`, which fits.
+        return Coroutine::from_handle(unsafe { fill(record, f, entry, plan, name) });
+    }
+    // A closure too large for the head goes to the heap, and the box into the head.
+    let boxed = Box::new(f);
+    let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
+    // SAFETY: by the caller's word; the box fits.
+    unsafe { fill_with_boxed(record, f, plan, name) }
+}
+
+/// # Safety
+/// As for [`fill`].
+unsafe fn fill_with_boxed<In, Out, Ret, F>(
+    record: *mut Record,
+    f: F,
+    plan: &Plan,
+    name: &Option<Arc<str>>,
+) -> Coroutine<In, Out, Ret>
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+{
+    // SAFETY: by the caller's word; the entry function takes an `F`.
+    Coroutine::from_handle(unsafe { fill(record, f, coroutine::entry::<In, Out, Ret, F>, plan, name) })
+}
+
+/// Writes the head of a slot that was just taken.
+///
+/// # Safety
+/// The slot of `record` is the caller's and was taken for `plan`. `F` is what `entry` expects to find, at most
+/// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
+#[inline(always)]
+unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &Option<Arc<str>>) -> Handle {
     let place = Record::closure(record, size_of::<F>());
     let base = Record::base(record, size_of::<F>());
     // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
     // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
     unsafe {
-        (*record).first_open = open;
-        (*record).maximum = maximum;
-        (*record).old = 0;
-        (*record).growth = growth;
+        Record::clear(record);
+        (*record).first_open = open_bytes(plan.first_size);
+        (*record).maximum = plan.maximum;
+        (*record).growth = plan.growth;
+        (*record).watch = Watch::new(plan.shrink);
+        (*record).first_log = plan.first_size.trailing_zeros() as u8;
+        (*record).maps = plan.maps;
+        (*record).raw = plan.raw;
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
-        (&raw mut (*record).name).write(name.clone());
-        (*record).growths = 0;
-        (*record).bytes_copied = 0;
-        (*record).words_rewritten = 0;
-        (*record).highest = (*record).size();
+        (*record).highest = plan.first_size;
+        if name.is_some() {
+            (*record).name.clone_from(name);
+            (*record).tidy = true;
+        }
         place.cast::<MaybeUninit<ManuallyDrop<F>>>().write(MaybeUninit::new(ManuallyDrop::new(f)));
-        let handle = switch::prepare(base, record, coroutine::entry::<In, Out, Ret, F>);
-        Coroutine::from_handle(handle)
+        switch::prepare(base, record, entry)
     }
 }

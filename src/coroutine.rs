@@ -8,6 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::builder;
 use crate::error::Error;
+use crate::frames::Frames;
+use crate::grow::{self, NotMoved};
 use crate::stack::{self, Record};
 use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base, Handle, PANICKED, RESUME, RETURNED, UNWIND, Word, YIELDED};
@@ -26,7 +28,12 @@ use crate::thread;
 /// `panic = "abort"` nothing can unwind: there a suspended coroutine that is dropped is leaked.
 ///
 /// # Threads
-/// A coroutine is not `Send`. To move one to another thread regardless (in an `unsafe` wrapper) you must know that
+/// A coroutine is not `Send`:
+/// ```compile_fail,E0277
+/// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+/// std::thread::spawn(move || drop(coroutine));
+/// ```
+/// To move one to another thread regardless (in an `unsafe` wrapper) you must know that
 /// 1. everything alive on its stack may be sent to another thread (locks held by their guards may not),
 /// 2. no address of a thread-local variable is kept across a suspend, by you or by the compiler,
 /// 3. the other thread has called [`prepare_thread`](crate::prepare_thread).
@@ -165,9 +172,37 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[inline]
     #[track_caller]
     pub fn resume(&mut self, input: In) -> CoroutineResult<Out, Ret> {
-        if self.handle.sp == 0 {
+        if self.handle.is_special() {
+            return self.resume_specially(input);
+        }
+        self.run(input)
+    }
+
+    /// As [`resume`](Self::resume), for a coroutine that has ended, or whose stack has grown and is watched.
+    #[cold]
+    #[inline(never)]
+    #[track_caller]
+    fn resume_specially(&mut self, input: In) -> CoroutineResult<Out, Ret> {
+        if self.done() {
             resumed_after_end();
         }
+        if let Err(error) = self.thaw() {
+            panic!("cannot resume a frozen coroutine: {error}");
+        }
+        // SAFETY: it has not ended and is not frozen, so it is suspended.
+        unsafe { grow::before_resume(&mut self.handle) };
+        let result = self.run(input);
+        if !self.done() {
+            // SAFETY: it has suspended again.
+            unsafe { grow::after_resume(&mut self.handle) };
+        }
+        result
+    }
+
+    /// Resumes a coroutine that is suspended and nothing else.
+    #[inline(always)]
+    fn run(&mut self, input: In) -> CoroutineResult<Out, Ret> {
+        debug_assert!(!self.handle.is_special());
         let input = Transfer::new(input);
         // SAFETY: a coroutine that has not ended is suspended (running, it is borrowed by its resume), and takes an
         // `In` with `RESUME`, in its first frame as at every suspend.
@@ -194,7 +229,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         unsafe {
             let result =
                 if outcome == RETURNED { Ok(Transfer::read(word)) } else { Err(Transfer::read(word)) };
-            stack::release((*self.handle.base).record);
+            stack::release((*self.handle.base).record());
             result
         }
     }
@@ -210,7 +245,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[inline]
     #[must_use]
     pub fn done(&self) -> bool {
-        self.handle.sp == 0
+        self.handle.has_ended()
     }
 
     /// True if the coroutine has been resumed at least once.
@@ -223,8 +258,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn started(&self) -> bool {
-        // SAFETY: a coroutine that has not ended is suspended here.
-        self.done() || !unsafe { switch::is_fresh(self.handle.sp) }
+        // SAFETY: a coroutine that has neither ended nor been frozen is suspended here.
+        self.done() || self.is_frozen() || !unsafe { switch::is_fresh(self.handle.sp & !switch::WATCHED) }
     }
 
     /// How its stack grows. After the end: how it grew is no longer known, [`Growth::InPlace`].
@@ -235,6 +270,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn growth(&self) -> Growth {
+        if self.is_frozen() {
+            return Growth::Relocate;
+        }
         self.record().map_or(Growth::InPlace, |record| record.growth)
     }
 
@@ -245,7 +283,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn name(&self) -> Option<&str> {
-        self.record().and_then(|record| record.name.as_deref())
+        match self.frozen() {
+            Some(frozen) => frozen.name(),
+            None => self.record().and_then(|record| record.name.as_deref()),
+        }
     }
 
     /// Its counters. All zero after its end, when its stack may be somebody else's.
@@ -256,12 +297,186 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.record().map_or(Stats::NONE, Record::stats)
+        match self.frozen() {
+            Some(frozen) => frozen.stats(),
+            None => self.record().map_or(Stats::NONE, Record::stats),
+        }
+    }
+
+    /// Makes the stack as small as it can be with as much room as is used now, and no smaller than it was at first.
+    /// True if it became smaller. Memory below what remains goes back to the kernel.
+    ///
+    /// A stack that is [pinned](crate::pin()) does not move and stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for the smaller slot; nothing has changed then.
+    ///
+    /// ```
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 50_000]);
+    /// }
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| {
+    ///     deeper();
+    ///     yielder.suspend(());
+    /// });
+    /// coroutine.resume(());
+    /// assert!(coroutine.stats().size > 32768);
+    /// assert!(coroutine.shrink()?);
+    /// assert_eq!(coroutine.stats().size, 2048);
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    pub fn shrink(&mut self) -> Result<bool, Error> {
+        if self.done() || self.is_frozen() {
+            return Ok(false);
+        }
+        let watched = self.handle.sp & switch::WATCHED;
+        self.handle.sp &= !switch::WATCHED;
+        // SAFETY: it has not ended, so it is suspended.
+        let outcome = unsafe { grow::shrink(&mut self.handle) };
+        self.handle.sp |= watched;
+        outcome
+    }
+
+    /// Puts the coroutine's used bytes into a block of just their size and gives its stack to others. `true` if it is frozen
+    /// now; it thaws by itself when it is resumed or dropped.
+    ///
+    /// For coroutines that are parked for long: one that holds almost nothing takes some hundred bytes. Only those whose
+    /// stacks move ([`Builder::relocating`](crate::Builder::relocating)) are frozen, and only if nothing keeps the
+    /// stack in place: a [pin](crate::pin()), or a frame that may not move (see
+    /// [`last_not_moved`](Self::last_not_moved)). One that never ran, or has ended, stays as it is.
+    ///
+    /// # Errors
+    /// If there is no memory for the block; nothing has changed then.
+    ///
+    /// ```
+    /// // SAFETY: nothing is kept outside the stack.
+    /// let builder = unsafe { regrow::Builder::new().relocating() };
+    /// let mut coroutine = builder.spawn(|yielder: &regrow::Yielder<(), u32>, ()| {
+    ///     let mut number = 0;
+    ///     let reference = &mut number;
+    ///     loop {
+    ///         *reference += 1;
+    ///         yielder.suspend(*reference);
+    ///     }
+    /// #   #[allow(unreachable_code)]
+    /// #   ()
+    /// });
+    /// assert_eq!(coroutine.resume(()).yielded(), Some(1));
+    /// assert!(coroutine.freeze()?);
+    /// assert!(coroutine.is_frozen());
+    /// assert_eq!(coroutine.resume(()).yielded(), Some(2));
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    pub fn freeze(&mut self) -> Result<bool, Error> {
+        if self.done() || self.is_frozen() {
+            return Ok(self.is_frozen());
+        }
+        let watched = self.handle.sp & switch::WATCHED;
+        self.handle.sp &= !switch::WATCHED;
+        // SAFETY: it has neither ended nor been frozen, so it is suspended.
+        let outcome = unsafe { grow::freeze(&mut self.handle) };
+        if !self.is_frozen() {
+            self.handle.sp |= watched;
+        }
+        outcome
+    }
+
+    /// Brings a frozen coroutine back onto a stack now; a resume does it, too.
+    ///
+    /// # Errors
+    /// If there is no memory for a stack; it is still frozen then.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+    /// coroutine.thaw()?; // nothing to do
+    /// # Ok::<(), regrow::Error>(())
+    /// ```
+    pub fn thaw(&mut self) -> Result<(), Error> {
+        if !self.is_frozen() {
+            return Ok(());
+        }
+        // SAFETY: it is frozen.
+        unsafe { grow::thaw(&mut self.handle) }
+    }
+
+    /// True if the coroutine is [frozen](Self::freeze).
+    ///
+    /// ```
+    /// assert!(!regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).is_frozen());
+    /// ```
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.handle.sp & switch::FROZEN != 0
+    }
+
+    /// Bytes of memory that the coroutine's stack and record take: of its block if it is frozen, else of the accessible
+    /// pages of its slot, which are used only as far as they were touched. 0 after its end.
+    ///
+    /// ```
+    /// assert_eq!(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).bytes(), 4096);
+    /// ```
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self.frozen() {
+            Some(frozen) => frozen.bytes(),
+            None => self.record().map_or(0, |record| record.open),
+        }
+    }
+
+    /// Why its stack grew in place when it last did although it may move; `None` if it never did.
+    ///
+    /// ```
+    /// #[inline(never)]
+    /// fn deeper() {
+    ///     std::hint::black_box([0u8; 10_000]);
+    /// }
+    /// // SAFETY: nothing is kept outside the stack.
+    /// let builder = unsafe { regrow::Builder::new().relocating() };
+    /// let mut coroutine = builder.spawn(|yielder: &regrow::Yielder<(), ()>, ()| {
+    ///     let pin = regrow::pin();
+    ///     deeper();
+    ///     drop(pin);
+    ///     yielder.suspend(());
+    /// });
+    /// coroutine.resume(());
+    /// assert_eq!(coroutine.last_not_moved().unwrap().reason, regrow::Reason::Pinned);
+    /// ```
+    #[must_use]
+    pub fn last_not_moved(&self) -> Option<NotMoved> {
+        self.record().and_then(|record| record.not_moved)
+    }
+
+    /// The frames on its stack, to look at: a table when printed, plain data otherwise. Reads unwind tables and the
+    /// program's symbols: slow.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+    /// coroutine.resume(());
+    /// let frames = coroutine.frames();
+    /// println!("{frames}");
+    /// assert_eq!(frames.frames.iter().map(|frame| frame.size).sum::<usize>(), frames.used);
+    /// ```
+    #[must_use]
+    pub fn frames(&self) -> Frames {
+        if self.done() {
+            return Frames::finished();
+        }
+        if self.is_frozen() {
+            return Frames::frozen(self.name().map(str::to_owned), self.stats());
+        }
+        // SAFETY: it has not ended, so it is suspended.
+        unsafe { Frames::of_suspended(self.handle.sp & !switch::WATCHED, self.handle.base) }
+    }
+
+    fn frozen(&self) -> Option<&grow::Frozen> {
+        // SAFETY: a block is the coroutine's as long as the handle says so.
+        grow::block(&self.handle).map(|block| unsafe { block.as_ref() })
     }
 
     fn record(&self) -> Option<&Record> {
-        // SAFETY: a coroutine that has not ended has its record; it is written only while it runs.
-        (!self.done()).then(|| unsafe { &*(*self.handle.base).record })
+        // SAFETY: a coroutine that has neither ended nor been frozen has its record; it is written only while it runs.
+        (!self.done() && !self.is_frozen()).then(|| unsafe { &*(*self.handle.base).record() })
     }
 
     /// Unwinds the frames of a suspended coroutine.
@@ -273,7 +488,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         // the stack cannot grow; there is nobody to tell, and it may not need to.
         let _ = thread::prepare();
         for _ in 0..PATIENCE {
-            // SAFETY: as in `resume`; with `UNWIND` no value is passed.
+            self.handle.sp &= !switch::WATCHED;
+            // SAFETY: as in `run`; with `UNWIND` no value is passed.
             let (word, outcome) = unsafe { switch::resume(&mut self.handle, Word::uninit(), UNWIND) };
             if outcome == YIELDED {
                 // SAFETY: with this outcome comes an `Out`.
@@ -293,7 +509,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
 impl<In, Out, Ret> Drop for Coroutine<In, Out, Ret> {
     #[inline]
     fn drop(&mut self) {
-        if self.handle.sp != 0 {
+        if !self.done() {
             self.drop_unfinished();
         }
     }
@@ -302,7 +518,19 @@ impl<In, Out, Ret> Drop for Coroutine<In, Out, Ret> {
 impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[cold]
     fn drop_unfinished(&mut self) {
+        if self.thaw().is_err() {
+            return; // without memory to unwind it on it is leaked, like a coroutine that is forgotten
+        }
+        self.handle.sp &= !switch::WATCHED;
         if self.started() {
+            // SAFETY: it has not ended; whoever made a raw coroutine said that its frames may be forgotten.
+            unsafe {
+                let record = (*self.handle.base).record();
+                if (*record).raw {
+                    self.handle.sp = switch::ENDED;
+                    return stack::release(record);
+                }
+            }
             if cfg!(panic = "unwind") {
                 self.unwind();
             }
@@ -310,8 +538,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
         // SAFETY: it never ran, so its closure is where the builder put it, and nothing else is on its stack.
         unsafe {
-            let record = (*self.handle.base).record;
-            self.handle.sp = 0;
+            let record = (*self.handle.base).record();
+            self.handle.sp = switch::ENDED;
             // The stack is given back even if the closure's destructor panics.
             let release = OnDrop(|| stack::release(record));
             ((*record).drop_closure)(record.cast());
@@ -403,7 +631,7 @@ where
     let run = || {
         // SAFETY: the first resume brings an `In`; the builder put an `F` at this place, and it is taken once.
         let (input, f) = unsafe {
-            (Transfer::<In>::read(word), Record::closure(base.record, size_of::<F>()).cast::<F>().read())
+            (Transfer::<In>::read(word), Record::closure(base.record(), size_of::<F>()).cast::<F>().read())
         };
         f(yielder, input)
     };
@@ -517,5 +745,5 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 #[must_use]
 pub fn current_stats() -> Option<Stats> {
     // SAFETY: the running coroutine's handle is with its resumer, who waits, and its record is accessible.
-    switch::running().map(|handle| unsafe { (*(*(*handle).base).record).stats() })
+    switch::running().map(|handle| unsafe { (*(*(*handle).base).record()).stats() })
 }

@@ -44,6 +44,13 @@ pub enum Error {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// A coroutine cannot have as much stack as it asked for; see [`reserve`](crate::reserve).
+    Room {
+        /// How many bytes it asked for.
+        bytes: usize,
+        /// Its maximum, in bytes.
+        maximum: usize,
+    },
     /// The fault handler could not be installed.
     Handler {
         /// The kernel's answer.
@@ -75,6 +82,11 @@ impl fmt::Display for Error {
                 f,
                 "too many memory mappings ({source}): this kernel has no MADV_GUARD_INSTALL (Linux 6.13), so each stack \
                  takes two mappings; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
+            ),
+            Self::Room { bytes, maximum } => write!(
+                f,
+                "no room for {bytes} more bytes of stack (maximum {maximum}): raise Builder::maximum, or, if the stack is \
+                 pinned or has a frame that may not move, start it larger with Builder::first_size"
             ),
             Self::Handler { source } => write!(
                 f,

@@ -42,8 +42,12 @@ compile_error!(
 mod builder;
 mod coroutine;
 mod error;
+pub mod frames;
 mod grow;
+pub mod map;
+mod pin;
 mod report;
+mod site;
 mod stack;
 mod stats;
 mod switch;
@@ -52,9 +56,13 @@ mod thread;
 #[cfg(feature = "torture")]
 pub mod torture;
 
-pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE};
+pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE, RawFunction};
 pub use coroutine::{Coroutine, CoroutineResult, Yielder, current_stats};
 pub use error::Error;
+pub use frames::Frames;
+pub use grow::{Maps, NotMoved, Reason, Shrink, not_moved, reserve};
+pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
+pub use site::{SpawnSite, spawn_sites};
 pub use stack::class::{MAX_SIZE, MIN_SIZE};
-pub use stats::{Growth, LastGrowth, Stats, Totals, totals};
+pub use stats::{Growth, LastGrowth, Stats, Totals, WordsByMap, totals};
 pub use thread::{prepare_thread, signals_on_coroutine_stacks};

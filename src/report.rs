@@ -39,6 +39,12 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, contex
             Name(record)
         ),
     };
+    // SAFETY: as above.
+    if let (Refusal::Slack, Some(not_moved)) = (why, unsafe { (*record).not_moved }) {
+        let _ = write!(out, "  not moved: {:?}, at ", not_moved.reason);
+        let _ = symbol::describe(not_moved.frame, &mut out);
+        let _ = writeln!(out);
+    }
     let _ = writeln!(out, "\n{} [running]:", Name(record));
     frames(&mut out, context.rip());
     out.abort()
@@ -46,18 +52,27 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, contex
 
 /// A pointer to where a stack used to be was used.
 pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
-    let record = Record::at(old.current().end());
-    // SAFETY: the slot a chain of old slots leads to holds a live stack, whose record is accessible. If its
-    // coroutine ends on another thread in this very moment the report is wrong, not the program.
-    let below_top = unsafe { old.end() - usize::from((*record).base_offset) }.wrapping_sub(address);
     let mut out = Stderr::new();
-    let _ = writeln!(
-        out,
-        "regrow: stale pointer into the stack of {}\nfatal error: address {address:#x} is where that stack was before it \
-         moved, {below_top} bytes below its top; it is now at {:#x}",
-        Name(record),
-        old.current().end() - (old.end() - address),
-    );
+    let live = old.current();
+    if live.is_old() {
+        let _ = writeln!(
+            out,
+            "regrow: stale pointer into the stack of a frozen coroutine\nfatal error: address {address:#x} is where that \
+             stack was before it moved"
+        );
+    } else {
+        let record = Record::at(live.end());
+        // SAFETY: the slot that old slots lead to holds a live stack, whose record is accessible. If its coroutine
+        // ends on another thread in this very moment the report is wrong, not the program.
+        let below_top = unsafe { old.end() - usize::from((*record).base_offset) }.wrapping_sub(address);
+        let _ = writeln!(
+            out,
+            "regrow: stale pointer into the stack of {}\nfatal error: address {address:#x} is where that stack was before \
+             it moved, {below_top} bytes below its top; it is now at {:#x}",
+            Name(record),
+            live.end() - (old.end() - address),
+        );
+    }
     let registers = context.general();
     let nearest = (0..NAMES.len())
         .filter(|&at| (old.start()..old.end()).contains(&registers[at]))

@@ -42,6 +42,8 @@ pub struct LastGrowth {
 pub struct Stats {
     /// How often the stack grew, either way.
     pub growths: u64,
+    /// How often it became smaller.
+    pub shrinks: u64,
     /// Bytes copied by moving.
     pub bytes_copied: u64,
     /// Words rewritten by moving.
@@ -57,7 +59,27 @@ pub struct Stats {
 impl Stats {
     /// Of a coroutine that has ended.
     pub(crate) const NONE: Self =
-        Self { growths: 0, bytes_copied: 0, words_rewritten: 0, size: 0, highest: 0, last: None };
+        Self { growths: 0, shrinks: 0, bytes_copied: 0, words_rewritten: 0, size: 0, highest: 0, last: None };
+}
+
+/// How many words of moved frames were what, by their maps; part of [`Totals`].
+///
+/// With [`Maps::Precise`](crate::Maps::Precise) nothing is ambiguous, with [`Maps::Off`](crate::Maps::Off) everything.
+///
+/// ```
+/// let words = regrow::totals().words_by_map;
+/// assert!(words.elsewhere <= words.pointers);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WordsByMap {
+    /// Pointers.
+    pub pointers: u64,
+    /// Of these, how many did not point into their stack, and were left alone: null, the heap, another stack.
+    pub elsewhere: u64,
+    /// Data.
+    pub data: u64,
+    /// Judged by their value.
+    pub ambiguous: u64,
 }
 
 /// Counters of the process since it started; see [`totals`].
@@ -67,18 +89,27 @@ pub struct Totals {
     pub moves: u64,
     /// Growths in place.
     pub in_place: u64,
+    /// How often stacks became smaller.
+    pub shrinks: u64,
     /// Bytes copied.
     pub bytes_copied: u64,
     /// Words rewritten.
     pub words_rewritten: u64,
+    /// Words of frames looked at by moves, by what their frames' maps say of them.
+    pub words_by_map: WordsByMap,
     /// The largest size any stack has reached, in bytes.
     pub highest: usize,
 }
 
 static MOVES: AtomicU64 = AtomicU64::new(0);
 static IN_PLACE: AtomicU64 = AtomicU64::new(0);
+static SHRINKS: AtomicU64 = AtomicU64::new(0);
 static BYTES_COPIED: AtomicU64 = AtomicU64::new(0);
 static WORDS_REWRITTEN: AtomicU64 = AtomicU64::new(0);
+static POINTERS: AtomicU64 = AtomicU64::new(0);
+static ELSEWHERE: AtomicU64 = AtomicU64::new(0);
+static DATA: AtomicU64 = AtomicU64::new(0);
+static AMBIGUOUS: AtomicU64 = AtomicU64::new(0);
 static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 
 /// Reads the process-wide counters. They are updated by growths only, never by a switch.
@@ -96,10 +127,30 @@ pub fn totals() -> Totals {
     Totals {
         moves: MOVES.load(Ordering::Relaxed),
         in_place: IN_PLACE.load(Ordering::Relaxed),
+        shrinks: SHRINKS.load(Ordering::Relaxed),
         bytes_copied: BYTES_COPIED.load(Ordering::Relaxed),
         words_rewritten: WORDS_REWRITTEN.load(Ordering::Relaxed),
+        words_by_map: WordsByMap {
+            pointers: POINTERS.load(Ordering::Relaxed),
+            elsewhere: ELSEWHERE.load(Ordering::Relaxed),
+            data: DATA.load(Ordering::Relaxed),
+            ambiguous: AMBIGUOUS.load(Ordering::Relaxed),
+        },
         highest: HIGHEST.load(Ordering::Relaxed),
     }
+}
+
+/// Adds the words of one move.
+pub(crate) fn count_words(words: &WordsByMap) {
+    POINTERS.fetch_add(words.pointers, Ordering::Relaxed);
+    ELSEWHERE.fetch_add(words.elsewhere, Ordering::Relaxed);
+    DATA.fetch_add(words.data, Ordering::Relaxed);
+    AMBIGUOUS.fetch_add(words.ambiguous, Ordering::Relaxed);
+}
+
+/// Adds one shrink to the process-wide counters.
+pub(crate) fn count_shrink() {
+    SHRINKS.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Adds one growth to the process-wide counters.

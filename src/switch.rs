@@ -10,6 +10,7 @@
 //!   R - 24   rbx                                S - 24   rbx
 //!   R - 32   address of the Handle
 //!   R - 40   the resumer's own resumer
+//!   R - 48   where regrow_watch goes on, if the stack has grown since
 //! ```
 //!
 //! A coroutine that never ran looks suspended in its first frame, at the base of its stack:
@@ -32,17 +33,41 @@
 
 use core::arch::asm;
 use core::cell::Cell;
+use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
+use crate::map::{Register, Registers};
 use crate::stack::Record;
 
 /// What the owner of a coroutine keeps of it: two words.
 #[repr(C)]
 pub(crate) struct Handle {
-    /// The coroutine's stack pointer while it is suspended, 0 once it has ended.
+    /// The coroutine's stack pointer while it is suspended, a multiple of 16. [`ENDED`] once it has ended;
+    /// with [`WATCHED`] added if something is to be done before it is resumed.
     pub sp: usize,
     /// The outermost frame, at the top of its stack.
     pub base: *mut Base,
+}
+
+/// The `sp` of a coroutine that has ended (asm/finish.s).
+pub(crate) const ENDED: usize = 1;
+/// Set in the `sp` of a coroutine whose stack has grown (`regrow_watch` in asm/switch.S, src/grow/shrink.rs).
+pub(crate) const WATCHED: usize = 2;
+
+/// Set in the `sp` of a frozen coroutine, which is the address of its block (src/grow/freeze.rs).
+pub(crate) const FROZEN: usize = 4;
+
+impl Handle {
+    /// True if the coroutine cannot just be resumed.
+    #[inline(always)]
+    pub fn is_special(&self) -> bool {
+        self.sp & 15 != 0
+    }
+
+    #[inline(always)]
+    pub fn has_ended(&self) -> bool {
+        self.sp & ENDED != 0
+    }
 }
 
 /// The outermost frame of a coroutine. A `Yielder` is a reference to it.
@@ -53,7 +78,18 @@ pub(crate) struct Base {
     /// A fixed address inside `regrow_entry`.
     pub return_address: usize,
     /// Where the stack's record lies; rewritten like any other word when the stack moves.
-    pub record: *mut Record,
+    record: *mut c_void,
+}
+
+impl Base {
+    #[inline(always)]
+    pub fn record(&self) -> *mut Record {
+        self.record.cast()
+    }
+
+    pub fn set_record(&mut self, record: *mut Record) {
+        self.record = record.cast();
+    }
 }
 
 /// What a switch carries: a value, or the address of one on the other side's stack. Possibly
@@ -78,6 +114,9 @@ pub(crate) type Entry = unsafe extern "C" fn(word: Word, command: usize, base: &
 unsafe extern "C" {
     fn regrow_entry();
     fn regrow_entry_return();
+    fn regrow_watch_landing();
+    /// The entry function of a raw coroutine: it calls the function whose address is where a closure would be.
+    pub(crate) fn regrow_raw(word: Word, command: usize, base: &Base) -> !;
 }
 
 /// Writes the first frame of a coroutine below and into `base`, and returns its handle.
@@ -90,12 +129,23 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
     let word = base.cast::<usize>();
     // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
     unsafe {
-        (*base).return_address = regrow_entry_return as *const () as usize;
-        (*base).record = record;
+        restore_base(base, record);
         word.sub(1).write(regrow_entry as *const () as usize);
         word.sub(3).write(entry as usize);
     }
     Handle { sp: base as usize, base }
+}
+
+/// Writes the base of a stack anew, but for the link, which the next resume writes.
+///
+/// # Safety
+/// `base` is writable and nobody else's; `record` is the record of that stack.
+pub(crate) unsafe fn restore_base(base: *mut Base, record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        (*base).return_address = regrow_entry_return as *const () as usize;
+        (*base).record = record.cast();
+    }
 }
 
 /// True if the coroutine suspended at `sp` has not run yet.
@@ -105,6 +155,16 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
 pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
     // SAFETY: a suspended stack keeps where it continues right below its stack pointer.
     unsafe { (sp as *const usize).sub(1).read() == regrow_entry as *const () as usize }
+}
+
+/// The registers that the coroutine suspended at `sp` goes on with: what its suspend left, as drawn above.
+///
+/// # Safety
+/// `sp` is the stack pointer of a suspended coroutine.
+pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
+    // SAFETY: by the caller's word, these three words are there.
+    let left = |below: usize| unsafe { ((sp - below) as *const usize).read() };
+    Registers::new(left(8), sp).with(Register::RBP, left(16)).with(Register::RBX, left(24))
 }
 
 /// Resumes the coroutine of `handle`; returns its word and the outcome.
@@ -170,6 +230,28 @@ pub(crate) unsafe fn finish(word: Word, outcome: usize) -> ! {
     }
 }
 
+/// Calls `function` with `argument` and this stack's `rsp`, on the stack that ends at `end`, and goes on with the `rsp` that
+/// it returns: the function may move this stack, which looks like a suspended coroutine's to it.
+///
+/// # Safety
+/// The other stack is accessible, its end a multiple of 16, and nobody's meanwhile. The function returns where this
+/// stack's `rsp` is, and does not unwind.
+#[inline(always)]
+pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, usize) -> usize, end: usize) {
+    // SAFETY: the operands are those that asm/hop.s names; the function keeps what calls keep, and the rest is
+    // declared clobbered.
+    unsafe {
+        asm!(
+            include_str!("../asm/hop.s"),
+            inout("rdi") argument => _,
+            inout("rsi") function => _,
+            inout("rdx") end => _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            clobber_abi("sysv64"),
+        );
+    }
+}
+
 /// The stack pointer of whoever resumed the coroutine that runs on this thread; 0 if none runs.
 ///
 /// Not a pure function: it changes at every switch, and with the thread, so it is read anew each time.
@@ -195,6 +277,31 @@ pub(crate) fn running() -> Option<*mut Handle> {
         // SAFETY: a non-zero resumer waits in asm/resume.s.
         sp => Some(unsafe { handle_of(sp) }),
     }
+}
+
+/// Lets the next suspend of the running coroutine set [`WATCHED`] in its handle.
+pub(crate) fn watch_running() {
+    let resumer = resumer() as *mut usize;
+    if resumer.is_null() {
+        return;
+    }
+    let watch = regrow_watch_landing as *const () as usize;
+    // SAFETY: a resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
+    unsafe {
+        let landing = resumer.sub(1);
+        if *landing != watch {
+            *resumer.sub(6) = *landing;
+            *landing = watch;
+        }
+    }
+}
+
+/// The record of the coroutine that runs, if one does. It lies in the window of the stack: when the stack moves, so
+/// does this pointer.
+#[inline(always)]
+pub(crate) fn running_record() -> Option<*mut Record> {
+    // SAFETY: the running coroutine's handle is with its resumer, who waits; its base is accessible.
+    running().map(|handle| unsafe { (*(*handle).base).record() })
 }
 
 /// The base of the coroutine that runs.

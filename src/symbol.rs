@@ -15,37 +15,39 @@ use object::read::elf::{FileHeader, ProgramHeader, Sym};
 /// Writes `0x1234 function+0x10 (file)`, as much of it as can be found.
 pub(crate) fn describe(pc: usize, out: &mut impl Write) -> fmt::Result {
     write!(out, "{pc:#x} ")?;
-    let mut line = [0; LINE];
-    let Some(mapping) = Mapping::of(pc, &mut line) else { return out.write_str("(no mapping)") };
-    let Ok(path) = CStr::from_bytes_until_nul(mapping.path) else { return out.write_str("?") };
-    let name = path.to_str().unwrap_or("?");
-    match File::open(path) {
-        Some(file) => function(file.bytes(), pc - mapping.start + mapping.offset, out)?,
-        None => out.write_str("?")?,
-    }
-    write!(out, " ({})", name.rsplit('/').next().unwrap_or(name))
+    look_up(pc, |found| {
+        let Some(file) = found.file else { return out.write_str("(no mapping)") };
+        match found.function {
+            Some((name, into)) => write!(out, "{:#}+{into:#x}", rustc_demangle::demangle(name))?,
+            None => out.write_str("?")?,
+        }
+        write!(out, " ({})", file.rsplit('/').next().unwrap_or(file))
+    })
 }
 
-/// Writes the name of the function at `pc`, nothing if it cannot be found.
-#[cfg(feature = "torture")]
-pub(crate) fn name(pc: usize, out: &mut impl Write) -> fmt::Result {
-    let mut line = [0; LINE];
-    let file = Mapping::of(pc, &mut line).and_then(|mapping| {
-        let path = CStr::from_bytes_until_nul(mapping.path).ok()?;
-        Some((File::open(path)?, pc - mapping.start + mapping.offset))
-    });
-    match file.as_ref().and_then(|(file, offset)| find(file.bytes(), *offset as u64)) {
-        Some((name, _)) => write!(out, "{:#}", rustc_demangle::demangle(name)),
-        None => Ok(()),
-    }
+/// The name of the function at `pc`, for use outside the fault handler.
+pub(crate) fn name(pc: usize) -> Option<String> {
+    look_up(pc, |found| found.function.map(|(name, _)| format!("{:#}", rustc_demangle::demangle(name))))
 }
 
-/// Writes the function at an offset in an ELF file.
-fn function(elf: &[u8], offset: usize, out: &mut impl Write) -> fmt::Result {
-    match find(elf, offset as u64) {
-        Some((name, into)) => write!(out, "{:#}+{into:#x}", rustc_demangle::demangle(name)),
-        None => out.write_str("?"),
-    }
+/// What is known of a code address.
+struct Found<'a> {
+    /// The path of the file it comes from.
+    file: Option<&'a str>,
+    /// The function's symbol, and how far into it the address is.
+    function: Option<(&'a str, u64)>,
+}
+
+/// Looks an address up, and passes on what it is while the files are open.
+fn look_up<R>(pc: usize, then: impl FnOnce(Found<'_>) -> R) -> R {
+    let mut line = [0; LINE];
+    let Some(mapping) = Mapping::of(pc, &mut line) else { return then(Found { file: None, function: None }) };
+    let path = CStr::from_bytes_until_nul(mapping.path).unwrap_or_default();
+    let file = path.to_str().ok();
+    let offset = (pc - mapping.start + mapping.offset) as u64;
+    let opened = File::open(path);
+    let function = opened.as_ref().and_then(|opened| find(opened.bytes(), offset));
+    then(Found { file, function })
 }
 
 /// The name of the function at an offset in an ELF file, and how far into it that is. By the lower of `object`'s

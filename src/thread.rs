@@ -97,6 +97,12 @@ fn is_installed(stack: usize) -> bool {
     }
 }
 
+/// The end of this thread's signal stack, for other short work that must not be on the current stack.
+pub(crate) fn signal_stack_end() -> Option<usize> {
+    let stack = SIGNAL_STACK.get();
+    (stack != 0).then(|| stack + PAGE + stack_size())
+}
+
 fn stack_size() -> usize {
     // SAFETY: reads the auxiliary vector.
     let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;

@@ -186,12 +186,25 @@ global_asm!(
     // writes `distance` bytes below rsp, and stores them again.
     ".globl regrow_test_registers",
     "regrow_test_registers:",
+    ".cfi_startproc",
     "push rbx",
+    ".cfi_def_cfa_offset 16",
+    ".cfi_offset rbx, -16",
     "push rbp",
+    ".cfi_def_cfa_offset 24",
+    ".cfi_offset rbp, -24",
     "push r12",
+    ".cfi_def_cfa_offset 32",
+    ".cfi_offset r12, -32",
     "push r13",
+    ".cfi_def_cfa_offset 40",
+    ".cfi_offset r13, -40",
     "push r14",
+    ".cfi_def_cfa_offset 48",
+    ".cfi_offset r14, -48",
     "push r15",
+    ".cfi_def_cfa_offset 56",
+    ".cfi_offset r15, -56",
     "neg rsi",
     "mov rax, [rdi]",
     "mov rbx, [rdi + 8]",
@@ -227,10 +240,12 @@ global_asm!(
     "pop rbp",
     "pop rbx",
     "ret",
+    ".cfi_endproc",
     // regrow_test_red_zone(words: *mut [u64; 16], distance) -> rsp: a leaf function that keeps 16 words in the red
     // zone, every second one a pointer to itself, writes `distance` bytes below rsp, and copies the 16 words out.
     ".globl regrow_test_red_zone",
     "regrow_test_red_zone:",
+    ".cfi_startproc",
     ".irp i, 1, 3, 5, 7, 9, 11, 13, 15",
     "lea rax, [rsp - 8 * \\i]",
     "mov [rsp - 8 * \\i], rax",
@@ -244,11 +259,16 @@ global_asm!(
     ".endr",
     "mov rax, rsp",
     "ret",
+    ".cfi_endproc",
     // regrow_test_rbp_frames(depth) -> sum: recursion with rbp-based frames and rbp-based stores into them.
     ".globl regrow_test_rbp_frames",
     "regrow_test_rbp_frames:",
+    ".cfi_startproc",
     "push rbp",
+    ".cfi_def_cfa_offset 16",
+    ".cfi_offset rbp, -16",
     "mov rbp, rsp",
+    ".cfi_def_cfa_register rbp",
     "sub rsp, 112",
     "mov [rbp - 112], rdi", // the lowest word first: the store that meets the guard is based on rbp
     "lea rax, [rbp - 112]",
@@ -263,9 +283,16 @@ global_asm!(
     "add rax, [rdx]",
     "leave",
     "ret",
+    ".cfi_endproc",
     // regrow_test_pushes(n) -> sum: pushes n, n - 1, ..., 1, then takes them off again.
     ".globl regrow_test_pushes",
     "regrow_test_pushes:",
+    ".cfi_startproc",
+    "push rbp",
+    ".cfi_def_cfa_offset 16",
+    ".cfi_offset rbp, -16",
+    "mov rbp, rsp",
+    ".cfi_def_cfa_register rbp",
     "mov rcx, rdi",
     "xor eax, eax",
     "2: push rcx",
@@ -275,7 +302,9 @@ global_asm!(
     "add rax, rdx",
     "dec rdi",
     "jnz 3b",
+    "pop rbp",
     "ret",
+    ".cfi_endproc",
 );
 
 unsafe extern "C" {
@@ -333,7 +362,7 @@ fn the_red_zone_moves_too() {
 #[test]
 fn frames_based_on_rbp_survive() {
     for builder in both_ways() {
-        for depth in [10, 17, 30, 100, 200] {
+        for depth in [10, 17, 30, 100, 300, 10_000] {
             // SAFETY: it keeps the calling convention, and has a stack that grows.
             let sum = run(&builder, move || unsafe { regrow_test_rbp_frames(depth) });
             assert_eq!(sum, depth * (depth + 1) / 2, "{builder:?}");
@@ -796,7 +825,7 @@ fn integers_that_look_like_other_addresses_stay() {
         addresses.push(neighbour.resume(()).yielded().unwrap());
         neighbours.push(neighbour);
     }
-    for builder in [relocating(), Builder::new()] {
+    for builder in [relocating(), Builder::new().learn(false)] {
         let addresses = addresses.clone();
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let mut in_frame = [0; 32];
@@ -821,6 +850,33 @@ fn integers_that_look_like_other_addresses_stay() {
     fn addresses_on_this_thread() {}
 }
 
+/// A word need not be one value. Where a small one was stored over part of a dead pointer the word as a whole
+/// still looks like a pointer into the stack.
+#[test]
+fn small_values_over_dead_pointers_stay() {
+    for builder in both_ways() {
+        run(&builder, || {
+            let mut words = [0u64; 64];
+            let at = &raw mut words[0];
+            for (n, word) in words.iter_mut().enumerate() {
+                *word = black_box(at) as u64;
+                // SAFETY: the low bytes of a word, on a little-endian machine.
+                unsafe { (&raw mut *word).cast::<u16>().write_volatile(0x0401 * n as u16) };
+            }
+            black_box(&mut words);
+            let mut seen = 0;
+            for size in [9000, 20_000, 60_000, 200_000] {
+                // SAFETY: it keeps the calling convention, and has a stack that grows.
+                unsafe { regrow_test_pushes(size / 8) };
+                seen += 1;
+                let low = words.map(|word| black_box(word) as u16);
+                assert_eq!(low, std::array::from_fn(|n| 0x0401 * n as u16));
+                assert!(growths() >= seen);
+            }
+        });
+    }
+}
+
 #[test]
 fn alignment_is_kept_by_moves() {
     #[repr(align(64))]
@@ -842,6 +898,39 @@ fn alignment_is_kept_by_moves() {
             });
         }
     }
+}
+
+/// Larger than a page, a frame is probed page by page; the register that holds where that ends may point
+/// far outside the stack as it is.
+#[test]
+fn frames_much_larger_than_the_stack_survive() {
+    #[inline(never)]
+    fn large<const N: usize>(caller: &mut usize) -> usize {
+        let bytes = black_box([7u8; N]);
+        *caller += N;
+        bytes.iter().map(|&byte| usize::from(byte)).sum()
+    }
+
+    fn of<const N: usize>() {
+        for builder in both_ways() {
+            for steps in 0..20 {
+                run(&builder, move || {
+                    let mut caller = steps;
+                    below(steps, &mut || assert_eq!(large::<N>(&mut caller), 7 * N));
+                    assert_eq!(caller, steps + N);
+                    assert!(growths() > 0);
+                    assert!(
+                        current_stats().unwrap().size <= 8 * N.next_power_of_two(),
+                        "no more than it needs"
+                    );
+                });
+            }
+        }
+    }
+    of::<9_000>();
+    of::<20_000>();
+    of::<100_000>();
+    of::<1_000_000>();
 }
 
 #[test]

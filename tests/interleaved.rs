@@ -22,14 +22,14 @@ struct Node<'a> {
 #[inline(never)]
 fn work(state: &mut u64, depth: usize, caller: Option<&Node<'_>>, pause: &mut dyn FnMut(u64)) -> u64 {
     let node = black_box(Node { caller, words: std::array::from_fn(|_| random(state)) });
-    if random(state) % 16 == 0 {
+    if random(state).is_multiple_of(16) {
         pause(node.words[0]);
     }
     let below = match depth {
         0 => checksum(Some(&node)),
         _ => work(state, depth - 1, Some(&node), pause),
     };
-    if random(state) % 32 == 0 {
+    if random(state).is_multiple_of(32) {
         pause(below);
     }
     below ^ checksum(Some(&node)).rotate_left(7)
@@ -63,7 +63,7 @@ fn expected(seed: u64, n: usize) -> (u64, u64) {
 }
 
 fn interleave(seed: u64) {
-    let builders = [relocating(), Builder::new()];
+    let builders = [relocating(), Builder::new().learn(false)];
     let mut live: Vec<(usize, u64, Coroutine<(), u64, u64>)> = (0..COROUTINES)
         .map(|n| {
             let coroutine = builders[n % 2].spawn(move |yielder: &Yielder<(), u64>, ()| {

@@ -25,6 +25,9 @@ pub(crate) const NAMES: [&str; 16] = [
 /// Where a register is in `gregs`, by its number in instructions: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ...
 pub(crate) const PLACE: [usize; 16] = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7];
 
+/// The same by their DWARF numbers: rax, rdx, rcx, rbx, rsi, rdi, rbp, rsp, r8 ...
+pub(super) const DWARF_PLACE: [usize; 16] = [13, 12, 14, 11, 9, 8, 10, 15, 0, 1, 2, 3, 4, 5, 6, 7];
+
 const WORD: usize = size_of::<usize>();
 const X87: usize = 32 / WORD;
 const LEGACY_END: usize = 416 / WORD;

@@ -21,8 +21,8 @@ use core::ptr;
 use std::io;
 
 use super::context::{Context, PLACE};
-use super::point::{is_growth_point, probe_loop_end};
-use super::{Fault, grow};
+use super::point::{Point, call_length, growth_point, probe_loop_end};
+use super::{Fault, grow, relocate};
 use crate::error::Error;
 use crate::report;
 use crate::stack::{Record, Slot, class::MAX_SIZE};
@@ -96,6 +96,8 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
     let (code, address, mut context) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     // A code of 0 or less: sent by a process, not by the processor.
+    #[cfg(feature = "torture")]
+    let _in_place = crate::torture::instruction_in_its_place(&mut context);
     if code <= 0 || !(caught(address, &mut context) || serve(address, context)) {
         // SAFETY: these are the arguments we were called with.
         unsafe { chain(signal, info, raw) };
@@ -124,7 +126,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     let Some(handle) = switch::running() else { return false };
     // SAFETY: the handle of a running coroutine is with its resumer, who waits; base and record are at
     // the top of the running stack, which is accessible.
-    let record = unsafe { (*(*handle).base).record };
+    let record = unsafe { (*(*handle).base).record() };
     let rsp = context.rsp();
     let on_its_stack = rsp >= slot.start() && rsp <= slot.end();
     if slot.end() != Record::end(record) || !on_its_stack {
@@ -136,7 +138,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     }
     // SAFETY: only bytes of the instruction that just ran are read, and of the one that follows a store.
     let byte = |at| unsafe { *((rip + at) as *const u8) };
-    let growth_point = is_growth_point(byte);
+    let growth_point = is_growth_point(rip, byte);
     if address + RED_ZONE < rsp && !growth_point {
         return false; // below everything the frame may use: a wild pointer that happens to hit our guard
     }
@@ -144,6 +146,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     if address >= slot.end() - unsafe { (*record).open } {
         return false; // accessible as far as we know: somebody else protected it
     }
+    let call_length = call_length(byte);
     let loop_end = if growth_point { probe_loop_end(byte).map(|number| PLACE[number]) } else { None };
     // What the code is about to use: for a large frame its lower end, which saves growing page by page.
     let lowest = match loop_end.map(|place| context.general()[place]) {
@@ -151,8 +154,19 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
         _ => address,
     };
     // SAFETY: the conditions of `grow` were checked above, one by one.
-    unsafe { grow(&mut context, &Fault { handle, slot, address, lowest, growth_point, loop_end }) };
+    unsafe {
+        grow(&mut context, &Fault { handle, slot, address, lowest, growth_point, loop_end, call_length })
+    };
     true
+}
+
+/// Whether the instruction at `pc`, whose bytes are those that `byte` returns, is a growth point.
+pub(crate) fn is_growth_point(pc: usize, byte: impl Fn(usize) -> u8) -> bool {
+    match growth_point(byte) {
+        Point::Yes => true,
+        Point::IfFramePointer => relocate::has_frame_pointer(pc),
+        Point::No => false,
+    }
 }
 
 /// True if a stack is to be made no larger than this one fault asks for.

@@ -8,22 +8,36 @@
 
 mod context;
 mod fault;
+mod freeze;
+mod obey;
 mod point;
+mod reason;
 mod relocate;
+mod reserve;
 mod rewrite;
+mod shrink;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
-pub(crate) use fault::{ON_FAULT, chain_to, take_over};
+pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
+pub(crate) use freeze::{Frozen, block, freeze, thaw};
+pub use obey::Maps;
+pub(crate) use reason::record_unknown_code;
+pub use reason::{NotMoved, Reason, not_moved};
+pub use reserve::reserve;
+pub use shrink::Shrink;
+pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
 #[cfg(feature = "torture")]
-pub(crate) use {context::PLACE, point::is_growth_point, point::probe_loop_end, relocate::Moved};
+pub(crate) use {context::PLACE, point::probe_loop_end};
+
+use relocate::Failure;
 
 use crate::error::Error;
 use crate::report;
 use crate::stack::{Record, Slot, class, class::PAGE, guard};
 use crate::stats::{self, Growth, LastGrowth};
-use crate::switch::{Handle, RED_ZONE};
+use crate::switch::{self, Handle, RED_ZONE};
 
 /// A fault that a larger stack will cure.
 struct Fault {
@@ -35,6 +49,8 @@ struct Fault {
     growth_point: bool,
     /// In a probe loop, which general register holds its end.
     loop_end: Option<usize>,
+    /// Of a call, how many bytes it has.
+    call_length: usize,
 }
 
 /// Why a stack could not grow.
@@ -59,63 +75,75 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     // SAFETY: by the caller's word.
     let outcome = unsafe {
         match growth {
-            Growth::Relocate if fault.growth_point => move_up(context, fault),
-            Growth::Relocate => open_slack(fault),
+            Growth::Relocate => move_up(context, fault),
             Growth::InPlace => open_window(fault),
         }
     };
     match outcome {
-        Ok(Done { record, growth, bytes, words }) => {
-            // SAFETY: where the record is now, accessible and this thread's.
-            let record = unsafe { &mut *record };
-            let last =
-                LastGrowth { from, to: record.size(), bytes, words, nanoseconds: now().wrapping_sub(start) };
-            record.growths += 1;
-            record.bytes_copied += bytes as u64;
-            record.words_rewritten += words as u64;
-            record.highest = record.highest.max(last.to);
-            record.last = last;
-            stats::count(growth, &last);
-        }
+        Ok(done) => finish(done, from, start),
         Err(refusal) => report::overflow(record, fault.slot.end() - fault.lowest, &refusal, context),
     }
 }
 
-/// What a growth did, and where the record is now.
-struct Done {
-    record: *mut Record,
-    growth: Growth,
-    bytes: usize,
-    words: usize,
+/// Counts a growth that has been made, from a stack of `from` bytes, since the time `start`.
+fn finish(done: Done, from: usize, start: u64) {
+    let Done { record, growth, bytes, words } = done;
+    // SAFETY: where the record of the running coroutine is now, accessible and this thread's.
+    let record = unsafe { &mut *record };
+    let last = LastGrowth { from, to: record.size(), bytes, words, nanoseconds: now().wrapping_sub(start) };
+    record.tidy = true;
+    record.growths += 1;
+    record.bytes_copied += bytes as u64;
+    record.words_rewritten += words as u64;
+    record.highest = record.highest.max(last.to);
+    record.last = last;
+    record.watch.start_over(record.shrinks != 0);
+    if record.watch.policy() != Shrink::Off {
+        switch::watch_running();
+    }
+    stats::count(growth, &last);
 }
 
-/// Moves the stack to a slot that holds what is needed; into the slack if there is no memory for that.
+/// What a growth did, and where the record is now.
+pub(crate) struct Done {
+    pub record: *mut Record,
+    growth: Growth,
+    pub bytes: usize,
+    pub words: usize,
+}
+
+/// Moves the stack to a slot that holds what is needed; opens its slack if it may not move now.
 ///
 /// # Safety
-/// As for [`grow`], at a growth point.
+/// As for [`grow`].
 unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refusal> {
-    // SAFETY: the running coroutine's record, as in `grow`.
-    let (size, maximum) = unsafe {
-        let record = Record::at(fault.slot.end());
-        ((*record).size(), (*record).maximum)
-    };
-    let lowest = fault.lowest.min(context.rsp() - RED_ZONE);
-    let size = class::grown(size, fault.slot.end() - lowest, maximum).ok_or(Refusal::Maximum)?;
-    // SAFETY: by the caller's word; who asked for `Growth::Relocate` made the promise about pointers.
-    match unsafe { relocate::relocate(context, fault, size) } {
-        Ok(moved) => Ok(Done {
-            // SAFETY: `relocate` has corrected the handle.
-            record: unsafe { (*(*fault.handle).base).record },
-            growth: Growth::Relocate,
-            bytes: moved.bytes,
-            words: moved.words,
-        }),
-        // SAFETY: by the caller's word; nothing has changed.
-        Err(error) => unsafe { open_slack(fault) }.map_err(|_| Refusal::Kernel(error)),
+    let record = Record::at(fault.slot.end());
+    // SAFETY: the running coroutine's record, as in `grow`; before an error nothing has changed, and who
+    // asked for `Growth::Relocate` made the promise about pointers.
+    unsafe {
+        let blame = match may_move(&*record, fault) {
+            Ok(()) => {
+                let lowest = fault.lowest.min(context.rsp() - RED_ZONE);
+                let need = fault.slot.end() - lowest;
+                let size = class::grown((*record).size(), need, (*record).maximum).ok_or(Refusal::Maximum)?;
+                match relocate::relocate(context, fault, size) {
+                    Ok(moved) => return Ok(moved),
+                    Err(Failure::Frame(reason, frame)) => Blame { reason, frame, error: None },
+                    Err(Failure::Kernel(error)) => {
+                        Blame { reason: Reason::NoMemory, frame: context.rip(), error: Some(error) }
+                    }
+                }
+            }
+            Err(reason) => Blame { reason, frame: context.rip(), error: None },
+        };
+        reason::count(blame.reason);
+        (*record).not_moved = Some(NotMoved { reason: blame.reason, frame: blame.frame });
+        open_slack(fault).map_err(|refusal| blame.error.map_or(refusal, Refusal::Kernel))
     }
 }
 
-/// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there.
+/// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an
+/// instruction whose bytes are those that `byte` returns. `None` if it cannot be moved.
 ///
 /// # Safety
 /// The coroutine of `handle` was interrupted, on its stack in `slot`; pointers into its stack are only in it and
@@ -125,18 +153,46 @@ pub(crate) unsafe fn move_here(
     context: &mut Context<'_>,
     handle: *mut Handle,
     slot: Slot,
-) -> Result<Moved, Error> {
+    byte: impl Fn(usize) -> u8 + Copy,
+) -> Option<Done> {
     let (rip, rsp) = (context.rip(), context.rsp());
-    // SAFETY: only bytes of the instruction that runs next are read, and of the one that follows a store.
-    let byte = |at| unsafe { *((rip + at) as *const u8) };
-    let growth_point = point::is_growth_point(byte);
+    let growth_point = is_growth_point(rip, byte);
     let number = if growth_point { point::probe_loop_end(byte) } else { None };
-    let loop_end = number.map(|number| PLACE[number]);
-    // SAFETY: the running coroutine's record, as in `grow`.
-    let size = unsafe { (*Record::at(slot.end())).size() }.next_power_of_two();
-    let here = Fault { handle, slot, address: rsp, lowest: rsp, growth_point, loop_end };
-    // SAFETY: by the caller's word.
-    unsafe { relocate::relocate(context, &here, size) }
+    let here = Fault {
+        handle,
+        slot,
+        address: rsp,
+        lowest: rsp,
+        growth_point: true, // or as good as one
+        loop_end: number.map(|number| PLACE[number]),
+        call_length: point::call_length(byte),
+    };
+    // SAFETY: the running coroutine's record, as in `grow`; by the caller's word.
+    unsafe {
+        let record = Record::at(slot.end());
+        may_move(&*record, &here).ok()?;
+        let done = relocate::relocate(context, &here, (*record).size().next_power_of_two()).ok()?;
+        (*done.record).tidy = true;
+        Some(done)
+    }
+}
+
+/// What speaks against moving now, looking at the instruction and the coroutine only.
+fn may_move(record: &Record, fault: &Fault) -> Result<(), Reason> {
+    if !fault.growth_point {
+        Err(Reason::NotAGrowthPoint)
+    } else if record.is_pinned() {
+        Err(Reason::Pinned)
+    } else {
+        Ok(())
+    }
+}
+
+/// Why a stack does not move, and the frame that is the reason.
+struct Blame {
+    reason: Reason,
+    frame: usize,
+    error: Option<Error>,
 }
 
 /// Opens the pages down to the fault, in a slot whose stack may move, but not now.
@@ -153,7 +209,7 @@ unsafe fn open_slack(fault: &Fault) -> Result<Done, Refusal> {
         return Err(Refusal::Slack);
     }
     // SAFETY: by the caller's word.
-    unsafe { open_to(fault, open) }
+    unsafe { open_to(Record::at(fault.slot.end()), open) }.map_err(Refusal::Kernel)
 }
 
 /// Doubles the open part of a stack that never moves.
@@ -169,16 +225,15 @@ unsafe fn open_window(fault: &Fault) -> Result<Done, Refusal> {
     let need = fault.slot.end() - fault.lowest;
     let size = class::grown(size, need, maximum).ok_or(Refusal::Maximum)?;
     // SAFETY: by the caller's word; the maximum's bytes are within the window of the class.
-    unsafe { open_to(fault, class::open_bytes(size)) }
+    unsafe { open_to(Record::at(fault.slot.end()), class::open_bytes(size)) }.map_err(Refusal::Kernel)
 }
 
 /// # Safety
-/// As for [`grow`]; `open` bytes are within the slot's window.
-unsafe fn open_to(fault: &Fault, open: usize) -> Result<Done, Refusal> {
-    let record = Record::at(fault.slot.end());
+/// `record` is the running coroutine's; `open` bytes are within its slot's window, and more than are open.
+unsafe fn open_to(record: *mut Record, open: usize) -> Result<Done, Error> {
     // SAFETY: guard pages of the running coroutine's own slot, right below what is open.
     unsafe {
-        guard::open(fault.slot.end() - open, open - (*record).open).map_err(Refusal::Kernel)?;
+        guard::open(Record::end(record) - open, open - (*record).open)?;
         (*record).open = open;
     }
     Ok(Done { record, growth: Growth::InPlace, bytes: 0, words: 0 })

@@ -20,8 +20,20 @@
 //!       jne  1b
 //! ```
 
-/// True if the instruction whose bytes `byte` returns is a growth point.
-pub(crate) fn is_growth_point(byte: impl Fn(usize) -> u8) -> bool {
+/// What an instruction says about moving at it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Point {
+    /// A growth point.
+    Yes,
+    /// Its memory operand is based on `rbp`: a growth point in a function whose frame `rbp` points to, which
+    /// only its unwind data can say.
+    IfFramePointer,
+    /// Nothing is known of the registers.
+    No,
+}
+
+/// Whether the instruction whose bytes `byte` returns is a growth point.
+pub(crate) fn growth_point(byte: impl Fn(usize) -> u8) -> Point {
     let mut at = 0;
     let mut base_extended = false; // REX.B or its like: base number 4 then means r12, not rsp
     let opcode = loop {
@@ -32,12 +44,12 @@ pub(crate) fn is_growth_point(byte: impl Fn(usize) -> u8) -> bool {
         }
         at += 1;
         if at > 14 {
-            return false;
+            return Point::No;
         }
     };
     let operand = match opcode {
         0x0f => match byte(at + 1) {
-            0xa0 | 0xa8 => return true, // push fs, push gs
+            0xa0 | 0xa8 => return Point::Yes, // push fs, push gs
             0x38 | 0x3a => Some(at + 3),
             second => has_modrm_0f(second).then_some(at + 2),
         },
@@ -51,11 +63,37 @@ pub(crate) fn is_growth_point(byte: impl Fn(usize) -> u8) -> bool {
             base_extended = byte(at + 1) & 0x20 == 0;
             Some(at + 5)
         }
-        0x50..=0x57 | 0x68 | 0x6a | 0x9c | 0xe8 | 0xc8 => return true, // push, pushf, call, enter
-        0xff if matches!(byte(at + 1) >> 3 & 7, 2 | 3 | 6) => return true, // call, call far, push
+        0x50..=0x57 | 0x68 | 0x6a | 0x9c | 0xe8 | 0xc8 => return Point::Yes, // push, pushf, call, enter
+        0xff if matches!(byte(at + 1) >> 3 & 7, 2 | 3 | 6) => return Point::Yes, // call, call far, push
         _ => has_modrm(opcode).then_some(at + 1),
     };
-    operand.is_some_and(|modrm| !base_extended && is_rsp_based(byte(modrm), || byte(modrm + 1)))
+    match operand.filter(|_| !base_extended).map(|modrm| (byte(modrm), modrm + 1)) {
+        Some((modrm, sib)) if is_based_on(RSP, modrm, || byte(sib)) => Point::Yes,
+        Some((modrm, sib)) if is_based_on(RBP, modrm, || byte(sib)) => Point::IfFramePointer,
+        _ => Point::No,
+    }
+}
+
+/// For a call, how many bytes it has; 0 for anything else.
+pub(crate) fn call_length(byte: impl Fn(usize) -> u8) -> usize {
+    let rex = usize::from(matches!(byte(0), 0x40..=0x4f));
+    match byte(rex) {
+        0xe8 => rex + 5,
+        0xff if byte(rex + 1) >> 3 & 7 == 2 => rex + 2 + operand_length(byte(rex + 1), || byte(rex + 2)),
+        _ => 0,
+    }
+}
+
+/// The bytes of an operand that follow its ModRM byte.
+fn operand_length(modrm: u8, sib: impl Fn() -> u8) -> usize {
+    let has_sib = modrm >> 6 != 3 && modrm & 7 == 4;
+    let displacement = match modrm >> 6 {
+        0 if modrm & 7 == 5 || has_sib && sib() & 7 == 5 => 4,
+        1 => 1,
+        2 => 4,
+        _ => 0,
+    };
+    usize::from(has_sib) + displacement
 }
 
 /// For a growth point inside a probe loop, the number of the register that holds the end of the loop.
@@ -69,7 +107,7 @@ pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
         _ => return None,
     };
     let modrm = byte(rex + 1);
-    if !is_rsp_based(modrm, || byte(rex + 2)) || byte(rex + 2) != 0x24 {
+    if !is_based_on(RSP, modrm, || byte(rex + 2)) || byte(rex + 2) != 0x24 {
         return None;
     }
     let displacement = [0, 1, 4][usize::from(modrm >> 6)];
@@ -93,14 +131,22 @@ pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
 
 /// The number of `rsp` among the general registers, as instructions have it.
 const RSP: usize = 4;
+const RBP: usize = 5;
 
 fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
 }
 
-/// Memory operand, with a SIB byte whose base is number 4.
-fn is_rsp_based(modrm: u8, sib: impl Fn() -> u8) -> bool {
-    modrm >> 6 != 3 && modrm & 7 == 4 && sib() & 7 == 4
+/// True for a memory operand whose base is `rsp` or `rbp`. `rsp` always comes in a SIB byte; without a displacement the
+/// encoding of `rbp` means something else.
+fn is_based_on(base: usize, modrm: u8, sib: impl Fn() -> u8) -> bool {
+    let mode = modrm >> 6;
+    let number = match modrm & 7 {
+        _ if mode == 3 => return false,
+        4 => sib() & 7,
+        number => number,
+    };
+    usize::from(number) == base && (base != RBP || mode != 0)
 }
 
 fn has_modrm(opcode: u8) -> bool {
@@ -133,14 +179,18 @@ mod tests {
     use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
     use proptest::prelude::*;
 
-    fn expected(instruction: &Instruction) -> bool {
+    fn expected(instruction: &Instruction) -> Point {
         let pushes = matches!(
             instruction.mnemonic(),
             Mnemonic::Push | Mnemonic::Pushf | Mnemonic::Pushfq | Mnemonic::Call | Mnemonic::Enter
         );
-        let based = instruction.memory_base() == Register::RSP
-            && (0..instruction.op_count()).any(|op| instruction.op_kind(op) == OpKind::Memory);
-        pushes || based
+        let memory = (0..instruction.op_count()).any(|op| instruction.op_kind(op) == OpKind::Memory);
+        match instruction.memory_base() {
+            _ if pushes => Point::Yes,
+            Register::RSP if memory => Point::Yes,
+            Register::RBP if memory => Point::IfFramePointer,
+            _ => Point::No,
+        }
     }
 
     proptest! {
@@ -161,12 +211,31 @@ mod tests {
             let instruction = decoder.decode();
             prop_assume!(!instruction.is_invalid());
             // 32-bit addressing and the exotic lea of a segment register aside, which no compiler emits.
-            prop_assume!(instruction.memory_base() != Register::ESP);
-            let found = is_growth_point(|at| {
+            prop_assume!(![Register::ESP, Register::EBP].contains(&instruction.memory_base()));
+            let found = growth_point(|at| {
                 assert!(at < instruction.len(), "read byte {at} of {instruction} ({bytes:02x?})");
                 bytes[at]
             });
             prop_assert_eq!(found, expected(&instruction), "{} {:02x?}", instruction, bytes);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn calls_are_as_long_as_iced_says(mut bytes in prop::array::uniform16(any::<u8>()), shape in 0..4u8) {
+            match shape {
+                0 => bytes[0] = 0xe8,
+                1 => (bytes[0], bytes[1]) = (0xff, bytes[1] & 0xc7 | 0x10),
+                2 => (bytes[0], bytes[1], bytes[2]) = (0x41, 0xff, bytes[2] & 0xc7 | 0x10),
+                _ => {}
+            }
+            let instruction = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE).decode();
+            prop_assume!(!instruction.is_invalid());
+            prop_assume!(!(0x64..=0x67).contains(&bytes[0]) && !is_prefix(bytes[0]));
+            prop_assume!(bytes[0] & 0xf0 != 0x40 || bytes[1] & 0xf0 != 0x40 && !is_prefix(bytes[1]));
+            let near = instruction.mnemonic() == Mnemonic::Call && !instruction.is_call_far_indirect();
+            let expected = if near { instruction.len() } else { 0 };
+            prop_assert_eq!(call_length(|at| bytes[at]), expected, "{} {:02x?}", instruction, bytes);
         }
     }
 
@@ -201,14 +270,14 @@ mod tests {
             &[0xc5, 0xfc, 0x11, 0x44, 0x24, 0x20],       // vmovups [rsp+32], ymm0
             &[0x62, 0xf1, 0x7c, 0x48, 0x11, 0x04, 0x24], // vmovups [rsp], zmm0
         ];
-        let no: [&[u8]; 5] = [
+        let no: [&[u8]; 4] = [
             &[0x49, 0x89, 0x04, 0x24], // mov [r12], rax
-            &[0x48, 0x89, 0x45, 0xf8], // mov [rbp-8], rax
             &[0xf3, 0x48, 0xab],       // rep stosq
             &[0x48, 0x89, 0x07],       // mov [rdi], rax
             &[0xc3],                   // ret
         ];
-        assert!(yes.iter().all(|code| is_growth_point(|at| code[at])));
-        assert!(no.iter().all(|code| !is_growth_point(|at| code[at])));
+        assert!(yes.iter().all(|code| growth_point(|at| code[at]) == Point::Yes));
+        assert!(no.iter().all(|code| growth_point(|at| code[at]) == Point::No));
+        assert_eq!(growth_point(|at| [0x48, 0x89, 0x45, 0xf8][at]), Point::IfFramePointer); // mov [rbp-8], rax
     }
 }

@@ -1,7 +1,13 @@
 //! Rewriting words: everything whose value lies in the window of the moving stack moves with it.
 //!
-//! The window is wider than the stack: `rsp` may be in the guard already, a pointer may be one
-//! past the highest object. It is the whole slot.
+//! For registers the window is the whole slot: `rsp` may be in the guard already, others may be on the way there. For words
+//! of frames it is what is in use, down to the red zone. Its end is that of the slot, so that a pointer past the
+//! highest object is in it.
+//!
+//! A word need not be one value. What is left of a dead pointer after a `u16` or a `u32` was stored over its lower half
+//! looks like a pointer still. Moves are by multiples of 64 KiB, so a `u16` does not change by that; no slot lies where
+//! the upper half of such a `u32` is all zeros or all ones, so small integers do not either. For any other `u32`
+//! the odds are one in some hundred thousand that it matches the slot's address. A stack map has no such doubts.
 
 use core::ops::Range;
 

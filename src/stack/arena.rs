@@ -14,7 +14,7 @@
 
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use super::class::{ALIGNMENT, CLASSES, Class, PAGE};
+use super::class::{ALIGN, CLASSES, Class, PAGE, looks_like_integers};
 use super::guard;
 use crate::error::Error;
 
@@ -224,22 +224,35 @@ impl Slot {
         }
     }
 
-    /// Takes a batch of fresh slots: the first is returned, the others go on the free list.
+    /// Takes fresh slots, a batch at a time: the first is returned, the others go on the free list.
     fn take_fresh(class: Class) -> Result<Self, Error> {
+        loop {
+            if let Some(slot) = Self::take_fresh_batch(class)? {
+                return Ok(slot);
+            }
+        }
+    }
+
+    /// `None` if none of the batch may be used.
+    fn take_fresh_batch(class: Class) -> Result<Option<Self>, Error> {
         let (first, count) = claim_batch(class)?;
         let start = first.start();
         // One system call for the batch. If it fails each slot tries on its own when it is taken, so that
         // nothing is lost.
         // SAFETY: these slots were never used, so no stack is in them.
         let usable = unsafe { guard::make_usable(start, count as usize * class.stride()) }.is_ok();
+        let mut taken: Option<Self> = None;
         for index in (first.index..first.index + count).rev() {
             let slot = Self { arena: first.arena, index };
+            if looks_like_integers(class, slot.end()) {
+                continue;
+            }
             slot.meta().flags.store(if usable { USABLE } else { 0 }, Ordering::Relaxed);
-            if index != first.index {
-                slot.push();
+            if let Some(other) = taken.replace(slot) {
+                other.push();
             }
         }
-        Ok(first)
+        Ok(taken)
     }
 }
 
@@ -280,7 +293,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     };
     let mut slots = largest.min(MAX_SLOTS);
     let start = loop {
-        match guard::reserve_aligned(slots as usize * class.stride(), ALIGNMENT) {
+        match guard::reserve_aligned(slots as usize * class.stride(), ALIGN) {
             Ok(start) => break start,
             Err(error) if slots == 1 => return Err(error),
             Err(_) => slots = slots.div_ceil(4),

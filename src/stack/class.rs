@@ -28,16 +28,22 @@ pub(crate) const GUARD: usize = 4 * PAGE;
 /// The least slack of a slot whose stack moves: with guard and stack the smallest slot takes 64 KiB.
 const MIN_SLACK: usize = 11 * PAGE;
 
-/// Slots of moving stacks begin at multiples of this, so that every move leaves the lower 16 bits of a pointer as they
-/// are.
+/// Slots of moving stacks end at multiples of this, so that a move changes no address in its low 16 bits.
 ///
-/// A word of a frame that holds a small value, `bool`, `u8` or `u16`, may hold leftovers above it:
-///
-/// ```text
-///   dead pointer     7f 3a 91 c4 5b 10        a word by its value: inside the slot,
-///   a u16 over it                      00 01  and rewritten. The upper bytes are nobody's, the lower must stay.
-/// ```
-pub(crate) const ALIGNMENT: usize = 64 << 10;
+/// A word of a frame need not be one value: a `u16` that was stored over half a dead pointer leaves a word that
+/// looks like a pointer into the stack, and is rewritten as one. The `u16` in it must not change by that.
+pub(crate) const ALIGN: usize = 1 << 16;
+
+/// True if a slot of a moving stack ending at `end` has addresses whose lower 32 bits are a small integer, positive or
+/// negative: none is used there (src/grow/rewrite.rs says why).
+pub(crate) const fn looks_like_integers(class: Class, end: usize) -> bool {
+    const NEAR: usize = 1 << 16;
+    if !class.is_moving() || class.stride() > 1 << 24 {
+        return false; // a slot of many megabytes has no choice
+    }
+    let (start, last) = (end - class.stride(), end - 1);
+    start >> 32 != (last + NEAR) >> 32 || start.wrapping_sub(NEAR) >> 32 != last >> 32
+}
 
 /// How many classes there are: those of moving stacks, then those of stacks that stay.
 pub(crate) const CLASSES: usize = 2 * SIZES;
@@ -87,10 +93,10 @@ impl Class {
         }
     }
 
-    /// Bytes from one slot to the next.
+    /// Bytes from one slot to the next, a multiple of [`ALIGN`] where stacks move.
     pub(crate) const fn stride(self) -> usize {
         let bytes = GUARD + self.window();
-        if self.is_moving() { bytes.next_multiple_of(ALIGNMENT) } else { bytes }
+        if self.is_moving() { bytes.next_multiple_of(ALIGN) } else { bytes }
     }
 }
 
@@ -139,10 +145,26 @@ mod tests {
     }
 
     #[test]
-    fn moving_stacks_keep_their_lower_bits() {
+    fn moves_change_no_low_bits() {
         for log in 11..=32 {
-            assert_eq!(Class::moving(1 << log).stride() % ALIGNMENT, 0);
+            assert_eq!(Class::moving(1 << log).stride() % ALIGN, 0);
         }
+    }
+
+    #[test]
+    fn slots_at_multiples_of_four_gib_are_left_out() {
+        let class = Class::moving(MIN_SIZE);
+        let four_gib = 0x7f12_0000_0000;
+        for (end, expected) in [
+            (four_gib - 0x2_0000, false),
+            (four_gib - 0x1_0000, false),
+            (four_gib, true),
+            (four_gib + 0x1_0000, true),
+            (four_gib + 0x2_0000, false),
+        ] {
+            assert_eq!(looks_like_integers(class, end), expected, "{end:#x}");
+        }
+        assert!(!looks_like_integers(Class::staying(MIN_SIZE), four_gib));
     }
 
     #[test]

@@ -61,17 +61,18 @@ pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
     Ok(at as usize)
 }
 
-/// New inaccessible address space that begins at a multiple of `alignment`, itself a multiple of pages.
-pub(crate) fn reserve_aligned(bytes: usize, alignment: usize) -> Result<usize, Error> {
-    let spare = alignment - PAGE;
-    let all = reserve(bytes + spare, libc::PROT_NONE)?;
-    let start = all.next_multiple_of(alignment);
-    // SAFETY: the ends of a mapping made above, which nobody uses.
+/// As [`reserve`] without access, at a multiple of `align`, which is a multiple of a page.
+pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error> {
+    let from = reserve(bytes + align - PAGE, libc::PROT_NONE)?;
+    let start = from.next_multiple_of(align);
+    let (before, after) = (start - from, align - PAGE - (start - from));
+    // SAFETY: what is left over at both ends of a stretch reserved above; nothing is there.
     unsafe {
-        for (from, length) in [(all, start - all), (start + bytes, all + spare - start)] {
-            if length != 0 {
-                unreserve(from, length);
-            }
+        if before != 0 {
+            unreserve(from, before);
+        }
+        if after != 0 {
+            unreserve(start + bytes, after);
         }
     }
     Ok(start)

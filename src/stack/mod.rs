@@ -7,9 +7,11 @@ pub(crate) mod guard;
 mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};
-pub(crate) use record::{INLINE_CLOSURE, Record, first_open};
+pub(crate) use record::{INLINE_CLOSURE, Record};
 
 use core::sync::atomic::Ordering;
+
+use crate::site;
 
 /// Takes back everything a coroutine held that has ended: its slot, and those its stack has left.
 ///
@@ -19,12 +21,26 @@ use core::sync::atomic::Ordering;
 pub(crate) unsafe fn release(record: *mut Record) {
     // SAFETY: by the caller's word.
     unsafe {
-        // Torture moves stacks without counting that as growth.
-        let moved = cfg!(feature = "torture") && (*record).old != 0;
-        if (*record).name.is_some() || (*record).growths != 0 || moved {
+        if (*record).tidy {
             tidy(record);
         }
         cache::put(record);
+    }
+}
+
+/// Tells the site what the coroutine came to need.
+///
+/// # Safety
+/// As for [`release`].
+unsafe fn learn(record: *mut Record) {
+    // SAFETY: by the caller's word; sites are statics.
+    unsafe {
+        let Some(site) = (*record).site.as_ref() else { return };
+        if (*record).growths != 0 {
+            site.grew_to((*record).highest);
+        } else if (*record).scout {
+            site.scouted(site::used_by_scout(record));
+        }
     }
 }
 
@@ -36,6 +52,8 @@ unsafe fn tidy(record: *mut Record) {
     // SAFETY: by the caller's word.
     unsafe {
         drop((*record).name.take());
+        learn(record);
+        drop((*record).pins.take());
         give_back_old(core::mem::take(&mut (*record).old));
         // What was opened below the first size is closed again: its memory goes back and the next
         // owner starts with what it asked for. If closing fails the slot is merely larger.

@@ -19,10 +19,14 @@
 //!
 //! When the stack moves, all of it moves, so every distance from the end stays what it was.
 
+use core::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::arena::{Link, Slot};
-use super::class::{Class, HEAD, MIN_SIZE, open_bytes, size_of_open};
+use super::class::{Class, HEAD, size_of_open};
+use crate::grow::{Maps, NotMoved, Watch};
+use crate::site::Site;
 use crate::stats::{Growth, LastGrowth, Stats};
 use crate::switch::Base;
 
@@ -49,6 +53,25 @@ pub(crate) struct Record {
     /// The slot's class.
     pub class: Class,
     pub growth: Growth,
+    /// Which words may be judged by their value.
+    pub maps: Maps,
+    /// No Rust frames lie below: nothing is unwound when it is dropped.
+    pub raw: bool,
+    /// Reports how much of its stack it has used when it ends (src/site.rs).
+    pub scout: bool,
+    /// Where it was made; null if what it needs is not to be learned.
+    pub site: *const Site,
+    /// The owner leaves something behind that is not just forgotten: `release` has more to do.
+    pub tidy: bool,
+    /// Whether and when the stack becomes smaller.
+    pub watch: Watch,
+    /// log2 of the size it had at first, below which it does not shrink.
+    pub first_log: u8,
+    pub shrinks: u32,
+    /// Why the stack grew in place at its latest growth that might have moved it.
+    pub not_moved: Option<NotMoved>,
+    /// How many pins hold the stack, once there was one.
+    pub pins: Option<Rc<Cell<usize>>>,
     /// Distance from the base to the end.
     pub base_offset: u16,
     /// Drops a closure that never ran, given the address of its place in the head.
@@ -68,29 +91,63 @@ const _: () = assert!(RECORD + INLINE_CLOSURE + BASE <= HEAD);
 
 impl Record {
     /// The record of the slot that ends at `end`.
+    #[inline]
     pub(crate) fn at(end: usize) -> *mut Self {
         (end - RECORD) as *mut Self
     }
 
     /// One past the highest address of the record's slot.
+    #[inline]
     pub(crate) fn end(record: *const Self) -> usize {
         record as usize + RECORD
     }
 
     /// The closure's place, for a closure of at most [`INLINE_CLOSURE`] bytes aligned to 16.
+    #[inline]
     pub(crate) fn closure(record: *mut Self, bytes: usize) -> *mut u8 {
         (record as usize - bytes.next_multiple_of(16)) as *mut u8
     }
 
     /// Where the base of the stack goes, above which `closure` bytes are taken.
+    #[inline]
     pub(crate) fn base(record: *mut Self, closure: usize) -> *mut Base {
         let top = Self::closure(record, closure) as usize - BASE;
         let room = (HEAD - RECORD - BASE - closure.next_multiple_of(16)) / LINE + 1;
         (top - colour(Self::end(record), room.min(COLOURS)) * LINE) as *mut Base
     }
 
+    /// Writes what a record says of a coroutine to which nothing has happened yet.
+    ///
+    /// # Safety
+    /// The slot of `record` is accessible and the caller's. What was there needs no drop: `release` takes that out.
+    #[inline(always)]
+    pub(crate) unsafe fn clear(record: *mut Self) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            (*record).old = 0;
+            (*record).shrinks = 0;
+            (*record).scout = false;
+            (*record).site = core::ptr::null();
+            (&raw mut (*record).name).write(None);
+            (&raw mut (*record).pins).write(None);
+            (*record).not_moved = None;
+            (*record).tidy = false;
+            (*record).growths = 0;
+            (*record).bytes_copied = 0;
+            (*record).words_rewritten = 0;
+        }
+    }
+
     pub(crate) fn size(&self) -> usize {
         size_of_open(self.open)
+    }
+
+    pub(crate) fn first_size(&self) -> usize {
+        1 << self.first_log
+    }
+
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins.as_ref().is_some_and(|count| count.get() != 0)
     }
 
     pub(crate) fn slot(record: *const Self) -> Option<Slot> {
@@ -100,6 +157,7 @@ impl Record {
     pub(crate) fn stats(&self) -> Stats {
         Stats {
             growths: self.growths,
+            shrinks: u64::from(self.shrinks),
             bytes_copied: self.bytes_copied,
             words_rewritten: self.words_rewritten,
             size: self.size(),
@@ -110,14 +168,10 @@ impl Record {
 }
 
 /// A colour below `colours` that differs from slot to slot in no regular pattern.
+#[inline]
 fn colour(end: usize, colours: usize) -> usize {
     let mixed = (end >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     (mixed * colours) >> 32
-}
-
-/// The accessible bytes of a stack whose first size is `size`.
-pub(crate) fn first_open(size: usize) -> usize {
-    open_bytes(size.max(MIN_SIZE))
 }
 
 #[cfg(test)]

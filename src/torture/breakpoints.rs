@@ -55,11 +55,15 @@ const INT3: u8 = 0xcc;
 /// The code is writable, and has breakpoints or had them.
 static INSERTED: AtomicBool = AtomicBool::new(false);
 
+/// They have been taken out, but for the pages being writable.
+static REMOVED: AtomicBool = AtomicBool::new(false);
+
 /// Puts the breakpoints in.
 #[inline(never)]
 pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
     let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;
     protect(&patches.code, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?;
+    REMOVED.store(false, Ordering::Relaxed);
     INSERTED.store(true, Ordering::Relaxed);
     patches.list.iter().for_each(|patch| write(patch.at, INT3));
     Ok(())
@@ -70,6 +74,7 @@ pub(super) fn remove() {
     if INSERTED.load(Ordering::Relaxed)
         && let Some(Ok(patches)) = PATCHES.get()
     {
+        REMOVED.store(true, Ordering::Relaxed);
         patches.list.iter().for_each(|patch| write(patch.at, patch.original));
     }
 }
@@ -84,11 +89,37 @@ pub(super) fn seal() {
     }
 }
 
+/// Takes one out, if they are in.
+pub(super) fn take_out(at: usize) -> bool {
+    let inserted = INSERTED.load(Ordering::Relaxed);
+    if inserted && let Some(patch) = patch(at) {
+        write(at, patch.original);
+    }
+    inserted
+}
+
+/// Puts one back that was taken out, if the others are still in.
+pub(super) fn put_back(at: usize) {
+    if !REMOVED.load(Ordering::Relaxed) && INSERTED.load(Ordering::Relaxed) {
+        write(at, INT3);
+    }
+}
+
+/// A byte of the program's code, as it is without breakpoints.
+pub(super) fn code(at: usize) -> u8 {
+    // SAFETY: the caller looks at an instruction that is about to run.
+    let byte = unsafe { *(at as *const u8) };
+    if byte == INT3 { patch(at).map_or(byte, |patch| patch.original) } else { byte }
+}
+
+fn patch(at: usize) -> Option<&'static Patch> {
+    let Some(Ok(patches)) = PATCHES.get() else { return None };
+    patches.list.get(patches.list.binary_search_by_key(&at, |patch| patch.at).ok()?)
+}
+
 /// Where the instruction is run that has a breakpoint at `at`.
 pub(super) fn displaced(at: usize) -> Option<usize> {
-    let Some(Ok(patches)) = PATCHES.get() else { return None };
-    let index = patches.list.binary_search_by_key(&at, |patch| patch.at).ok()?;
-    Some(patches.list.get(index)?.displaced)
+    Some(patch(at)?.displaced)
 }
 
 /// For an address among the displaced instructions: the address of the original, and whether it is not the
@@ -132,7 +163,7 @@ fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
             let at = instruction.ip() as usize;
             // SAFETY: an instruction in the program's code; what follows a store is read only where code follows.
             let byte = |offset| unsafe { *((at + offset) as *const u8) };
-            is_growth_point(byte) && probe_loop_end(byte).is_none()
+            is_growth_point(at, byte) && probe_loop_end(byte).is_none()
         })
         .collect();
     let mut list = displace(&points, &object.code)?;

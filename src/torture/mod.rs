@@ -81,7 +81,7 @@ use crate::thread;
 
 pub use report::{Finding, Hit, Kind, Report};
 pub(crate) use run::undisturbed;
-pub(crate) use trap::{catches, smallest_steps};
+pub(crate) use trap::{catches, instruction_in_its_place, is_running, smallest_steps};
 
 /// Where to move the stack.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -352,11 +352,7 @@ fn line(pc: usize) -> (Option<PathBuf>, Option<u32>) {
 
 /// The function at `pc`: one of the program as compiled, not an inlined one.
 fn function(pc: usize) -> String {
-    let mut name = String::new();
-    match symbol::name(pc, &mut name) {
-        Ok(()) if !name.is_empty() => name,
-        _ => format!("{pc:#x}"),
-    }
+    symbol::name(pc).unwrap_or_else(|| format!("{pc:#x}"))
 }
 
 /// The instruction at `pc`, and the registers that its memory operands use.

@@ -101,7 +101,8 @@ fn breakpoint(run: Option<&mut Run>, context: &mut Context<'_>) -> bool {
             && !run.has_stepped_enough()
         {
             run.steps += 1;
-            move_stack(run, context, at, handle, slot);
+            context.set_rip(at);
+            move_stack(run, context, handle, slot);
         }
     }
     context.set_rip(displaced);
@@ -140,7 +141,7 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
     run.steps += 1;
     let rip = context.rip();
     // SAFETY: only bytes of the instruction that runs next are read.
-    let growth_point = || is_growth_point(|at| unsafe { *((rip + at) as *const u8) });
+    let growth_point = || is_growth_point(rip, |at| unsafe { *((rip + at) as *const u8) });
     if !run.wants(growth_point) {
         return;
     }
@@ -149,23 +150,25 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
         run.skipped += 1;
         return;
     }
-    move_stack(run, context, rip, handle, slot);
+    move_stack(run, context, handle, slot);
 }
 
 /// Moves the stack in `slot` of the coroutine of `handle`, which runs and was interrupted at `rip`.
-fn move_stack(run: &mut Run, context: &mut Context<'_>, rip: usize, handle: *mut Handle, slot: Slot) {
-    // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole.
-    match unsafe { grow::move_here(context, handle, slot) } {
-        Ok(moved) => {
-            run.moves += 1;
-            run.bytes += moved.bytes as u64;
-            run.words += moved.words as u64;
-            run.hits.count(rip);
-            // SAFETY: `move_here` has corrected the handle; the running coroutine's record.
-            unsafe { after_move(run, context.rsp(), (*(*handle).base).record) };
-        }
-        Err(_) => run.refused += 1,
-    }
+fn move_stack(run: &mut Run, context: &mut Context<'_>, handle: *mut Handle, slot: Slot) {
+    let rip = context.rip();
+    // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole. Only
+    // bytes of the instruction are read, and of the one that follows a store.
+    let moved = unsafe { grow::move_here(context, handle, slot, |at| breakpoints::code(rip + at)) };
+    let Some(moved) = moved else {
+        run.refused += 1;
+        return;
+    };
+    run.moves += 1;
+    run.bytes += moved.bytes as u64;
+    run.words += moved.words as u64;
+    run.hits.count(rip);
+    // SAFETY: the running coroutine's record, where it is now.
+    unsafe { after_move(run, context.rsp(), moved.record) };
 }
 
 /// The coroutine that runs, if its stack may move and is the one `rsp` is on.
@@ -174,7 +177,7 @@ fn moving_stack(context: &Context<'_>) -> Option<(*mut Handle, Slot)> {
     let slot = Slot::containing(context.rsp())?;
     // SAFETY: the handle of a running coroutine is with its resumer, who waits; the record is accessible.
     let relocates = unsafe {
-        let record = (*(*handle).base).record;
+        let record = (*(*handle).base).record();
         slot.end() == Record::end(record) && (*record).growth == Growth::Relocate
     };
     relocates.then_some((handle, slot))
@@ -247,7 +250,7 @@ fn is_guarded(address: usize) -> bool {
         let running = switch::running();
         // SAFETY: as in `moving_stack`.
         running.is_none_or(|handle| unsafe {
-            let record = (*(*handle).base).record;
+            let record = (*(*handle).base).record();
             slot.end() != Record::end(record) || address < slot.end() - (*record).open
         })
     })
@@ -272,6 +275,11 @@ pub(super) fn take_pending() {
 pub(crate) fn smallest_steps() -> bool {
     // SAFETY: as in `on_trap`.
     unsafe { run::current().as_ref() }.is_some_and(Run::by_smallest_steps)
+}
+
+/// Whether the stacks of this thread are tortured.
+pub(crate) fn is_running() -> bool {
+    !run::current().is_null()
 }
 
 /// Whether a fault is a finding of the torture that runs, if one does. If so it has been dealt with.
@@ -310,7 +318,7 @@ pub(crate) fn catches(address: usize, context: &mut Context<'_>) -> bool {
 fn stale(address: usize) -> Option<(Kind, Option<Slot>)> {
     let handle = switch::running()?;
     // SAFETY: as in `moving_stack`.
-    let end = Record::end(unsafe { (*(*handle).base).record });
+    let end = Record::end(unsafe { (*(*handle).base).record() });
     let slot = Slot::containing(address).filter(|slot| slot.end() != end)?;
     Some((Kind::Stale, Some(slot)))
 }
@@ -322,6 +330,22 @@ fn poisoned(address: usize, context: &mut Context<'_>) -> Option<(Kind, Option<S
     // The processor does not tell the address of an access to where no memory can be.
     let found = address == 0 && context.general().iter().any(|value| value.abs_diff(pattern) < NEAR);
     found.then_some((Kind::Poison, None))
+}
+
+/// For a fault in an instruction that runs elsewhere since a breakpoint is in its place: puts it back there for as long
+/// as the fault is dealt with, since what is known about code is known by its place. It runs into the breakpoint again.
+pub(crate) fn instruction_in_its_place(context: &mut Context<'_>) -> Option<impl Drop + use<>> {
+    struct Breakpoint(usize);
+    impl Drop for Breakpoint {
+        fn drop(&mut self) {
+            breakpoints::put_back(self.0);
+        }
+    }
+    let (at, later) = breakpoints::original(context.rip())?;
+    (!later && breakpoints::take_out(at)).then(|| {
+        context.set_rip(at);
+        Breakpoint(at)
+    })
 }
 
 /// Goes on in the resumer of the tortured coroutine, as asm/finish.s would.
@@ -352,6 +376,6 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
     const DIRECTION_FLAG: i64 = 0x400;
     *context.flags() &= !(TRAP_FLAG | DIRECTION_FLAG);
     *context.register(RSP) = resumer;
-    *context.register(RAX) = 0; // the handle of a finished coroutine
+    *context.register(RAX) = switch::ENDED;
     *context.register(RSI) = switch::YIELDED; // with a value of no size
 }

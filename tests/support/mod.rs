@@ -1,6 +1,7 @@
 //! What the integration tests share: both ways of growing, functions that use stack, child processes.
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
+use std::cell::Cell;
 use std::fmt;
 use std::hint::black_box;
 use std::os::unix::process::ExitStatusExt;
@@ -12,12 +13,12 @@ use regrow::{Builder, Yielder, current_stats};
 pub fn relocating() -> Builder {
     // SAFETY: the tests keep no pointer into a coroutine's stack outside it, but for those that are about just
     // this: they do it in a child process, which ends at the first use of such a pointer.
-    unsafe { Builder::new().relocating() }
+    unsafe { Builder::new().learn(false).relocating() }
 }
 
 /// A builder for each way of growing.
 pub fn both_ways() -> [Builder; 2] {
-    [relocating(), Builder::new().maximum(64 << 20)]
+    [relocating(), Builder::new().learn(false).maximum(64 << 20)]
 }
 
 /// Runs `f` in a coroutine of its own, to its end.
@@ -57,6 +58,30 @@ pub struct OnDrop<F: FnMut()>(pub F);
 impl<F: FnMut()> Drop for OnDrop<F> {
     fn drop(&mut self) {
         (self.0)();
+    }
+}
+
+thread_local!(static LIVE: Cell<isize> = const { Cell::new(0) });
+
+/// How many [`Counted`] of this thread exist: 0 if each was dropped once.
+pub fn live() -> isize {
+    LIVE.get()
+}
+
+/// A value whose drops are counted.
+#[derive(Debug, PartialEq)]
+pub struct Counted<T>(pub T);
+
+impl<T> Counted<T> {
+    pub fn new(value: T) -> Self {
+        LIVE.set(LIVE.get() + 1);
+        Self(value)
+    }
+}
+
+impl<T> Drop for Counted<T> {
+    fn drop(&mut self) {
+        LIVE.set(LIVE.get() - 1);
     }
 }
 

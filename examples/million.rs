@@ -1,0 +1,217 @@
+//! A million parked coroutines, and what each costs.
+//!
+//! `cargo run --release --example million -- [--count N] [--frozen] [--in-place] [--depth D] [--json]`
+//!
+//! Each is run to its first suspend with a few live locals, `--depth` calls down, and parked; with `--frozen` it is frozen
+//! there. Then all are resumed once, in random order, and what they answer is checked.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use regrow::{Builder, Coroutine, Yielder};
+
+type Parked = Coroutine<u64, u64, u64>;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let options = Options::from_arguments()?;
+    let before = Memory::now()?;
+    let mut handles: Vec<Parked> = Vec::with_capacity(options.count);
+    let builder = options.builder();
+
+    let (spawn, freeze) = park(&options, &builder, &mut handles)?;
+    let after = Memory::now()?;
+    let sizes = histogram(&handles);
+    let resume = resume_all(&options, &mut handles)?;
+
+    let each = |bytes: usize, base: usize| bytes.saturating_sub(base) as f64 / options.count as f64;
+    let nanoseconds = |time: Duration| time.as_nanos() as f64 / options.count as f64;
+    let figures = serde_json::json!({
+        "count": options.count,
+        "rss_bytes_each": each(after.resident, before.resident),
+        "page_table_bytes_each": each(after.page_tables, before.page_tables),
+        "mappings": after.mappings.saturating_sub(before.mappings),
+        "spawn_ns_each": nanoseconds(spawn),
+        "freeze_ns_each": nanoseconds(freeze),
+        "resume_ns_each": nanoseconds(resume),
+    });
+    if options.json {
+        println!("{figures}");
+    } else {
+        print(&options, &figures, &sizes);
+    }
+    // The process ends here: unwinding a million stacks would take longer than all of the above.
+    std::mem::forget(handles);
+    Ok(())
+}
+
+/// Spawns them all, runs each to its first suspend, and freezes it if that is wanted.
+fn park(
+    options: &Options,
+    builder: &Builder,
+    handles: &mut Vec<Parked>,
+) -> Result<(Duration, Duration), Box<dyn Error>> {
+    const CHUNK: usize = 1 << 12;
+    let bar = options.bar("parking");
+    let (mut spawn, mut freeze) = (Duration::ZERO, Duration::ZERO);
+    while handles.len() < options.count {
+        // In chunks that fit into a thread's stock of slots: those frozen in one are used again by the next.
+        let first = handles.len();
+        let end = options.count.min(first + if options.frozen { CHUNK / 4 } else { CHUNK });
+        let start = Instant::now();
+        for number in first..end {
+            let depth = options.depth;
+            let mut coroutine = builder
+                .try_spawn(move |yielder: &Yielder<u64, u64>, seed| parked_at(yielder, depth, seed))?;
+            let answer = coroutine.resume(number as u64).yielded();
+            assert_eq!(answer, Some(number as u64 + 1));
+            handles.push(coroutine);
+        }
+        spawn += start.elapsed();
+        if options.frozen {
+            let start = Instant::now();
+            for coroutine in &mut handles[first..] {
+                if !coroutine.freeze()? {
+                    return Err(format!("not frozen: {:?}", coroutine.last_not_moved()).into());
+                }
+            }
+            freeze += start.elapsed();
+        }
+        bar.set_position(handles.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok((spawn, freeze))
+}
+
+/// Parks `depth` calls down with a few live locals; answers the second time with a sum over them.
+fn parked_at(yielder: &Yielder<u64, u64>, depth: u32, seed: u64) -> u64 {
+    if depth > 0 {
+        return deeper(yielder, depth, seed);
+    }
+    let locals = black_box([seed, seed ^ 1, seed ^ 2]);
+    let second = yielder.suspend(seed + 1);
+    second + locals.iter().sum::<u64>()
+}
+
+#[inline(never)]
+fn deeper(yielder: &Yielder<u64, u64>, depth: u32, seed: u64) -> u64 {
+    let local = black_box(seed);
+    parked_at(yielder, depth - 1, seed) + local - seed
+}
+
+fn resume_all(options: &Options, handles: &mut [Parked]) -> Result<Duration, Box<dyn Error>> {
+    let bar = options.bar("resuming");
+    let mut order: Vec<u32> = (0..handles.len() as u32).collect();
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    random.shuffle(&mut order);
+    let mut time = Duration::ZERO;
+    for chunk in order.chunks(1 << 12) {
+        let start = Instant::now();
+        for &number in chunk {
+            let seed = u64::from(number);
+            let answer = handles[number as usize].resume(5).returned();
+            if answer != Some(5 + seed + (seed ^ 1) + (seed ^ 2)) {
+                return Err(format!("coroutine {number} answered {answer:?}").into());
+            }
+        }
+        time += start.elapsed();
+        bar.inc(chunk.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(time)
+}
+
+/// How many take how many bytes of stack or block.
+fn histogram(handles: &[Parked]) -> BTreeMap<usize, usize> {
+    let mut sizes = BTreeMap::new();
+    for coroutine in handles {
+        *sizes.entry(coroutine.bytes()).or_default() += 1;
+    }
+    sizes
+}
+
+fn print(options: &Options, figures: &serde_json::Value, sizes: &BTreeMap<usize, usize>) {
+    let how = match (options.in_place, options.frozen) {
+        (true, _) => "growing in place",
+        (false, true) => "growing by moving, frozen",
+        (false, false) => "growing by moving",
+    };
+    println!("{} coroutines, {how}, parked {} calls down", options.count, options.depth);
+    for (key, value) in figures.as_object().into_iter().flatten() {
+        println!("  {key:<24} {:>12.1}", value.as_f64().unwrap_or_default());
+    }
+    println!("  bytes of stack or block, how many:");
+    let most = sizes.values().copied().max().unwrap_or(1);
+    for (bytes, count) in sizes {
+        println!("  {bytes:>8} {count:>10} {}", "#".repeat((count * 40).div_ceil(most)));
+    }
+}
+
+/// What the kernel says of this process.
+struct Memory {
+    resident: usize,
+    page_tables: usize,
+    mappings: usize,
+}
+
+impl Memory {
+    fn now() -> Result<Self, Box<dyn Error>> {
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let kib = |name: &str| -> Result<usize, Box<dyn Error>> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|line| line.split_whitespace().next()).ok_or("no such line")?;
+            Ok(number.parse::<usize>()? << 10)
+        };
+        let mappings = std::fs::read_to_string("/proc/self/maps")?.lines().count();
+        Ok(Self { resident: kib("VmRSS:")?, page_tables: kib("VmPTE:")?, mappings })
+    }
+}
+
+struct Options {
+    count: usize,
+    depth: u32,
+    seed: u64,
+    frozen: bool,
+    in_place: bool,
+    json: bool,
+}
+
+impl Options {
+    fn from_arguments() -> Result<Self, lexopt::Error> {
+        use lexopt::prelude::*;
+        let mut options =
+            Self { count: 1_000_000, depth: 0, seed: 1, frozen: false, in_place: false, json: false };
+        let mut arguments = lexopt::Parser::from_env();
+        while let Some(argument) = arguments.next()? {
+            match argument {
+                Long("count") => options.count = arguments.value()?.parse()?,
+                Long("depth") => options.depth = arguments.value()?.parse()?,
+                Long("seed") => options.seed = arguments.value()?.parse()?,
+                Long("frozen") => options.frozen = true,
+                Long("in-place") => options.in_place = true,
+                Long("json") => options.json = true,
+                other => return Err(other.unexpected()),
+            }
+        }
+        if options.frozen && options.in_place {
+            return Err("--frozen with --in-place: only stacks that move are frozen".into());
+        }
+        Ok(options)
+    }
+
+    fn builder(&self) -> Builder {
+        // SAFETY: the coroutines of this example keep nothing outside their stacks.
+        if self.in_place { Builder::new() } else { unsafe { Builder::new().relocating() } }
+    }
+
+    fn bar(&self, what: &'static str) -> ProgressBar {
+        if self.json {
+            return ProgressBar::hidden();
+        }
+        let style = ProgressStyle::with_template("{msg:>9} {bar:40} {pos}/{len} {eta}");
+        let bar = ProgressBar::new(self.count as u64).with_message(what);
+        style.map_or(bar.clone(), |style| bar.with_style(style))
+    }
+}

@@ -1,0 +1,98 @@
+//! Why a stack that may move did not: what is known of the latest time, and how often each reason came up.
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::map;
+use crate::symbol;
+
+/// Why a stack whose growth is [`Growth::Relocate`](crate::Growth::Relocate) grew in place instead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u8)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The instruction was no push, call or access based on `rsp`: registers may hold differences of
+    /// pointers there. The stack moves at the next such instruction that finds it too small.
+    NotAGrowthPoint,
+    /// A [`Pinned`](crate::Pinned) guard is alive.
+    Pinned,
+    /// A frame of pinned code is on the stack.
+    PinnedCode,
+    /// Nothing is known of a frame: code without unwind information (made at run time, or hand-written).
+    NoMap,
+    /// A frame's map leaves words ambiguous, and the coroutine wants [`Maps::Precise`](crate::Maps::Precise).
+    Imprecise,
+    /// A frame's map contradicts the stack: a pointer word points elsewhere, or a frame has no end.
+    Inconsistent,
+    /// The kernel gave no memory for a larger slot.
+    NoMemory,
+}
+
+/// All reasons, in the order of their counters.
+const REASONS: [Reason; 7] = [
+    Reason::NotAGrowthPoint,
+    Reason::Pinned,
+    Reason::PinnedCode,
+    Reason::NoMap,
+    Reason::Imprecise,
+    Reason::Inconsistent,
+    Reason::NoMemory,
+];
+
+/// A time a stack did not move; see [`Coroutine::last_not_moved`](crate::Coroutine::last_not_moved).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NotMoved {
+    /// Why.
+    pub reason: Reason,
+    /// The program counter of the frame that was the reason; of the interrupted one if no other was.
+    pub frame: usize,
+}
+
+impl NotMoved {
+    /// The frame's function, offset and file, as far as they can be found. Reads the program's symbol table: slow.
+    ///
+    /// ```
+    /// # let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+    /// if let Some(not_moved) = coroutine.last_not_moved() {
+    ///     println!("{:?} because of {}", not_moved.reason, not_moved.function());
+    /// }
+    /// ```
+    #[must_use]
+    pub fn function(&self) -> String {
+        let mut text = String::new();
+        let _ = symbol::describe(self.frame, &mut text);
+        text
+    }
+}
+
+static COUNTS: [AtomicU64; REASONS.len()] = [const { AtomicU64::new(0) }; REASONS.len()];
+
+/// How often stacks of this process did not move, by reason. Cheap enough to leave on: counted when it
+/// happens, in the fault handler.
+///
+/// ```
+/// for (reason, count) in regrow::not_moved() {
+///     println!("{reason:?}: {count}");
+/// }
+/// ```
+pub fn not_moved() -> impl Iterator<Item = (Reason, u64)> {
+    REASONS.into_iter().zip(&COUNTS).map(|(reason, count)| (reason, count.load(Ordering::Relaxed)))
+}
+
+/// Code without a map was met, or nothing has been recorded yet: look at the loaded objects before the next spawn.
+static UNKNOWN_CODE: AtomicBool = AtomicBool::new(true);
+
+/// Records the unwind tables of loaded objects if some code was unknown since the last time. Not for the handler.
+pub(crate) fn record_unknown_code() {
+    if UNKNOWN_CODE.load(Ordering::Acquire) {
+        map::record_loaded_objects(); // one thread at a time; the others wait here
+        UNKNOWN_CODE.store(false, Ordering::Release);
+    }
+}
+
+/// Counts one.
+pub(super) fn count(reason: Reason) {
+    if reason == Reason::NoMap {
+        UNKNOWN_CODE.store(true, Ordering::Relaxed);
+    }
+    COUNTS[reason as usize].fetch_add(1, Ordering::Relaxed);
+}

@@ -1,0 +1,117 @@
+//! Growing on request: without a fault, for a fraction of its price.
+
+use super::relocate::{self, Failure};
+use super::{Done, NotMoved, Reason, finish, now, open_to, reason};
+use crate::error::Error;
+use crate::stack::Record;
+use crate::stack::class::{self, PAGE};
+use crate::stats::Growth;
+use crate::switch::{self, RED_ZONE};
+use crate::thread;
+
+/// Sees that the running coroutine has at least `bytes` of stack left, growing it now if it has not. Outside coroutines
+/// it does nothing.
+///
+/// For two things: deep recursion that is known beforehand, since a growth by fault costs the kernel's price for a signal;
+/// and buffers on the stack that are handed to the kernel, which answers `EFAULT` where code would have faulted.
+///
+/// ```
+/// #[inline(never)]
+/// fn deeper() {
+///     std::hint::black_box([0u8; 50_000]);
+/// }
+/// let mut coroutine = regrow::Coroutine::<(), (), Result<(), regrow::Error>>::new(|_, ()| {
+///     regrow::reserve(150_000)?;
+///     let growths = regrow::current_stats().unwrap().growths;
+///     deeper(); // no fault
+///     assert_eq!(regrow::current_stats().unwrap().growths, growths);
+///     Ok(())
+/// });
+/// coroutine.resume(()).returned().unwrap()?;
+/// # Ok::<(), regrow::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Room`] if that would exceed the coroutine's maximum, or if its stack may not move now and has not that much
+/// slack; [`Error::Memory`] if the kernel has none. Nothing has changed then.
+#[inline(never)]
+pub fn reserve(bytes: usize) -> Result<(), Error> {
+    let mark = 0u8;
+    let here = &raw const mark as usize;
+    let Some(record) = switch::running_record() else { return Ok(()) };
+    let need = (Record::end(record) - here).saturating_add(bytes).saturating_add(RED_ZONE);
+    // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
+    let (open, size, maximum, growth) =
+        unsafe { ((*record).open, (*record).size(), (*record).maximum, (*record).growth) };
+    if need <= open {
+        return Ok(());
+    }
+    let room = Error::Room { bytes, maximum };
+    let Some(size) = class::grown(size, need, maximum) else { return Err(room) };
+    if growth == Growth::InPlace {
+        // SAFETY: the bytes of the maximum are within the window of the class.
+        return unsafe { open_now(record, class::open_bytes(size)) };
+    }
+    if let Some(stack) = thread::signal_stack_end() {
+        // SAFETY: nothing else runs on the signal stack as long as no signal is handled, and one that comes meanwhile is
+        // handled further down on it. The function moves this stack as that of a suspended coroutine is moved.
+        unsafe { switch::hop(size, move_running, stack) };
+    }
+    // If it has moved, so has this pointer to its head.
+    // SAFETY: as above.
+    let (open, class) = unsafe { ((*record).open, (*record).class) };
+    let slack = need.next_multiple_of(PAGE);
+    if need <= open {
+        Ok(())
+    } else if slack <= class.window() && class::size_of_open(slack) <= maximum {
+        // SAFETY: just checked.
+        unsafe { open_now(record, slack) }
+    } else {
+        Err(room)
+    }
+}
+
+/// # Safety
+/// `record` is the running coroutine's; `open` bytes are within its slot's window.
+unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
+    let start = now();
+    // SAFETY: by the caller's word.
+    unsafe {
+        let from = (*record).size();
+        let done = open_to(record, open)?;
+        finish(done, from, start);
+    }
+    Ok(())
+}
+
+/// On another stack: moves the stack of the running coroutine, which `rsp` was on, to a slot of `size` bytes if
+/// it may; returns what `rsp` is now.
+unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
+    let start = now();
+    let Some(handle) = switch::running() else { return rsp };
+    // SAFETY: the coroutine has put itself into the state of a suspended one, and nothing has its stack pointer in
+    // its handle while it runs. Who asked for `Growth::Relocate` made the promise about pointers.
+    unsafe {
+        (*handle).sp = rsp;
+        let record = (*(*handle).base).record();
+        let from = (*record).size();
+        let outcome = if (*record).is_pinned() {
+            Err(Failure::Frame(Reason::Pinned, reserve as *const () as usize))
+        } else {
+            relocate::relocate_suspended(handle, size)
+        };
+        let (reason, frame) = match outcome {
+            Ok(moved) => {
+                let words = moved.words.rewritten;
+                let done = Done { record: moved.record, growth: Growth::Relocate, bytes: moved.bytes, words };
+                finish(done, from, start);
+                return (*handle).sp;
+            }
+            Err(Failure::Frame(reason, frame)) => (reason, frame),
+            Err(Failure::Kernel(_)) => (Reason::NoMemory, reserve as *const () as usize),
+        };
+        reason::count(reason);
+        (*record).not_moved = Some(NotMoved { reason, frame });
+        rsp
+    }
+}

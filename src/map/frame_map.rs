@@ -1,0 +1,638 @@
+//! A frame map: what is known about one function's frame over a range of its code.
+//!
+//! ```text
+//!   higher  │ the caller's frame    │
+//!           ├───────────────────────┤ ◄ CFA: rsp in the caller, after the call has returned
+//!   CFA - 8 │ return address        │
+//!           │ saved rbp, rbx, ...   │ ◄ Rules::saved says where; their values are a caller's
+//!           │ locals, spills, ...   │ ◄ words: pointer, data or ambiguous, each
+//!     lower └───────────────────────┘ ◄ rsp
+//! ```
+#![forbid(unsafe_code)]
+
+use core::fmt;
+use core::ops::Range;
+
+/// What is known about a word.
+///
+/// ```
+/// assert_eq!(regrow::map::Verdict::default(), regrow::map::Verdict::Ambiguous);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[repr(u8)]
+pub enum Verdict {
+    /// Nothing is known: it is a pointer if its value lies in the moving stack's window.
+    #[default]
+    Ambiguous = 0,
+    /// A pointer, possibly null, possibly to elsewhere.
+    Pointer = 1,
+    /// Not a pointer to the stack, whatever its value.
+    Data = 2,
+}
+
+impl Verdict {
+    /// The verdict that [`bits`](Self::bits) gave these two bits for.
+    pub(super) fn from_bits(bits: u8) -> Self {
+        match bits & 3 {
+            1 => Self::Pointer,
+            2 => Self::Data,
+            _ => Self::Ambiguous,
+        }
+    }
+
+    pub(super) fn bits(self) -> u8 {
+        self as u8
+    }
+}
+
+/// A general register, by its number in DWARF, which is not the one in instructions.
+///
+/// ```
+/// use regrow::map::Register;
+/// assert_eq!(Register::RSP.dwarf(), 7);
+/// assert_eq!(Register::from_dwarf(6), Some(Register::RBP));
+/// assert_eq!(Register::from_dwarf(16), None); // rip
+/// assert_eq!(Register::R12.to_string(), "r12");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Register(u8);
+
+macro_rules! registers {
+    ($($name:ident $lower:literal $number:literal,)*) => {
+        impl Register {
+            $(#[doc = concat!("`", $lower, "`, number ", $number, ".")] pub const $name: Self = Self($number);)*
+            const NAMES: [&'static str; 16] = [$($lower),*];
+        }
+    };
+}
+
+registers! {
+    RAX "rax" 0, RDX "rdx" 1, RCX "rcx" 2, RBX "rbx" 3, RSI "rsi" 4, RDI "rdi" 5, RBP "rbp" 6, RSP "rsp" 7,
+    R8 "r8" 8, R9 "r9" 9, R10 "r10" 10, R11 "r11" 11, R12 "r12" 12, R13 "r13" 13, R14 "r14" 14, R15 "r15" 15,
+}
+
+/// How many registers a callee must keep for its caller.
+pub(super) const SAVED: usize = 6;
+
+impl Register {
+    /// The registers a callee keeps for its caller. Arrays of what is known about them are in this order.
+    pub const CALLEE_SAVED: [Self; SAVED] =
+        [Self::RBX, Self::RBP, Self::R12, Self::R13, Self::R14, Self::R15];
+
+    /// The register with this number, if it is a general one.
+    #[must_use]
+    pub const fn from_dwarf(number: u16) -> Option<Self> {
+        if number < 16 { Some(Self(number as u8)) } else { None }
+    }
+
+    /// Its number, 0 to 15.
+    #[must_use]
+    pub const fn dwarf(self) -> u8 {
+        self.0
+    }
+
+    /// Its place in [`CALLEE_SAVED`](Self::CALLEE_SAVED), if it is one of them.
+    ///
+    /// ```
+    /// use regrow::map::Register;
+    /// assert_eq!(Register::RBP.saved_index(), Some(1));
+    /// assert_eq!(Register::RAX.saved_index(), None);
+    /// ```
+    #[must_use]
+    #[inline]
+    pub const fn saved_index(self) -> Option<usize> {
+        match self {
+            Self::RBX => Some(0),
+            Self::RBP => Some(1),
+            Self(number @ 12..) => Some(number as usize - 10),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Register {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(Self::NAMES[usize::from(self.0)])
+    }
+}
+
+impl fmt::Debug for Register {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Where something lies: at an offset from the CFA or from a register, or not in this frame.
+///
+/// ```
+/// use regrow::map::{Place, Register};
+/// assert_eq!(Place::at(Register::RSP, 8).to_string(), "[rsp+8]");
+/// assert_eq!(Place::cfa(-16).to_string(), "[cfa-16]");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place(i32); // the offset above 5 bits that say from where
+
+/// What a [`Place`] is counted from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Origin {
+    Register(Register),
+    Cfa,
+    /// Of a saved register: not touched, it is still where it was in the frames further in.
+    Same,
+    /// Of a saved register: lost.
+    Undefined,
+}
+
+impl Place {
+    /// Of a register: the function has not touched it.
+    pub const SAME: Self = Self(Self::ORIGIN_SAME);
+    /// Of a register: its value is lost. Of a return address: there is none, the frame is outermost.
+    pub const UNDEFINED: Self = Self(Self::ORIGIN_UNDEFINED);
+
+    const ORIGIN_CFA: i32 = 16;
+    const ORIGIN_SAME: i32 = 17;
+    const ORIGIN_UNDEFINED: i32 = 18;
+    const ORIGIN_BITS: u32 = 5;
+    const LIMIT: i64 = 1 << (31 - Self::ORIGIN_BITS);
+
+    /// `offset` bytes above the CFA; below it, if negative.
+    ///
+    /// # Panics
+    /// If `offset` is 64 MiB or more, either way.
+    #[must_use]
+    pub fn cfa(offset: i32) -> Self {
+        Self::checked(None, offset.into()).expect("an offset within 64 MiB")
+    }
+
+    /// `offset` bytes above where `register` points.
+    ///
+    /// # Panics
+    /// As [`cfa`](Self::cfa).
+    #[must_use]
+    pub fn at(register: Register, offset: i32) -> Self {
+        Self::checked(Some(register), offset.into()).expect("an offset within 64 MiB")
+    }
+
+    /// From a register or the CFA; `None` if the offset cannot be represented.
+    pub(super) fn checked(register: Option<Register>, offset: i64) -> Option<Self> {
+        let origin = register.map_or(Self::ORIGIN_CFA, |register| register.0.into());
+        (-Self::LIMIT..Self::LIMIT)
+            .contains(&offset)
+            .then_some(Self((offset as i32) << Self::ORIGIN_BITS | origin))
+    }
+
+    #[inline]
+    pub(super) fn origin(self) -> Origin {
+        match self.0 & ((1 << Self::ORIGIN_BITS) - 1) {
+            Self::ORIGIN_CFA => Origin::Cfa,
+            Self::ORIGIN_SAME => Origin::Same,
+            number @ 0..16 => Origin::Register(Register(number as u8)),
+            _ => Origin::Undefined,
+        }
+    }
+
+    #[inline]
+    pub(super) fn offset(self) -> i32 {
+        self.0 >> Self::ORIGIN_BITS
+    }
+
+    /// The place `bytes` further up, if it can be represented.
+    pub(super) fn plus(self, bytes: i64) -> Option<Self> {
+        let offset = i64::from(self.offset()) + bytes;
+        match self.origin() {
+            Origin::Register(register) => Self::checked(Some(register), offset),
+            Origin::Cfa => Self::checked(None, offset),
+            Origin::Same | Origin::Undefined => None,
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.origin() {
+            Origin::Register(register) => write!(f, "[{register}{:+}]", self.offset()),
+            Origin::Cfa => write!(f, "[cfa{:+}]", self.offset()),
+            Origin::Same => f.write_str("same"),
+            Origin::Undefined => f.write_str("undefined"),
+        }
+    }
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// How the CFA, the end of a frame, is found. `Register` and `Loaded` are enough for every frame that compilers
+/// make, realigned ones and signal frames among them.
+///
+/// ```
+/// use regrow::map::{Cfa, Register};
+/// assert_eq!(Cfa::rsp(8), Cfa::Register(Register::RSP, 8)); // a function that has pushed nothing
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Cfa {
+    /// `register + offset`, in bytes.
+    Register(Register, i32),
+    /// `*(register + offset) + plus`, in bytes.
+    Loaded {
+        /// Where to look from.
+        register: Register,
+        /// How far above it.
+        offset: i32,
+        /// What to add to the word found.
+        plus: i32,
+    },
+    /// A linkage table: `rsp + 8`, and 8 more from byte `pushed` of each 16-byte entry on.
+    Plt {
+        /// The first byte of an entry at which its push has run.
+        pushed: u8,
+    },
+}
+
+impl Cfa {
+    /// `rsp + offset`.
+    #[must_use]
+    pub const fn rsp(offset: i32) -> Self {
+        Self::Register(Register::RSP, offset)
+    }
+
+    /// `rbp + offset`: 16 in a function that has pushed rbp and copied rsp to it.
+    #[must_use]
+    pub const fn rbp(offset: i32) -> Self {
+        Self::Register(Register::RBP, offset)
+    }
+}
+
+/// What a frame is to a walker.
+///
+/// ```
+/// use regrow::map::{Cfa, Kind, Place, Register, Rules};
+/// // A handler's caller on x86-64 Linux: the interrupted rsp and rip are in the ucontext at rsp.
+/// let rules = Rules::new(Cfa::Loaded { register: Register::RSP, offset: 160, plus: 0 })
+///     .return_address(Place::at(Register::RSP, 168))
+///     .kind(Kind::Signal);
+/// # let _ = rules;
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[repr(u8)]
+pub enum Kind {
+    /// Called by the next frame.
+    #[default]
+    Call,
+    /// Put there by the kernel: the next frame was interrupted, not left by a call.
+    Signal,
+    /// A coroutine's first frame; the next one is of whoever resumed it, on another stack.
+    Base,
+}
+
+/// How to get from a frame to its caller's.
+///
+/// ```
+/// use regrow::map::{Cfa, Place, Register, Rules};
+/// // push rbp; mov rbp, rsp; push rbx
+/// let rules = Rules::new(Cfa::rbp(16))
+///     .saved(Register::RBP, Place::cfa(-16))
+///     .saved(Register::RBX, Place::cfa(-24));
+/// assert_eq!(rules.place_of(Register::RBX), Some(Place::cfa(-24)));
+/// assert_eq!(rules.place_of(Register::R12), Some(Place::SAME));
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Rules {
+    pub(super) cfa: Cfa,
+    pub(super) return_address: Place,
+    pub(super) saved: [Place; SAVED],
+    pub(super) kind: Kind,
+    /// Which of the registers are not [`Place::SAME`].
+    pub(super) touched: u8,
+    /// True if the return address and all saved registers are at offsets from the CFA: nearly always.
+    pub(super) simple: bool,
+}
+
+impl Rules {
+    /// A frame that has saved no register, its return address right below the CFA.
+    #[must_use]
+    pub fn new(cfa: Cfa) -> Self {
+        Self {
+            cfa,
+            return_address: Place::cfa(-8),
+            saved: [Place::SAME; SAVED],
+            kind: Kind::Call,
+            touched: 0,
+            simple: true,
+        }
+    }
+
+    /// Says where the function has saved its caller's `register`.
+    ///
+    /// # Panics
+    /// If `register` is not one of [`Register::CALLEE_SAVED`].
+    #[must_use]
+    pub fn saved(mut self, register: Register, place: Place) -> Self {
+        self.saved[register.saved_index().expect("a callee-saved register")] = place;
+        self.summarised()
+    }
+
+    /// Says where the return address lies; [`Place::UNDEFINED`]: nowhere, the walk ends here.
+    #[must_use]
+    pub fn return_address(mut self, place: Place) -> Self {
+        self.return_address = place;
+        self.summarised()
+    }
+
+    fn summarised(mut self) -> Self {
+        let touched = |index: usize| u8::from(self.saved[index] != Place::SAME) << index;
+        self.touched = (0..SAVED).map(touched).sum();
+        self.simple = self.return_address.origin() == Origin::Cfa
+            && self.saved.iter().all(|place| matches!(place.origin(), Origin::Cfa | Origin::Same));
+        self
+    }
+
+    /// Says that this is no ordinary frame.
+    #[must_use]
+    pub fn kind(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// How the frame's end is found.
+    #[must_use]
+    pub fn cfa(&self) -> Cfa {
+        self.cfa
+    }
+
+    /// True if the frame's end is counted from `register`, which is a pointer into the stack, therefore.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Register, Rules};
+    /// assert!(Rules::new(Cfa::rbp(16)).is_counted_from(Register::RBP));
+    /// ```
+    #[inline]
+    #[must_use]
+    pub fn is_counted_from(&self, register: Register) -> bool {
+        matches!(self.cfa, Cfa::Register(from, _) | Cfa::Loaded { register: from, .. } if from == register)
+    }
+
+    /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.
+    #[must_use]
+    pub fn place_of(&self, register: Register) -> Option<Place> {
+        register.saved_index().map(|index| self.saved[index])
+    }
+}
+
+/// Why a frame cannot be walked although its function is known.
+///
+/// ```
+/// assert_eq!(regrow::map::Unwalkable::StackPointer.to_string(), "it switches stacks");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum Unwalkable {
+    /// Its CFA is given by a DWARF expression other than those that [`Cfa`] has.
+    CfaExpression,
+    /// Its caller's stack pointer is not its CFA: it switches stacks.
+    StackPointer,
+    /// Its return address is in a register, or at a place that [`Place`] has not.
+    ReturnAddress,
+    /// It keeps a callee-saved register in another register, or at a place that [`Place`] has not.
+    SavedRegister,
+    /// Its unwind instructions make no sense.
+    Malformed,
+}
+
+impl Unwalkable {
+    /// All of them, in order.
+    pub const ALL: [Self; 5] =
+        [Self::CfaExpression, Self::StackPointer, Self::ReturnAddress, Self::SavedRegister, Self::Malformed];
+}
+
+impl fmt::Display for Unwalkable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CfaExpression => "its end is given by an expression that is not supported",
+            Self::StackPointer => "it switches stacks",
+            Self::ReturnAddress => "its return address is not on the stack",
+            Self::SavedRegister => "it saves a register where maps cannot say",
+            Self::Malformed => "its unwind instructions are malformed",
+        })
+    }
+}
+
+/// Who recorded a frame map.
+///
+/// ```
+/// assert_eq!(regrow::map::Source::EhFrame.to_string(), "eh_frame");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[repr(u8)]
+pub enum Source {
+    /// `.eh_frame`, the unwind tables of an object.
+    EhFrame,
+    /// The macros in `asm/frame_map.inc`.
+    Assembly,
+    /// `.llvm_stackmaps`.
+    Llvm,
+    /// User stack maps of Cranelift.
+    Cranelift,
+    /// Somebody else, through [`register`](super::register).
+    #[default]
+    Other,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::EhFrame => "eh_frame",
+            Self::Assembly => "assembly",
+            Self::Llvm => "llvm",
+            Self::Cranelift => "cranelift",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// What is known about a function's frame while `pc` is in a range of its code.
+///
+/// A map without [`rules`](Self::rules) takes those of the function's unwind tables and adds what it knows about
+/// words. A map that says nothing about words leaves them all ambiguous.
+///
+/// ```
+/// use regrow::map::{Cfa, FrameMap, Place, Register, Rules, Source, Verdict};
+///
+/// // sub rsp, 24: two words of locals and eight bytes of padding below the return address.
+/// let map = FrameMap::new(0x1000..0x1040)
+///     .rules(Rules::new(Cfa::rsp(32)))
+///     .word(Place::at(Register::RSP, 0), Verdict::Pointer)
+///     .word(Place::at(Register::RSP, 8), Verdict::Data)
+///     .register(Register::RBX, Verdict::Data)
+///     .rest(Verdict::Data)
+///     .source(Source::Other);
+///
+/// // Only while a call that returns to 0x2005 has not returned:
+/// let map = FrameMap::at_return(0x2005).word(Place::at(Register::RBP, -8), Verdict::Pointer);
+/// assert_eq!(map.range(), 0x2004..0x2005);
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FrameMap {
+    pub(super) range: Range<usize>,
+    pub(super) rules: Option<Result<Rules, Unwalkable>>,
+    pub(super) words: Vec<(Place, Verdict)>,
+    pub(super) rest: Verdict,
+    pub(super) registers: [Verdict; SAVED],
+    pub(super) source: Source,
+}
+
+impl FrameMap {
+    /// A map that says nothing yet, for code addresses from `range.start` to below `range.end`.
+    #[must_use]
+    pub fn new(range: Range<usize>) -> Self {
+        Self {
+            range,
+            rules: None,
+            words: Vec::new(),
+            rest: Verdict::Ambiguous,
+            registers: [Verdict::Ambiguous; SAVED],
+            source: Source::Other,
+        }
+    }
+
+    /// A map for the call that returns to `address` and for no other instruction: it covers the call's last
+    /// byte, which is where walkers look for a caller.
+    ///
+    /// It holds, too, for the call that *cannot push* its return address because the stack is full: the frame is the same
+    /// before that push and after the return. How long a call is only its decoder knows. So whoever looks up a
+    /// context that was interrupted at one does as walkers do, and takes the call's last byte, not its first, for
+    /// the program counter: `pc + length - 1`.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Verdict, Walk, Word};
+    /// let maps = StackMaps::new();
+    /// // At 0x2000 a call of 5 bytes, in a frame of one word besides the return address.
+    /// let map = FrameMap::at_return(0x2005).rules(Rules::new(Cfa::rsp(16))).rest(Verdict::Pointer);
+    /// let _registration = maps.register(vec![map]);
+    ///
+    /// let (pc, length, rsp) = (0x2000, 5, 0x8000); // it faults at its push
+    /// let interrupted = Registers::new(pc + length - 1, rsp);
+    /// let reader = maps.read();
+    /// let frame = Walk::new(&reader, &interrupted, |_| Some(0)).next().unwrap();
+    /// assert_eq!(frame.word(rsp), Word::Own(Verdict::Pointer));
+    /// ```
+    #[must_use]
+    pub fn at_return(address: usize) -> Self {
+        Self::new(address.wrapping_sub(1)..address)
+    }
+
+    /// Gives the rules for getting to the caller.
+    #[must_use]
+    pub fn rules(mut self, rules: Rules) -> Self {
+        self.rules = Some(Ok(rules));
+        self
+    }
+
+    /// Says that a walk ends here, and why.
+    #[must_use]
+    pub fn unwalkable(mut self, reason: Unwalkable) -> Self {
+        self.rules = Some(Err(reason));
+        self
+    }
+
+    /// Gives the verdict for the word at `place`. The last one given for a place holds.
+    ///
+    /// Two places may be the same word, counted from different registers. Then a pointer wins, and
+    /// otherwise what is not [`rest`](Self::rest).
+    #[must_use]
+    pub fn word(mut self, place: Place, verdict: Verdict) -> Self {
+        self.words.push((place, verdict));
+        self
+    }
+
+    /// Gives the verdict for all words of the frame that [`word`](Self::word) was not called for. The return address and
+    /// saved registers have their own.
+    #[must_use]
+    pub fn rest(mut self, verdict: Verdict) -> Self {
+        self.rest = verdict;
+        self
+    }
+
+    /// Gives the verdict for a callee-saved register that the function uses itself. (One it has not touched belongs to
+    /// a caller, and takes the verdict given there. One that the CFA is counted from is a pointer in any case.)
+    ///
+    /// # Panics
+    /// If `register` is not one of [`Register::CALLEE_SAVED`].
+    #[must_use]
+    pub fn register(mut self, register: Register, verdict: Verdict) -> Self {
+        self.registers[register.saved_index().expect("a callee-saved register")] = verdict;
+        self
+    }
+
+    /// Gives the same verdict for all callee-saved registers. See [`register`](Self::register), of which calls before this
+    /// one are forgotten.
+    #[must_use]
+    pub fn registers(mut self, verdict: Verdict) -> Self {
+        self.registers = [verdict; SAVED];
+        self
+    }
+
+    /// Says who recorded this, for reports.
+    #[must_use]
+    pub fn source(mut self, source: Source) -> Self {
+        self.source = source;
+        self
+    }
+
+    /// The code addresses it is for.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
+    /// The verdicts that were given for words, in that order.
+    #[must_use]
+    pub fn words(&self) -> &[(Place, Verdict)] {
+        &self.words
+    }
+
+    /// The verdict for a callee-saved register that the function uses itself; `None` for another register.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Register, Verdict};
+    /// let map = FrameMap::at_return(0x2005).registers(Verdict::Data).register(Register::R12, Verdict::Pointer);
+    /// assert_eq!(map.verdict_of(Register::R12), Some(Verdict::Pointer));
+    /// assert_eq!(map.verdict_of(Register::RBX), Some(Verdict::Data));
+    /// assert_eq!(map.verdict_of(Register::RAX), None);
+    /// ```
+    #[must_use]
+    pub fn verdict_of(&self, register: Register) -> Option<Verdict> {
+        register.saved_index().map(|index| self.registers[index])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_keep_origin_and_offset_to_the_limits() {
+        for offset in [0, 1, -1, 8, -8, (1 << 26) - 1, -(1 << 26)] {
+            assert_eq!(Place::cfa(offset).origin(), Origin::Cfa);
+            assert_eq!(Place::cfa(offset).offset(), offset);
+            for register in (0..16).filter_map(Register::from_dwarf) {
+                assert_eq!(Place::at(register, offset).origin(), Origin::Register(register));
+                assert_eq!(Place::at(register, offset).offset(), offset);
+            }
+        }
+        assert_eq!(Place::checked(None, 1 << 26), None);
+        assert_eq!(Place::checked(None, -(1 << 26) - 1), None);
+        assert_eq!(Place::SAME.origin(), Origin::Same);
+        assert_eq!(Place::UNDEFINED.origin(), Origin::Undefined);
+    }
+
+    #[test]
+    fn saved_registers_are_numbered_in_their_order() {
+        for (index, register) in Register::CALLEE_SAVED.into_iter().enumerate() {
+            assert_eq!(register.saved_index(), Some(index));
+        }
+        assert_eq!((0..16).filter_map(Register::from_dwarf).filter_map(Register::saved_index).count(), SAVED);
+    }
+}

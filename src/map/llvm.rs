@@ -1,0 +1,748 @@
+//! The recorder for LLVM: reads the section `.llvm_stackmaps`, version 3.
+//!
+//! ```text
+//!   section      table, table, ...      one from each object file linked; zeros between them are skipped
+//!
+//!   table        0  u8   version (3), 3 bytes reserved
+//!                4  u32  functions    F
+//!                8  u32  constants    C
+//!               12  u32  records      R
+//!               16  F × function
+//!                   C × u64           constants too large for a location
+//!                   R × record        those of the first function, those of the second, ...
+//!
+//!   function     0  u64  address
+//!                8  u64  stack size, all ones if dynamic
+//!               16  u64  records
+//!
+//!   record       0  u64  id
+//!                8  u32  offset of the code from the function's address
+//!               12  u16  reserved
+//!               14  u16  locations    L
+//!               16  L × location      padded to 8 bytes
+//!                   u16  padding
+//!                   u16  live-outs    O
+//!                   O × live-out      padded to 8 bytes
+//!
+//!   location     0  u8   kind, 1 byte reserved         live-out   0  u16  DWARF register, 1 byte reserved
+//!                2  u16  size in bytes                            3  u8   size in bytes
+//!                4  u16  DWARF register, 2 bytes reserved
+//!                8  i32  offset, constant, or index of a constant
+//! ```
+//!
+//! This is the layout of LLVM's own reader, `llvm/Object/StackMapParser.h`; where LLVM's prose differs, the
+//! reader is right. Nothing is copied or allocated to read: [`tables`] checks a table as a whole, once, and
+//! what it hands out are views of the section's bytes whose iterators cannot fail.
+//!
+//! # Which records describe frames
+//!
+//! The section does not say which intrinsic a record comes from, and only one of the three describes a frame:
+//!
+//! | intrinsic | `offset` is | its locations are | used for frames |
+//! | --- | --- | --- | --- |
+//! | `gc.statepoint` | the call's return address | the pointers that are live across it | yes |
+//! | `patchpoint` | where the patchable bytes *begin* | values a runtime asked for, of any type | no |
+//! | `stackmap` | some instruction | values a runtime asked for, of any type | no |
+//!
+//! A patchpoint's call returns to an address that no field holds, and neither of the two claims to list every
+//! pointer. A frame stopped in such a call is judged by its unwind data alone. The records can still
+//! be read, with [`Table::records`].
+//!
+//! A statepoint is told by its shape ([`Record::statepoint`]). A patchpoint could be given three constants as
+//! first values and look the same; who mixes them gives statepoints ids of their own and passes a
+//! predicate to [`Table::frame_maps`].
+//!
+//! # What the locations of a statepoint mean here
+//!
+//! - `Indirect` in a pair, base or derived: a pointer word, or several where the size is a multiple of 8.
+//!   Derived pointers are interior pointers; they move like any other. `Register` in a pair
+//!   (`-fixup-allow-gcptr-in-csr`): a callee-saved register that holds a pointer. Constants (null): nothing.
+//! - `Direct` is the *address* of an `alloca`, as a sum to be computed: it names no word that holds it, so
+//!   there is nothing to rewrite. The memory it points to is another matter: an `alloca` listed as live is
+//!   LLVM's way to declare a spill slot of one's own, so its first word is a pointer word. Its size is not
+//!   recorded: list `alloca`s of one word, each a pointer.
+//! - `Indirect` and `Register` among the deopt values: a value of any type. An aligned word of it is ambiguous, and so is
+//!   a callee-saved register, unless a pair names the same: then it is a pointer. `Direct` there: an address, so nothing.
+//!
+//! Words are counted from `rsp`; from `rbp` in frames of dynamic size, from `rbx`, LLVM's base pointer, in those that are
+//! realigned as well. Where the frame ends and where registers are saved is not recorded. The maps have no
+//! [`Rules`](super::Rules), therefore, and take those of the function's unwind tables: `.eh_frame` of a program is
+//! [recorded](super::record_loaded_objects) anyway; that of a JIT is [given](super::register_eh_frame).
+//!
+//! # What LLVM does not record
+//!
+//! Only pointers that the front end declares (as a rule, those in address space 1 that a `gc.relocate` gives
+//! back) are in the map. LLVM itself keeps *undeclared* pointers into the stack across calls: the address of
+//! an `alloca` that is used before and after a call may wait in `r12`, and a frame that is both realigned and
+//! of dynamic size keeps a base pointer in `rbx`. So the rest of a frame is [`Verdict::Ambiguous`]. A front
+//! end that has no `alloca` whose address is used on both sides of a call, none of dynamic size, none aligned
+//! to more than 16 bytes, and holds stack pointers only in declared values and passes none of them in memory,
+//! may say [`Verdict::Data`]; it answers for that as for its code.
+
+use core::fmt;
+
+use super::{FrameMap, Place, Register, Registration, Source, Verdict};
+
+const VERSION: u8 = 3;
+const HEADER: usize = 16;
+const FUNCTION: usize = 24;
+const CONSTANT: usize = 8;
+const RECORD: usize = 16;
+const LOCATION: usize = 12;
+const LIVE_OUT: usize = 4;
+const ALIGNMENT: usize = 8;
+
+/// A frame's words are counted before they are stored: locations of 64 KiB would ask for gigabytes.
+const MOST_WORDS: usize = u16::MAX as usize;
+
+/// Why a section cannot be read. Offsets are in bytes from the start of the section.
+///
+/// ```
+/// use regrow::map::llvm::{Error, tables};
+/// let error = tables(&[2; 16]).next().unwrap().err();
+/// assert_eq!(error, Some(Error::Version { offset: 0, found: 2 }));
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// The table at `offset` has another version than 3.
+    Version {
+        /// Where the table begins.
+        offset: usize,
+        /// The version it claims.
+        found: u8,
+    },
+    /// The section ends before what is announced at `offset` does. Absurd counts end here too.
+    Truncated {
+        /// Where it begins.
+        offset: usize,
+        /// What is cut off.
+        what: &'static str,
+    },
+    /// The functions of a table do not have as many records together as the table.
+    Counts {
+        /// Where the table begins.
+        offset: usize,
+        /// The number of records the table's header announces.
+        records: u32,
+    },
+    /// A location is of none of the five kinds.
+    Kind {
+        /// Where the record of the location begins.
+        offset: usize,
+        /// The kind it claims.
+        found: u8,
+    },
+    /// A location names a constant that the table does not have.
+    Constant {
+        /// Where the record of the location begins.
+        offset: usize,
+        /// The constant it names.
+        index: u32,
+    },
+    /// The maps could not be registered.
+    Refused(super::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Version { offset, found } => {
+                write!(f, ".llvm_stackmaps at {offset:#x}: version {found}, only version {VERSION} is known")
+            }
+            Self::Truncated { offset, what } => {
+                write!(f, ".llvm_stackmaps at {offset:#x}: the section ends within the {what}")
+            }
+            Self::Counts { offset, records } => {
+                write!(f, ".llvm_stackmaps at {offset:#x}: the functions' records do not add up to {records}")
+            }
+            Self::Kind { offset, found } => {
+                write!(f, ".llvm_stackmaps at {offset:#x}: a location of unknown kind {found}")
+            }
+            Self::Constant { offset, index } => {
+                write!(
+                    f,
+                    ".llvm_stackmaps at {offset:#x}: a location names constant {index}, which there is not"
+                )
+            }
+            Self::Refused(error) => error.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for Error {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Refused(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// What [`register`] brought.
+#[must_use = "dropping it removes the maps"]
+#[derive(Debug)]
+pub struct Recorded {
+    /// Keeps the maps.
+    pub registration: Registration<'static>,
+    /// Statepoints that got no map; their frames are judged by unwind data alone.
+    pub unusable: Vec<Unusable>,
+}
+
+/// Adds the maps of all statepoints of a section, with addresses in place, to those of the process. Everything that has the
+/// shape of a statepoint is taken for one; where that is too much, see [`Table::frame_maps`].
+///
+/// `rest` is the verdict on all that LLVM does not record; read [above](self#what-llvm-does-not-record)
+/// before it is [`Data`](Verdict::Data).
+///
+/// A JIT has the section in memory. In a program or a shared library nothing says where it lies, for the linker makes
+/// symbols only for sections whose names are those of C. Give it one, in each object file:
+///
+/// ```text
+/// objcopy --rename-section .llvm_stackmaps=llvm_stackmaps,alloc,load,data,contents code.o
+/// ```
+///
+/// (`data` although nothing writes it but the loader, which fills in the addresses.) Then:
+///
+/// ```no_run
+/// # use regrow::map::{self, Verdict, llvm};
+/// unsafe extern "C" {
+///     static __start_llvm_stackmaps: u8;
+///     static __stop_llvm_stackmaps: u8;
+/// }
+/// # mod made_by_the_linker {
+/// #     #[unsafe(no_mangle)] static __start_llvm_stackmaps: u8 = 0;
+/// #     #[unsafe(no_mangle)] static __stop_llvm_stackmaps: u8 = 0;
+/// # }
+/// let (start, stop) = (&raw const __start_llvm_stackmaps, &raw const __stop_llvm_stackmaps);
+/// // SAFETY: the linker puts these around the section, which is not written after the program was loaded.
+/// let section = unsafe { std::slice::from_raw_parts(start, stop.addr() - start.addr()) };
+/// map::record_loaded_objects();
+/// let recorded = llvm::register(section, Verdict::Ambiguous)?;
+/// assert!(recorded.unusable.is_empty(), "{:?}", recorded.unusable);
+/// std::mem::forget(recorded); // for as long as the program runs
+/// # Ok::<_, llvm::Error>(())
+/// ```
+///
+/// # Errors
+/// If the section cannot be read, or has maps already. Nothing is added then.
+pub fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
+    let mut maps = Vec::new();
+    let mut unusable = Vec::new();
+    for table in tables(section) {
+        for map in table?.frame_maps(rest, |_| true) {
+            match map {
+                Ok(map) => maps.push(map),
+                Err(one) => unusable.push(one),
+            }
+        }
+    }
+    let registration = super::register(maps).map_err(Error::Refused)?;
+    Ok(Recorded { registration, unusable })
+}
+
+/// Bytes not read yet, and where they begin in the section.
+#[derive(Clone, Copy)]
+struct Cursor<'a> {
+    rest: &'a [u8],
+    offset: usize,
+}
+
+impl<'a> Cursor<'a> {
+    /// The next `count` items of `size` bytes.
+    fn take(&mut self, count: u32, size: usize, what: &'static str) -> Result<&'a [u8], Error> {
+        let split = (count as usize).checked_mul(size).and_then(|bytes| self.rest.split_at_checked(bytes));
+        let (taken, rest) = split.ok_or(Error::Truncated { offset: self.offset, what })?;
+        self.rest = rest;
+        self.offset += taken.len();
+        Ok(taken)
+    }
+
+    /// Skips to the next multiple of 8 bytes. Tables begin at one, whatever lies before them.
+    fn align(&mut self, what: &'static str) -> Result<(), Error> {
+        let padding = self.offset.next_multiple_of(ALIGNMENT) - self.offset;
+        self.take(padding as u32, 1, what).map(|_| ())
+    }
+}
+
+/// The little-endian number of `N` bytes at `at`. Zero outside of `bytes`, which no caller asks for.
+fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
+    let mut number = [0; 8];
+    if let Some(found) = bytes.get(at..).and_then(|tail| tail.first_chunk::<N>()) {
+        number[..N].copy_from_slice(found);
+    }
+    u64::from_le_bytes(number)
+}
+
+/// The tables of a section, one after another. After the first error there are no more.
+///
+/// ```
+/// // One table: no functions, one constant, no records. Twice, as the linker would join them.
+/// let mut section = vec![3, 0, 0, 0,  0, 0, 0, 0,  1, 0, 0, 0,  0, 0, 0, 0,  7, 0, 0, 0, 0, 0, 0, 0];
+/// section.extend(section.clone());
+/// let constants: Vec<_> = regrow::map::llvm::tables(&section)
+///     .map(|table| table.unwrap().constants().collect::<Vec<_>>())
+///     .collect();
+/// assert_eq!(constants, [[7], [7]]);
+/// ```
+pub fn tables(section: &[u8]) -> Tables<'_> {
+    Tables { cursor: Cursor { rest: section, offset: 0 } }
+}
+
+/// The iterator that [`tables`] returns.
+#[derive(Clone)]
+pub struct Tables<'a> {
+    cursor: Cursor<'a>,
+}
+
+impl<'a> Iterator for Tables<'a> {
+    type Item = Result<Table<'a>, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        // No table begins with a zero: its first byte is the version.
+        let zeros = self.cursor.rest.iter().take_while(|&&byte| byte == 0).count();
+        let padding = match self.cursor.rest.len() {
+            all if all == zeros => all,
+            _ => zeros - zeros % ALIGNMENT,
+        };
+        self.cursor.rest = &self.cursor.rest[padding..];
+        self.cursor.offset += padding;
+        if self.cursor.rest.is_empty() {
+            return None;
+        }
+        let table = Table::read(&mut self.cursor);
+        if table.is_err() {
+            self.cursor.rest = &[];
+        }
+        Some(table)
+    }
+}
+
+/// One table: what one object file contributes.
+#[derive(Clone, Copy)]
+pub struct Table<'a> {
+    functions: &'a [u8],
+    constants: &'a [u8],
+    records: Records<'a>,
+}
+
+impl<'a> Table<'a> {
+    /// Reads the whole table and checks it, so that nothing can fail later.
+    fn read(cursor: &mut Cursor<'a>) -> Result<Self, Error> {
+        let offset = cursor.offset;
+        let header = cursor.take(1, HEADER, "header")?;
+        if header[0] != VERSION {
+            return Err(Error::Version { offset, found: header[0] });
+        }
+        let count = |at| number::<4>(header, at) as u32;
+        let functions = cursor.take(count(4), FUNCTION, "functions")?;
+        let constants = cursor.take(count(8), CONSTANT, "constants")?;
+        let records = Records { cursor: *cursor, left: count(12) };
+        for _ in 0..records.left {
+            Record::read(cursor)?.check(constants.len() / CONSTANT)?;
+        }
+        let table = Self { functions, constants, records };
+        let sum = table.functions().try_fold(0u64, |sum, function| sum.checked_add(function.records));
+        match sum == Some(records.left.into()) {
+            true => Ok(table),
+            false => Err(Error::Counts { offset, records: records.left }),
+        }
+    }
+
+    /// The functions that have records.
+    pub fn functions(&self) -> impl ExactSizeIterator<Item = Function> + use<'a> {
+        self.functions.chunks_exact(FUNCTION).map(|bytes| Function {
+            address: number::<8>(bytes, 0),
+            stack_size: Some(number::<8>(bytes, 8)).filter(|&size| size != u64::MAX),
+            records: number::<8>(bytes, 16),
+        })
+    }
+
+    /// The constants that are too large for a location.
+    pub fn constants(&self) -> impl ExactSizeIterator<Item = u64> + use<'a> {
+        self.constants.chunks_exact(CONSTANT).map(|bytes| number::<8>(bytes, 0))
+    }
+
+    /// All records, those of the first function first.
+    pub fn records(&self) -> Records<'a> {
+        self.records
+    }
+
+    /// All records, each with its function.
+    pub fn sites(&self) -> impl Iterator<Item = (Function, Record<'a>)> + use<'a> {
+        self.functions().flat_map(|function| (0..function.records).map(move |_| function)).zip(self.records())
+    }
+
+    /// The maps of the table's statepoints, in the order of the records. Records whose id
+    /// `is_statepoint` denies, or whose shape is another's, are passed over.
+    ///
+    /// `rest` is the verdict on all that LLVM does not record; read [above](self#what-llvm-does-not-record)
+    /// before it is [`Data`](Verdict::Data). A record that says something no frame can obey is an
+    /// [`Unusable`]: its frame is to be judged by unwind data.
+    ///
+    /// ```
+    /// use regrow::map::{self, Verdict, llvm};
+    /// # let section: &[u8] = include_bytes!("../../tests/llvm/statepoint.bin");
+    /// let mut maps = Vec::new();
+    /// for table in llvm::tables(section) {
+    ///     for map in table?.frame_maps(Verdict::Ambiguous, |id| id >= 7000) {
+    ///         maps.push(map?);
+    ///     }
+    /// }
+    /// let registration = map::register(maps)?;
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn frame_maps(
+        &self,
+        rest: Verdict,
+        is_statepoint: impl Fn(u64) -> bool,
+    ) -> impl Iterator<Item = Result<FrameMap, Unusable>> {
+        self.sites().filter(move |(_, record)| is_statepoint(record.id())).filter_map(
+            move |(function, record)| {
+                let statepoint = record.statepoint()?;
+                let return_address = function.address.wrapping_add(record.offset().into());
+                let map = FrameMap::at_return(return_address as usize).rest(rest).registers(rest);
+                let described = statepoint.describe(map.source(Source::Llvm));
+                Some(described.map_err(|reason| Unusable { return_address, reason }))
+            },
+        )
+    }
+}
+
+/// A function with records.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Function {
+    /// Its address; what the relocation says where it was not applied yet.
+    pub address: u64,
+    /// The size of its frames in bytes, without the return address. `None` if it is dynamic.
+    pub stack_size: Option<u64>,
+    /// How many records it has.
+    pub records: u64,
+}
+
+/// The records of a [`Table`].
+#[derive(Clone, Copy)]
+pub struct Records<'a> {
+    cursor: Cursor<'a>,
+    left: u32,
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Record<'a>;
+
+    fn next(&mut self) -> Option<Record<'a>> {
+        self.left = self.left.checked_sub(1)?;
+        Record::read(&mut self.cursor).ok()
+    }
+}
+
+/// What was recorded at one place in the code.
+#[derive(Clone, Copy)]
+pub struct Record<'a> {
+    start: usize,
+    head: &'a [u8],
+    locations: &'a [u8],
+    live_outs: &'a [u8],
+}
+
+impl<'a> Record<'a> {
+    fn read(cursor: &mut Cursor<'a>) -> Result<Self, Error> {
+        let start = cursor.offset;
+        let head = cursor.take(1, RECORD, "record")?;
+        let locations = cursor.take(number::<2>(head, 14) as u32, LOCATION, "locations")?;
+        cursor.align("padding after locations")?;
+        let counts = cursor.take(1, 4, "number of live-outs")?;
+        let live_outs = cursor.take(number::<2>(counts, 2) as u32, LIVE_OUT, "live-outs")?;
+        cursor.align("padding after live-outs")?;
+        Ok(Self { start, head, locations, live_outs })
+    }
+
+    fn check(&self, constants: usize) -> Result<(), Error> {
+        for bytes in self.locations.chunks_exact(LOCATION) {
+            match Kind::from_byte(bytes[0]) {
+                None => return Err(Error::Kind { offset: self.start, found: bytes[0] }),
+                Some(Kind::ConstantIndex) if number::<4>(bytes, 8) >= constants as u64 => {
+                    return Err(Error::Constant { offset: self.start, index: number::<4>(bytes, 8) as u32 });
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The id given to the intrinsic.
+    pub fn id(&self) -> u64 {
+        number::<8>(self.head, 0)
+    }
+
+    /// Bytes from the function's address to the place in its code.
+    pub fn offset(&self) -> u32 {
+        number::<4>(self.head, 8) as u32
+    }
+
+    /// Where the recorded values are.
+    pub fn locations(&self) -> Locations<'a> {
+        Locations { bytes: self.locations }
+    }
+
+    /// The registers that are live after the place. Of patchpoints only.
+    pub fn live_outs(&self) -> impl ExactSizeIterator<Item = LiveOut> + use<'a> {
+        self.live_outs.chunks_exact(LIVE_OUT).map(|bytes| LiveOut {
+            register: number::<2>(bytes, 0) as u16,
+            size: number::<1>(bytes, 3) as u8,
+        })
+    }
+
+    /// The record taken for that of a statepoint, if it has the shape of one:
+    ///
+    /// ```text
+    ///   constant     calling convention
+    ///   constant     flags, 0 to 3
+    ///   constant     D
+    ///   D locations  deopt values
+    ///   pairs        base, derived
+    ///   Directs      allocas
+    /// ```
+    pub fn statepoint(&self) -> Option<Statepoint<'a>> {
+        let mut all = self.locations();
+        let constant = |location: Location| (location.kind == Kind::Constant).then_some(location.value);
+        let (_convention, flags, deopts) =
+            (constant(all.next()?)?, constant(all.next()?)?, constant(all.next()?)?);
+        let (deopts, live) =
+            all.bytes.split_at_checked(usize::try_from(deopts).ok()?.checked_mul(LOCATION)?)?;
+        let live = Locations { bytes: live };
+        // A pair never holds a Direct: LLVM sorts allocas out before it makes pairs.
+        let directs = live.clone().rev().take_while(|location| location.kind == Kind::Direct).count();
+        let (pairs, allocas) = live.bytes.split_at(live.bytes.len() - directs * LOCATION);
+        let shape =
+            (0..=3).contains(&flags) && pairs.len() % (2 * LOCATION) == 0 && self.live_outs.is_empty();
+        shape.then_some(Statepoint {
+            deopts: Locations { bytes: deopts },
+            pairs: Locations { bytes: pairs },
+            allocas: Locations { bytes: allocas },
+        })
+    }
+}
+
+/// How a [`Location`] holds its value.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Kind {
+    /// In a register.
+    Register = 1,
+    /// The value is register + offset: the address of an `alloca`.
+    Direct = 2,
+    /// In memory, at register + offset.
+    Indirect = 3,
+    /// The value is the location's own number.
+    Constant = 4,
+    /// The value is one of the table's constants; the location's number is the index.
+    ConstantIndex = 5,
+}
+
+impl Kind {
+    fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Register, Self::Direct, Self::Indirect, Self::Constant, Self::ConstantIndex]
+            .into_iter()
+            .find(|&kind| kind as u8 == byte)
+    }
+}
+
+/// Where one recorded value is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Location {
+    /// How the value is held.
+    pub kind: Kind,
+    /// The size of the value in bytes. Of a `Direct`: the size of an address, not of the `alloca`.
+    pub size: u16,
+    /// The DWARF number of the register; 0 in constants.
+    pub register: u16,
+    /// The offset from the register in bytes (`Direct`, `Indirect`), the constant, sign-extended
+    /// (`Constant`), or the index, which is never negative in a table that could be read with fewer
+    /// than 2³¹ constants (`ConstantIndex`).
+    pub value: i32,
+}
+
+/// The locations of a [`Record`].
+#[derive(Clone)]
+pub struct Locations<'a> {
+    bytes: &'a [u8],
+}
+
+impl Locations<'_> {
+    fn decode(bytes: &[u8; LOCATION]) -> Option<Location> {
+        Some(Location {
+            kind: Kind::from_byte(bytes[0])?,
+            size: number::<2>(bytes, 2) as u16,
+            register: number::<2>(bytes, 4) as u16,
+            value: number::<4>(bytes, 8) as u32 as i32,
+        })
+    }
+}
+
+impl Iterator for Locations<'_> {
+    type Item = Location;
+
+    fn next(&mut self) -> Option<Location> {
+        let (first, rest) = self.bytes.split_first_chunk()?;
+        self.bytes = rest;
+        Self::decode(first)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.bytes.len() / LOCATION, Some(self.bytes.len() / LOCATION))
+    }
+}
+
+impl DoubleEndedIterator for Locations<'_> {
+    fn next_back(&mut self) -> Option<Location> {
+        let (rest, last) = self.bytes.split_last_chunk()?;
+        self.bytes = rest;
+        Self::decode(last)
+    }
+}
+
+impl ExactSizeIterator for Locations<'_> {}
+
+/// A register that is live after a patchpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LiveOut {
+    /// Its DWARF number.
+    pub register: u16,
+    /// How many bytes of it are live.
+    pub size: u8,
+}
+
+/// A [`Record`] read as that of a statepoint.
+#[derive(Clone)]
+pub struct Statepoint<'a> {
+    deopts: Locations<'a>,
+    pairs: Locations<'a>,
+    allocas: Locations<'a>,
+}
+
+impl<'a> Statepoint<'a> {
+    /// The deopt values, of any type.
+    pub fn deopts(&self) -> Locations<'a> {
+        self.deopts.clone()
+    }
+
+    /// Base and derived pointer of each pointer that is live across the call. Pairs may repeat.
+    pub fn pairs(&self) -> impl Iterator<Item = (Location, Location)> + use<'a> {
+        let mut pairs = self.pairs.clone();
+        core::iter::from_fn(move || Some((pairs.next()?, pairs.next()?)))
+    }
+
+    /// The addresses of the `alloca`s that were listed as live.
+    pub fn allocas(&self) -> Locations<'a> {
+        self.allocas.clone()
+    }
+
+    /// Adds to `map` what the statepoint says about its frame.
+    fn describe(&self, mut map: FrameMap) -> Result<FrameMap, Reason> {
+        for location in self.deopts() {
+            map = match (location.kind, callee_saved(location), Words::of(location)) {
+                (Kind::Indirect, _, Ok(words)) => words.add(map, Verdict::Ambiguous)?,
+                (Kind::Register, Ok(register), _) => map.register(register, Verdict::Ambiguous),
+                _ => map, // an address, a constant, or too small for a pointer
+            };
+        }
+        for location in self.pairs.clone().chain(self.allocas()) {
+            map = match location.kind {
+                Kind::Constant | Kind::ConstantIndex => map,
+                Kind::Register => map.register(callee_saved(location)?, Verdict::Pointer),
+                Kind::Direct | Kind::Indirect => Words::of(location)?.add(map, Verdict::Pointer)?,
+            };
+        }
+        Ok(map)
+    }
+}
+
+/// The register of a location, if its value survives a call there.
+fn callee_saved(location: Location) -> Result<Register, Reason> {
+    let register = Register::from_dwarf(location.register);
+    let kept = register.filter(|register| register.saved_index().is_some() && location.size == 8);
+    kept.ok_or(Reason::Register(location.register))
+}
+
+/// The registers that LLVM counts the words of a frame from.
+const BASES: [Register; 3] = [Register::RSP, Register::RBP, Register::RBX];
+
+/// A location that is made of whole words of the frame.
+struct Words {
+    base: Register,
+    offsets: core::ops::Range<i32>,
+}
+
+impl Words {
+    fn of(location: Location) -> Result<Self, Reason> {
+        let Location { size, register, value: start, .. } = location;
+        let base = Register::from_dwarf(register).filter(|base| BASES.contains(base));
+        let base = base.ok_or(Reason::Base(register))?;
+        let whole = size > 0 && size % 8 == 0 && start % 8 == 0;
+        let end = start.checked_add(size.into()).filter(|&end| {
+            whole
+                && [start, end].into_iter().all(|offset| Place::checked(Some(base), offset.into()).is_some())
+        });
+        Ok(Self { base, offsets: start..end.ok_or(Reason::Place { offset: start, size })? })
+    }
+
+    fn add(self, mut map: FrameMap, verdict: Verdict) -> Result<FrameMap, Reason> {
+        if map.words().len() + self.offsets.len() / 8 > MOST_WORDS {
+            return Err(Reason::Words);
+        }
+        for offset in self.offsets.step_by(8) {
+            map = map.word(Place::at(self.base, offset), verdict);
+        }
+        // A base other than the stack pointer is itself a pointer, kept in a register across the call.
+        Ok(if self.base == Register::RSP { map } else { map.register(self.base, Verdict::Pointer) })
+    }
+}
+
+/// A statepoint that no frame can obey.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unusable {
+    /// Where the statepoint's call returns to.
+    pub return_address: u64,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Why a statepoint is [`Unusable`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Reason {
+    /// A pointer is in a register that does not survive the call, or is not one of 8 bytes. The DWARF number.
+    Register(u16),
+    /// A pointer lies at an offset from a register that is no base. The DWARF number.
+    Base(u16),
+    /// A pointer is not made of whole, aligned words within 64 MiB of the base.
+    Place {
+        /// Bytes from the base.
+        offset: i32,
+        /// Bytes.
+        size: u16,
+    },
+    /// More words than a record has locations of one word: 65,535.
+    Words,
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the statepoint that returns to {:#x} has ", self.return_address)?;
+        match self.reason {
+            Reason::Register(register) => {
+                write!(f, "a pointer in register {register} (DWARF), which no call saves")
+            }
+            Reason::Base(register) => {
+                write!(f, "a pointer relative to register {register} (DWARF), which is no base")
+            }
+            Reason::Place { offset, size } => {
+                write!(f, "a pointer of {size} bytes at offset {offset}: not whole words, or too far")
+            }
+            Reason::Words => write!(f, "more than {MOST_WORDS} words"),
+        }
+    }
+}
+
+impl core::error::Error for Unusable {}

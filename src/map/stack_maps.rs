@@ -1,0 +1,482 @@
+//! All tables of a process, replaced as a whole: readers never wait, writers wait for each other only.
+//!
+//! ```text
+//!   current ─► Snapshot { registered: [segment, segment, ...],  unwind: [segment, ...] }
+//!                                       └─ start, length, table     sorted, not overlapping
+//!
+//!   reader   epoch ─► readers[epoch & 1] += 1 ─► current ─► look up ... ─► readers[epoch & 1] -= 1
+//!   writer   lock; current = new; old on the list of retired ones; epoch += 1; free what no reader can have
+//! ```
+//!
+//! A reader counts itself in before it loads `current`. So whoever may hold a snapshot was counted when the snapshot was replaced:
+//! once each of the two counters has been seen at zero after that, nobody holds it. Changing the epoch sends new readers to the
+//! other counter, and so lets the first drain. A writer never waits for that: what it cannot free, a later one will. Thus a
+//! reader that is a fault handler on top of a writer, or that a fork has cut off for ever, stops nobody.
+//!
+//! Tables that overlap (assembly and LLVM maps of one program) are merged into one segment, so that a look-up is one search.
+
+use core::fmt;
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Error;
+use super::frame_map::{FrameMap, Place, Register, Rules, Source, Unwalkable, Verdict};
+use super::table::{Entry, Run, Table};
+
+/// Frame maps by code address: read by anyone at any time, a signal handler included, while others add and remove.
+///
+/// The process has one, [`process`](super::process), and usually that is all there is to it.
+///
+/// ```
+/// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
+/// static MAPS: StackMaps = StackMaps::new();
+///
+/// let rules = Rules::new(Cfa::rsp(32));
+/// let registration = MAPS.register(vec![FrameMap::new(0x1000..0x1040).rules(rules)]).unwrap();
+/// assert_eq!(MAPS.read().find(0x103f).unwrap().rules(), Some(Ok(rules)));
+/// assert!(MAPS.read().find(0x1040).is_none());
+/// drop(registration); // the code is freed
+/// assert!(MAPS.read().find(0x1000).is_none());
+/// ```
+pub struct StackMaps {
+    /// Null as long as nothing has been registered.
+    current: AtomicPtr<Snapshot>,
+    epoch: AtomicUsize,
+    readers: [Counter; 2],
+    writer: Mutex<Writer>,
+}
+
+/// On a cache line of its own: readers on all threads write it.
+#[repr(align(64))]
+struct Counter(AtomicUsize);
+
+/// What readers see at one time.
+#[derive(Default)]
+struct Snapshot {
+    layers: [Layer; 2],
+}
+
+/// Which maps hold if there are two: those of the first layer. Rules that they do not give come from the second.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub(super) enum LayerName {
+    Registered = 0,
+    Unwind = 1,
+}
+
+/// Segments in order of their addresses; they do not overlap.
+type Layer = Box<[Segment]>;
+
+#[derive(Clone)]
+pub(super) struct Segment {
+    start: usize,
+    length: usize,
+    table: Arc<Table>,
+    /// The registrations it was merged from, if it was.
+    merged: Option<Box<[u64]>>,
+}
+
+/// What writers share.
+struct Writer {
+    last_number: u64,
+    /// In order of their addresses, by layer.
+    tables: [Vec<Numbered>; 2],
+    retired: Vec<Retired>,
+}
+
+/// A table and the registration that brought it.
+#[derive(Clone)]
+struct Numbered {
+    number: u64,
+    table: Arc<Table>,
+}
+
+/// A snapshot that was replaced.
+struct Retired {
+    snapshot: ptr::NonNull<Snapshot>,
+    /// Which counters have been seen at zero since.
+    drained: [bool; 2],
+}
+
+// SAFETY: the pointers are to snapshots that this owns; what is in them may be shared and sent.
+unsafe impl Send for Writer {}
+
+impl Default for StackMaps {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl StackMaps {
+    /// No maps yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            current: AtomicPtr::new(ptr::null_mut()),
+            epoch: AtomicUsize::new(0),
+            readers: [const { Counter(AtomicUsize::new(0)) }; 2],
+            writer: Mutex::new(Writer {
+                last_number: 0,
+                tables: [const { Vec::new() }; 2],
+                retired: Vec::new(),
+            }),
+        }
+    }
+
+    /// Adds maps. They take precedence over those of unwind tables, and are removed when the result is dropped.
+    ///
+    /// The time is linear in the number of maps and in the number of earlier registrations: register a module, not a function,
+    /// at a time.
+    ///
+    /// # Errors
+    /// If a range is empty or larger than 2 GiB, or two maps overlap, new or old. Nothing is added then.
+    pub fn register(&self, maps: Vec<FrameMap>) -> Result<Registration<'_>, Error> {
+        self.add(LayerName::Registered, maps).map(|(registration, _)| registration)
+    }
+
+    /// As [`register`](Self::register), into either layer; also says what it takes.
+    pub(super) fn add(
+        &self,
+        layer: LayerName,
+        maps: Vec<FrameMap>,
+    ) -> Result<(Registration<'_>, Size), Error> {
+        let tables: Vec<_> = Table::build(maps)?.into_iter().map(Arc::new).collect();
+        let size = Size {
+            rows: tables.iter().map(|table| table.rows()).sum(),
+            bytes: tables.iter().map(|table| table.bytes()).sum(),
+        };
+        let mut writer = self.lock();
+        writer.last_number += 1;
+        let number = writer.last_number;
+        let all = &mut writer.tables[layer as usize];
+        all.extend(tables.into_iter().map(|table| Numbered { number, table }));
+        all.sort_by_key(|one| one.table.range().start); // it is sorted but for the new ones: cheap
+        match self.publish(&mut writer) {
+            Ok(()) => Ok((Registration { maps: self, layer, number }, size)),
+            Err(error) => {
+                writer.tables[layer as usize].retain(|one| one.number != number);
+                Err(error)
+            }
+        }
+    }
+
+    /// Begins reading. Wait-free, allocates nothing, may be called in a signal handler.
+    ///
+    /// What is registered or removed while the result lives is not seen through it, and memory is
+    /// not given back meanwhile; nobody waits for it.
+    #[inline]
+    pub fn read(&self) -> Reader<'_> {
+        let side = self.epoch.load(SeqCst) & 1;
+        let counter = &self.readers[side].0;
+        counter.fetch_add(1, SeqCst);
+        // SAFETY: a snapshot is freed only after this counter was seen at zero after `current` had been changed.
+        let snapshot = unsafe { self.current.load(SeqCst).as_ref() };
+        Reader { snapshot, counter }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remove(&self, layer: LayerName, number: u64) {
+        let mut writer = self.lock();
+        writer.tables[layer as usize].retain(|one| one.number != number);
+        let published = self.publish(&mut writer);
+        debug_assert!(published.is_ok(), "fewer tables cannot overlap more");
+    }
+
+    /// Makes the writer's tables the current ones. After an error nothing has changed.
+    fn publish(&self, writer: &mut Writer) -> Result<(), Error> {
+        let old = self.current.load(SeqCst);
+        // SAFETY: only a writer, who has the lock, replaces or frees it.
+        let old_layers = unsafe { old.as_ref() }.map(|snapshot| &snapshot.layers);
+        let layer = |index: usize| {
+            let before = old_layers.map_or(&[][..], |layers| &layers[index]);
+            segments(&writer.tables[index], before)
+        };
+        let new = Box::new(Snapshot { layers: [layer(0)?, layer(1)?] });
+        self.current.store(Box::into_raw(new), SeqCst);
+        if let Some(snapshot) = ptr::NonNull::new(old) {
+            writer.retired.push(Retired { snapshot, drained: [false; 2] });
+        }
+        self.free_retired(writer);
+        Ok(())
+    }
+
+    /// Frees the retired snapshots that no reader can have.
+    fn free_retired(&self, writer: &mut Writer) {
+        // Twice: with no reader inside, as usual, everything goes at once.
+        for _ in 0..2 {
+            let side = self.epoch.fetch_add(1, SeqCst) & 1;
+            if self.readers[side].0.load(SeqCst) == 0 {
+                writer.retired.iter_mut().for_each(|retired| retired.drained[side] = true);
+            }
+        }
+        for retired in writer.retired.extract_if(.., |retired| retired.drained == [true; 2]) {
+            // SAFETY: it was made by `publish` from a box, is not current any more, and see at the top.
+            drop(unsafe { Box::from_raw(retired.snapshot.as_ptr()) });
+        }
+    }
+}
+
+/// The segments for tables in order of their addresses. What was merged `before` is not merged again.
+fn segments(tables: &[Numbered], before: &[Segment]) -> Result<Layer, Error> {
+    let mut segments = Vec::with_capacity(tables.len());
+    let mut rest = tables;
+    while let Some(first) = rest.first() {
+        let mut end = first.table.range().end;
+        let later = rest[1..].iter().take_while(|one| {
+            let joins = one.table.range().start < end;
+            if joins {
+                end = end.max(one.table.range().end);
+            }
+            joins
+        });
+        let (group, others) = rest.split_at(1 + later.count());
+        match group {
+            [one] => segments.push(Segment::new(one.table.clone(), None)),
+            _ => segments.extend(merged(group, before)?),
+        }
+        rest = others;
+    }
+    Ok(segments.into())
+}
+
+/// The segment for tables that overlap. (More than one if it would be too large.)
+fn merged(group: &[Numbered], before: &[Segment]) -> Result<Vec<Segment>, Error> {
+    let numbers: Box<[u64]> = group.iter().map(|one| one.number).collect();
+    let range = group[0].table.range().start..group[group.len() - 1].table.range().end;
+    let same = |one: &&Segment| one.merged.as_ref() == Some(&numbers) && range.contains(&one.start);
+    let known: Vec<_> = before.iter().filter(same).cloned().collect();
+    if !known.is_empty() {
+        return Ok(known);
+    }
+    let tables = Table::build(group.iter().flat_map(|one| one.table.maps()).collect())?;
+    Ok(tables.into_iter().map(|table| Segment::new(Arc::new(table), Some(numbers.clone()))).collect())
+}
+
+impl Segment {
+    fn new(table: Arc<Table>, merged: Option<Box<[u64]>>) -> Self {
+        let range = table.range();
+        Self { start: range.start, length: range.end - range.start, table, merged }
+    }
+
+    #[inline]
+    fn contains(&self, address: usize) -> bool {
+        address.wrapping_sub(self.start) < self.length
+    }
+}
+
+impl Drop for StackMaps {
+    fn drop(&mut self) {
+        let retired = self.lock().retired.drain(..).map(|retired| retired.snapshot).collect::<Vec<_>>();
+        let current = ptr::NonNull::new(*self.current.get_mut());
+        for snapshot in retired.into_iter().chain(current) {
+            // SAFETY: made by `publish` from a box; nobody else has `self`, so no reader is left.
+            drop(unsafe { Box::from_raw(snapshot.as_ptr()) });
+        }
+    }
+}
+
+impl fmt::Debug for StackMaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tables = self.lock().tables.each_ref().map(Vec::len);
+        f.debug_struct("StackMaps").field("registered", &tables[0]).field("unwind", &tables[1]).finish()
+    }
+}
+
+/// What tables take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Size {
+    pub rows: usize,
+    pub bytes: usize,
+}
+
+/// Maps that were added; dropping it removes them.
+///
+/// Remove the maps of code *after* its last frame has returned and *before* its memory is used for other code.
+#[must_use = "dropping it removes the maps"]
+#[derive(Debug)]
+pub struct Registration<'a> {
+    maps: &'a StackMaps,
+    layer: LayerName,
+    number: u64,
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        self.maps.remove(self.layer, self.number);
+    }
+}
+
+/// All maps of one moment; see [`StackMaps::read`].
+///
+/// ```
+/// use regrow::map::{FrameMap, StackMaps};
+/// let maps = StackMaps::new();
+/// let reader = maps.read();
+/// let _registration = maps.register(vec![FrameMap::new(1..9)]);
+/// assert!(reader.find(1).is_none()); // this one began before
+/// assert!(maps.read().find(1).is_some());
+/// ```
+pub struct Reader<'a> {
+    snapshot: Option<&'a Snapshot>,
+    counter: &'a AtomicUsize,
+}
+
+impl Drop for Reader<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.counter.fetch_sub(1, SeqCst);
+    }
+}
+
+impl fmt::Debug for Reader<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reader")
+    }
+}
+
+impl Reader<'_> {
+    /// What is known about a frame whose code is at `address`: where it was interrupted, or the last byte of the call it waits
+    /// for, which is one less than its return address. Neither allocates nor panics.
+    #[inline]
+    #[must_use]
+    pub fn find(&self, address: usize) -> Option<Map<'_>> {
+        self.find_near(address, &mut Hints::default())
+    }
+
+    /// As [`find`](Self::find), looking first where the last look-up found something.
+    #[inline]
+    pub(super) fn find_near<'a>(&'a self, address: usize, hints: &mut Hints<'a>) -> Option<Map<'a>> {
+        let [registered, unwind] = &self.snapshot?.layers;
+        if !registered.is_empty()
+            && let Some(words) = find(registered, address, &mut hints.registered)
+        {
+            let given = words.shape.rules.as_ref();
+            let tables = || find(unwind, address, &mut hints.unwind)?.shape.rules.as_ref();
+            return Some(Map { rules: given.or_else(tables), words });
+        }
+        let tables = find(unwind, address, &mut hints.unwind)?;
+        Some(Map { rules: tables.shape.rules.as_ref(), words: tables })
+    }
+}
+
+/// The segments, by layer, that the last look-up found: code calls code of its own object, mostly.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Hints<'a> {
+    registered: Option<&'a Segment>,
+    unwind: Option<&'a Segment>,
+}
+
+#[inline]
+fn find<'a>(layer: &'a Layer, address: usize, hint: &mut Option<&'a Segment>) -> Option<Entry<'a>> {
+    let segment = match *hint {
+        Some(segment) if segment.contains(address) => segment,
+        _ => {
+            let after = layer.partition_point(|segment| segment.start <= address);
+            *hint = layer.get(after.wrapping_sub(1));
+            (*hint)?
+        }
+    };
+    if segment.contains(address) { segment.table.find(address) } else { None }
+}
+
+/// What is known about a frame; see [`Reader::find`].
+///
+/// ```
+/// use regrow::map::{FrameMap, Register, StackMaps, Verdict};
+/// let maps = StackMaps::new();
+/// let map = FrameMap::at_return(0x1005).register(Register::RBX, Verdict::Data).rest(Verdict::Pointer);
+/// let _registration = maps.register(vec![map]);
+/// let reader = maps.read();
+/// let found = reader.find(0x1004).unwrap();
+/// assert_eq!((found.register(0), found.rest()), (Verdict::Data, Verdict::Pointer));
+/// assert_eq!(found.rules(), None); // and nothing says where such a frame ends
+/// ```
+#[derive(Clone, Copy)]
+pub struct Map<'a> {
+    rules: Option<&'a Result<Rules, Unwalkable>>,
+    words: Entry<'a>,
+}
+
+impl<'a> Map<'a> {
+    /// How to get to the caller, or why that is not possible; `None`: only words are known.
+    #[inline]
+    #[must_use]
+    pub fn rules(&self) -> Option<Result<Rules, Unwalkable>> {
+        self.rules.copied()
+    }
+
+    /// As [`rules`](Self::rules), where they lie.
+    #[inline]
+    pub(super) fn rules_here(&self) -> Option<&'a Result<Rules, Unwalkable>> {
+        self.rules
+    }
+
+    /// Who recorded what is known about its words.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        self.words.shape.source
+    }
+
+    /// The verdict for a callee-saved register (by its place in [`Register::CALLEE_SAVED`]), if the frame uses it itself.
+    /// One that the CFA is counted from is a pointer.
+    ///
+    /// # Panics
+    /// Never; [`Verdict::Ambiguous`] if `index` is above 5.
+    #[must_use]
+    pub fn register(&self, index: usize) -> Verdict {
+        let Some(&register) = Register::CALLEE_SAVED.get(index) else { return Verdict::Ambiguous };
+        match self.rules {
+            Some(Ok(rules)) if rules.is_counted_from(register) => Verdict::Pointer,
+            _ => self.words.shape.register(index),
+        }
+    }
+
+    /// The verdict for the words that none was given for.
+    #[inline]
+    #[must_use]
+    pub fn rest(&self) -> Verdict {
+        self.words.shape.rest
+    }
+
+    /// True if nothing is known about any of its words.
+    #[inline]
+    #[must_use]
+    pub fn is_ambiguous(&self) -> bool {
+        self.rest() == Verdict::Ambiguous && self.words.runs().is_empty()
+    }
+
+    /// The places that the words with verdicts are counted from.
+    pub(super) fn word_places(&self) -> impl Iterator<Item = Place> {
+        self.words.runs().iter().map(|run| run.first)
+    }
+
+    /// The verdict for the word at `address`, if places have the addresses that `resolve` gives them.
+    pub(super) fn word(&self, address: usize, resolve: impl Fn(Place) -> Option<usize>) -> Verdict {
+        let within = |run: &Run| {
+            let offset = address.wrapping_sub(resolve(run.first)?);
+            let word = offset / size_of::<usize>();
+            (offset % size_of::<usize>() == 0 && word < run.count as usize).then_some(word)
+        };
+        // A word may be in runs of several origins, in some of them only because they bridge it.
+        let said = self.words.runs().iter().filter_map(|run| Some(self.words.verdict(run, within(run)?)));
+        let strength = |verdict: &Verdict| match verdict {
+            Verdict::Pointer => 2,
+            Verdict::Ambiguous => 1,
+            Verdict::Data => 0,
+        };
+        said.filter(|verdict| *verdict != self.rest()).max_by_key(strength).unwrap_or(self.rest())
+    }
+}
+
+impl fmt::Debug for Map<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Map")
+            .field("rules", &self.rules)
+            .field("source", &self.source())
+            .finish_non_exhaustive()
+    }
+}

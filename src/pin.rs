@@ -1,0 +1,203 @@
+//! Pins: spans during which a stack must not move, and code under which none may.
+
+use core::cell::Cell;
+use core::ffi::{CStr, c_int, c_void};
+use core::marker::PhantomData;
+use core::ops::Range;
+use core::sync::atomic::{AtomicUsize, Ordering};
+use std::rc::Rc;
+
+use crate::stack::{Record, class};
+use crate::switch;
+
+/// While one of these lives, the stack of the coroutine that made it does not move: it grows in place.
+///
+/// For code that keeps a pointer to a local where relocation cannot see it, such as `std::thread::scope`
+/// or a C library with callbacks. [`pinned_room`] says how much such a stack can grow; beyond that it has overflowed.
+/// In a coroutine that grows in place anyway, and outside coroutines, a pin does nothing.
+///
+/// A pin that is leaked holds for the rest of the coroutine's life.
+///
+/// ```
+/// #[inline(never)]
+/// fn deeper() {
+///     std::hint::black_box([0u8; 10_000]);
+/// }
+/// // SAFETY: the pointer kept on the heap is used only while the stack is pinned.
+/// let builder = unsafe { regrow::Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|_: &regrow::Yielder<(), ()>, ()| {
+///     let number = 7;
+///     let pin = regrow::pin();
+///     let kept = Box::new(&number); // would be stale after a move
+///     deeper();
+///     let seen = **kept;
+///     drop(pin);
+///     seen
+/// });
+/// assert_eq!(coroutine.resume(()).returned(), Some(7));
+/// ```
+#[must_use = "the stack is pinned while this value lives"]
+#[derive(Debug)]
+pub struct Pinned {
+    count: Option<Rc<Cell<usize>>>,
+    /// A pin belongs to a coroutine, and that to a thread.
+    not_send: PhantomData<*mut ()>,
+}
+
+/// Pins the stack of the running coroutine until the returned guard is dropped.
+///
+/// ```
+/// let pin = regrow::pin(); // outside a coroutine: nothing
+/// drop(pin);
+/// ```
+pub fn pin() -> Pinned {
+    let count = switch::running_record().map(|record| {
+        let fresh = Rc::new(Cell::new(0));
+        // SAFETY: the running coroutine's record is this thread's. Should the stack have moved meanwhile, this
+        // pointer to its head has moved with it.
+        let count = unsafe {
+            (*record).tidy = true;
+            (*record).pins.get_or_insert(fresh).clone()
+        };
+        count.set(count.get() + 1);
+        count
+    });
+    Pinned { count, not_send: PhantomData }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Some(count) = &self.count {
+            count.set(count.get() - 1);
+        }
+    }
+}
+
+/// How many bytes the running coroutine's stack can still grow, and hold, without moving. `None` outside coroutines.
+///
+/// A stack that moves has slack of its own size below it, 44 KiB at least, at most up to its maximum; one that
+/// grows in place all of its window. What is pinned and needs more ends the process with an overflow report: start such
+/// a coroutine larger ([`Builder::first_size`](crate::Builder::first_size)).
+///
+/// ```
+/// let mut coroutine = regrow::Coroutine::<(), (), usize>::new(|_, ()| regrow::pinned_room().unwrap());
+/// assert!(coroutine.resume(()).returned().unwrap() > 250_000);
+/// ```
+#[must_use]
+#[inline(never)]
+pub fn pinned_room() -> Option<usize> {
+    let here = 0u8;
+    let record = switch::running_record()?;
+    // SAFETY: the running coroutine's record is this thread's.
+    let (class, maximum) = unsafe { ((*record).class, (*record).maximum) };
+    let window = class.window().min(class::open_bytes(maximum));
+    Some((&raw const here as usize).saturating_sub(Record::end(record) - window))
+}
+
+/// How many ranges of code can be pinned at a time.
+const MOST_CODE: usize = 64;
+
+/// Pinned code, read by the fault handler: first and last byte; free if the last is 0.
+static CODE: [[AtomicUsize; 2]; MOST_CODE] =
+    [const { [AtomicUsize::new(0), AtomicUsize::new(0)] }; MOST_CODE];
+
+/// How many entries of [`CODE`] have ever been used.
+static CODE_USED: AtomicUsize = AtomicUsize::new(0);
+
+/// While it lives, no stack moves that has a frame of some code on it; see [`pin_code`].
+#[must_use = "the code is pinned while this value lives"]
+#[derive(Debug)]
+pub struct PinnedCode(Vec<usize>);
+
+/// Keeps every stack in place that has a frame of this code on it, while the result lives: for code that keeps pointers
+/// to its locals outside the stack, such as a C library. Needs frame maps ([`Maps::Off`](crate::Maps::Off) looks at no
+/// frames).
+///
+/// `None` if 64 ranges are pinned already.
+///
+/// ```
+/// let start = regrow::pin_code as *const () as usize;
+/// let pinned = regrow::pin_code(start..start + 64).unwrap();
+/// drop(pinned);
+/// ```
+pub fn pin_code(code: Range<usize>) -> Option<PinnedCode> {
+    let mut pinned = PinnedCode(Vec::new());
+    pinned.add(code).then_some(pinned)
+}
+
+/// As [`pin_code`], for all code of a loaded object, the program or a shared library, whose file name begins with `name`
+/// (`"libsqlite3.so"`). `None` if there is no such object, or the ranges are used up.
+///
+/// ```
+/// let libc = regrow::pin_object("libc.so").expect("the C library");
+/// drop(libc);
+/// assert!(regrow::pin_object("no such library").is_none());
+/// ```
+pub fn pin_object(name: &str) -> Option<PinnedCode> {
+    let mut search = Search { name, found: Vec::new() };
+    // SAFETY: the callback gets its own argument back, while it is alive.
+    unsafe { libc::dl_iterate_phdr(Some(look_at_object), (&raw mut search).cast()) };
+    let mut pinned = PinnedCode(Vec::new());
+    let all = search.found.into_iter().all(|code| pinned.add(code));
+    (all && !pinned.0.is_empty()).then_some(pinned)
+}
+
+struct Search<'a> {
+    name: &'a str,
+    found: Vec<Range<usize>>,
+}
+
+unsafe extern "C" fn look_at_object(info: *mut libc::dl_phdr_info, _: usize, search: *mut c_void) -> c_int {
+    // SAFETY: the loader passes an object's description, and `search` is what `pin_object` passed.
+    let (info, search) = unsafe { (&*info, &mut *search.cast::<Search<'_>>()) };
+    if info.dlpi_name.is_null() {
+        return 0;
+    }
+    // SAFETY: the loader's names end in a zero byte, and its header table is as long as it says.
+    let (path, headers) = unsafe {
+        let headers = core::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum));
+        (CStr::from_ptr(info.dlpi_name), headers)
+    };
+    let file = path.to_bytes().rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+    if file.starts_with(search.name.as_bytes()) {
+        let is_code =
+            |header: &&libc::Elf64_Phdr| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0;
+        search.found.extend(headers.iter().filter(is_code).map(|header| {
+            let start = info.dlpi_addr as usize + header.p_vaddr as usize;
+            start..start + header.p_memsz as usize
+        }));
+    }
+    0
+}
+
+impl PinnedCode {
+    fn add(&mut self, code: Range<usize>) -> bool {
+        let last = code.end.saturating_sub(1).max(1);
+        let claim = |entry: &[AtomicUsize; 2]| {
+            entry[1].compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        };
+        let Some(at) = CODE.iter().position(claim) else { return false };
+        CODE_USED.fetch_max(at + 1, Ordering::AcqRel);
+        CODE[at][0].store(code.start, Ordering::Relaxed);
+        CODE[at][1].store(last, Ordering::Release);
+        self.0.push(at);
+        true
+    }
+}
+
+impl Drop for PinnedCode {
+    fn drop(&mut self) {
+        for &at in &self.0 {
+            CODE[at][1].store(0, Ordering::Release);
+        }
+    }
+}
+
+/// True if a frame at `pc` keeps its stack in place.
+pub(crate) fn is_pinned_code(pc: usize) -> bool {
+    let used = CODE_USED.load(Ordering::Acquire);
+    CODE.iter().take(used).any(|[first, last]| {
+        let last = last.load(Ordering::Acquire);
+        pc <= last && pc >= first.load(Ordering::Relaxed)
+    })
+}

@@ -1,0 +1,180 @@
+//! Learned start sizes: what the coroutines of one spawn site have come to need.
+//!
+//! A *site* is one place in the program's code that makes coroutines of one closure: a static of 32 bytes that
+//! the assembler puts beside that code. So two kinds of coroutines that need very different stacks never share
+//! an average, and finding a site costs one instruction.
+//!
+//! A site learns from what fails: when a coroutine that grew has ended, the next ones start with the size it came to.
+//! Starting larger costs address space only, since pages are used as they are touched. What is too large is found out
+//! by *scouts*: one in 64 coroutines starts on untouched pages, and at its end the kernel says which of them it used.
+
+use core::arch::asm;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use crate::stack::class::{MIN_SIZE, PAGE, size_of_open};
+use crate::stack::{Record, guard};
+
+/// No site learns a larger size: beyond it a slot takes page tables of its own.
+const LARGEST: usize = 256 << 10;
+
+/// Every how many coroutines of a site that has learned something there is a scout.
+const SCOUT_EVERY: u32 = 64;
+
+/// After how many scouts the largest size any of them used becomes the one learned.
+const SCOUTS: u32 = 8;
+
+/// What is known of one spawn site. In the section `regrow_sites`.
+#[repr(C, align(16))]
+pub(crate) struct Site {
+    /// Names the closure, for reading.
+    name: fn() -> &'static str,
+    /// log2 of the size learned; 0: none.
+    learned: AtomicU32,
+    /// How many coroutines started with it.
+    spawned: AtomicU32,
+    /// Scouts that have reported since something was learned from them, and log2 of the most they used.
+    scouts: AtomicU32,
+    most: AtomicU32,
+}
+
+/// The site of the code this is inlined into, for coroutines of the closure `$closure`.
+macro_rules! here {
+    ($closure:ty) => {{
+        let site: *const $crate::site::Site;
+        // SAFETY: puts a `Site` into its section, and reads its address.
+        unsafe {
+            core::arch::asm!(
+                ".pushsection regrow_sites, \"aw\", @progbits",
+                ".p2align 4",
+                "77: .quad {name}",
+                ".zero 24",
+                ".popsection",
+                "lea {site}, [rip + 77b]",
+                name = sym core::any::type_name::<$closure>,
+                site = out(reg) site,
+                options(nomem, nostack, preserves_flags),
+            );
+            &*site
+        }
+    }};
+}
+pub(crate) use here;
+
+impl Site {
+    /// The size that coroutines made here start with, if anything was learned.
+    #[inline(always)]
+    pub(crate) fn learned(&self) -> Option<usize> {
+        match self.learned.load(Ordering::Relaxed) {
+            0 => None,
+            log => Some(1 << log),
+        }
+    }
+
+    /// Counts a coroutine that starts with what was learned; true if it is to be a scout.
+    pub(crate) fn count(&self) -> bool {
+        self.spawned.fetch_add(1, Ordering::Relaxed) % SCOUT_EVERY == SCOUT_EVERY - 1
+    }
+
+    /// A coroutine has ended whose stack grew to `size`.
+    pub(crate) fn grew_to(&self, size: usize) {
+        self.learned.fetch_max(log(size), Ordering::Relaxed);
+        self.most.fetch_max(log(size), Ordering::Relaxed);
+    }
+
+    /// A scout has ended that used a stack of `size`.
+    pub(crate) fn scouted(&self, size: usize) {
+        self.most.fetch_max(log(size), Ordering::Relaxed);
+        if self.scouts.fetch_add(1, Ordering::Relaxed) + 1 >= SCOUTS {
+            self.scouts.store(0, Ordering::Relaxed);
+            let most = self.most.swap(0, Ordering::Relaxed);
+            self.learned.store(if most <= log(MIN_SIZE) { 0 } else { most }, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Of the power of two that holds `size`, at most the largest that is learned.
+fn log(size: usize) -> u32 {
+    size.min(LARGEST).next_power_of_two().trailing_zeros()
+}
+
+/// Gives all pages of a scout's stack back but the uppermost, so that at its end those it used can be told.
+///
+/// # Safety
+/// The slot of `record` is the caller's, and nothing below its head is needed.
+pub(crate) unsafe fn send_scout(record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let open = (*record).open;
+        if open > PAGE {
+            guard::discard(Record::end(record) - open, open - PAGE);
+        }
+        (*record).scout = true;
+        (*record).tidy = true;
+    }
+}
+
+/// The size of the stack that a scout has used: down to its lowest page that is resident.
+///
+/// # Safety
+/// `record` is that of a scout that has ended, and whose stack has neither moved nor grown.
+pub(crate) unsafe fn used_by_scout(record: *const Record) -> usize {
+    let mut resident = [0u8; LARGEST / PAGE + 1];
+    // SAFETY: by the caller's word; the kernel writes a byte for each page.
+    unsafe {
+        let pages = ((*record).open / PAGE).min(resident.len());
+        let start = Record::end(record) - pages * PAGE;
+        if libc::mincore(start as *mut _, pages * PAGE, resident.as_mut_ptr()) != 0 {
+            return (*record).size();
+        }
+        let lowest = resident[..pages].iter().position(|&page| page & 1 != 0).unwrap_or(pages - 1);
+        size_of_open((pages - lowest) * PAGE)
+    }
+}
+
+/// What a spawn site has learned; see [`spawn_sites`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SpawnSite {
+    /// The type of the coroutines' closure, which says where it is written.
+    pub closure: &'static str,
+    /// The size they start with, in bytes.
+    pub first_size: usize,
+    /// How many have started with a size that was learned.
+    pub spawned: u32,
+}
+
+/// The spawn sites of this program that have learned a start size.
+///
+/// ```
+/// for site in regrow::spawn_sites() {
+///     println!("{} starts with {} bytes", site.closure, site.first_size);
+/// }
+/// ```
+#[must_use]
+pub fn spawn_sites() -> Vec<SpawnSite> {
+    let (first, end): (*const Site, *const Site);
+    // SAFETY: the linker gives the section these two symbols, and they are null if the program makes no coroutine. All
+    // in the section are sites.
+    let sites = unsafe {
+        asm!(
+            ".weak __start_regrow_sites",
+            ".weak __stop_regrow_sites",
+            "mov {first}, [rip + __start_regrow_sites@GOTPCREL]",
+            "mov {end}, [rip + __stop_regrow_sites@GOTPCREL]",
+            first = out(reg) first,
+            end = out(reg) end,
+            options(nostack, preserves_flags, pure, readonly),
+        );
+        if first.is_null() {
+            return Vec::new();
+        }
+        core::slice::from_raw_parts(first, end.offset_from_unsigned(first))
+    };
+    let described = |site: &Site| {
+        Some(SpawnSite {
+            closure: (site.name)(),
+            first_size: site.learned()?,
+            spawned: site.spawned.load(Ordering::Relaxed),
+        })
+    };
+    sites.iter().filter_map(described).collect()
+}

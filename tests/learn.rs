@@ -1,0 +1,138 @@
+//! Spawn sites learn what their coroutines need, each for itself, and forget it again.
+
+use std::hint::black_box;
+
+use regrow::{Builder, Coroutine, Growth, Stats, Yielder, current_stats, spawn_sites};
+
+mod support;
+use support::frame;
+
+fn builder(growth: Growth) -> Builder {
+    let builder = Builder::new().maximum(1 << 20);
+    // SAFETY: nothing is kept outside the stacks.
+    if growth == Growth::Relocate { unsafe { builder.relocating() } } else { builder }
+}
+
+fn finish(mut coroutine: Coroutine<(), (), Stats>) -> Stats {
+    coroutine.resume(()).returned().unwrap()
+}
+
+const BOTH: [Growth; 2] = [Growth::InPlace, Growth::Relocate];
+
+#[test]
+fn a_site_that_always_needs_much_stops_growing() {
+    for (time, growth) in BOTH.into_iter().enumerate() {
+        let builder = builder(growth);
+        let spawn = || {
+            finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
+                frame::<14_000>(1);
+                current_stats().unwrap()
+            }))
+        };
+        assert_eq!(spawn().growths > 0, time == 0, "it is one site, however the stack grows");
+        for round in 0..1000 {
+            assert_eq!(spawn().growths, 0, "{growth:?}, round {round}");
+        }
+    }
+}
+
+#[test]
+fn two_sites_do_not_share_an_average() {
+    let builder = builder(Growth::Relocate);
+    let large = || {
+        finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
+            frame::<50_000>(1);
+            current_stats().unwrap()
+        }))
+    };
+    let small = || finish(builder.spawn(|_: &Yielder<(), ()>, ()| black_box(current_stats().unwrap())));
+    large();
+    for _ in 0..200 {
+        assert_eq!(large().growths, 0);
+        assert_eq!(small().size, 2048);
+    }
+}
+
+#[test]
+fn a_bimodal_site_does_not_thrash() {
+    for growth in BOTH {
+        let builder = builder(growth);
+        let mut growths = 0;
+        for round in 0..2000 {
+            growths += finish(builder.spawn(move |_: &Yielder<(), ()>, ()| {
+                if round % 3 == 0 {
+                    frame::<30_000>(1);
+                }
+                current_stats().unwrap()
+            }))
+            .growths;
+        }
+        assert!(growths <= 8, "{growth:?}: {growths} growths in 2000 coroutines");
+    }
+}
+
+#[test]
+fn what_is_not_needed_any_more_is_forgotten() {
+    for growth in BOTH {
+        let builder = builder(growth);
+        let run = |deep: bool| {
+            finish(builder.spawn(move |_: &Yielder<(), ()>, ()| {
+                if deep {
+                    frame::<100_000>(1);
+                }
+                current_stats().unwrap()
+            }))
+        };
+        run(true);
+        assert!(run(false).size >= 100_000);
+        let sizes: Vec<_> = (0..2000).map(|_| run(false).size).collect();
+        // A debug build needs more than 2 KiB to ask.
+        assert!(*sizes.last().unwrap() <= 8192, "{growth:?}: {:?}", sizes.last());
+    }
+}
+
+#[test]
+fn it_can_be_turned_off() {
+    let builder = builder(Growth::InPlace).learn(false);
+    for _ in 0..10 {
+        let stats = finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
+            frame::<14_000>(1);
+            current_stats().unwrap()
+        }));
+        assert!(stats.growths > 0);
+    }
+}
+
+#[test]
+fn it_can_be_read() {
+    #[inline(never)]
+    fn made_here(builder: &Builder) -> Stats {
+        finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
+            frame::<14_000>(1);
+            current_stats().unwrap()
+        }))
+    }
+    let builder = builder(Growth::Relocate);
+    made_here(&builder);
+    made_here(&builder);
+    let sites = spawn_sites();
+    let mine = sites.iter().find(|site| site.closure.contains("made_here"));
+    let mine = mine.unwrap_or_else(|| panic!("{sites:?}"));
+    assert!(mine.first_size >= 8192 && mine.spawned >= 1, "{mine:?}");
+}
+
+#[test]
+fn never_more_than_the_maximum() {
+    let large = builder(Growth::InPlace);
+    let small = Builder::new().maximum(8192);
+    let run = |builder: &Builder, deep: bool| {
+        finish(builder.spawn(move |_: &Yielder<(), ()>, ()| {
+            if deep {
+                frame::<100_000>(1);
+            }
+            current_stats().unwrap()
+        }))
+    };
+    run(&large, true);
+    assert_eq!(run(&small, false).size, 8192);
+}

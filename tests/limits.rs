@@ -1,0 +1,255 @@
+//! Many coroutines: what they cost the system, what happens where it gives no more, and that nothing is lost.
+//! Each test in a child process, whose memory is its own.
+
+use std::hint::black_box;
+
+use regrow::{Builder, Coroutine, Error, Yielder};
+
+mod support;
+use support::{Counted, child, child_command, frame, live, outcome, relocating, variant};
+
+fn mappings() -> usize {
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
+}
+
+/// Bytes of address space and of resident memory.
+fn memory() -> (usize, usize) {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let mut pages = text.split(' ').map(|pages| pages.parse::<usize>().unwrap() * 4096);
+    (pages.next().unwrap(), pages.next().unwrap())
+}
+
+/// Suspends with whatever stack `N` bytes of frame take.
+fn suspended<const N: usize>(builder: &Builder) -> Result<Coroutine<(), (), u64>, Error> {
+    let held = Counted::new(1);
+    let mut coroutine = builder.try_spawn(move |yielder: &Yielder<(), ()>, ()| {
+        let held = &held;
+        let sum = frame::<N>(1);
+        yielder.suspend(());
+        sum + held.0
+    })?;
+    coroutine.resume(());
+    Ok(coroutine)
+}
+
+fn passes(test: &str, variants: &[&str], environment: &[(&str, &str)]) {
+    for variant in variants {
+        let outcome = outcome(child_command(test, variant).envs(environment.iter().copied()));
+        assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{variant}: {outcome}");
+    }
+}
+
+/// The builder that a variant of a test is about.
+fn builder_of(way: &str) -> Builder {
+    match way {
+        "moving" => relocating(),
+        "in place" => Builder::new().learn(false),
+        _ => unreachable!(),
+    }
+}
+
+const WAYS: [&str; 2] = ["moving", "in place"];
+
+#[test]
+fn a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each() {
+    const TEST: &str = "a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each";
+    const COUNT: usize = 100_000;
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
+    let builder = builder_of(&way);
+    drop(suspended::<16>(&builder).unwrap());
+    let mut live = Vec::with_capacity(COUNT);
+    let (before, (_, memory_before)) = (mappings(), memory());
+    for _ in 0..COUNT {
+        let mut coroutine =
+            builder.spawn(|yielder: &Yielder<u64, u64>, number: u64| yielder.suspend(number) + 1);
+        assert_eq!(coroutine.resume(live.len() as u64).yielded(), Some(live.len() as u64));
+        live.push(coroutine);
+    }
+    let (after, (_, memory_after)) = (mappings(), memory());
+    if std::env::var_os("REGROW_GUARD").is_none() && kernel_has_guard_pages() {
+        assert!(after - before <= 48, "{} mappings were added", after - before);
+    }
+    // A debug build needs more than half a page to suspend.
+    let each = (memory_after - memory_before) / COUNT;
+    let most = if cfg!(debug_assertions) { 3 * 4096 } else { 4096 + 100 };
+    assert!(each <= most, "{each} bytes each");
+    for (number, mut coroutine) in live.into_iter().enumerate() {
+        assert_eq!(coroutine.resume(7).returned(), Some(8), "{number}");
+    }
+}
+
+fn kernel_has_guard_pages() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(13))
+}
+
+/// As on a kernel before 6.13.
+#[test]
+fn everything_works_with_guard_pages_by_protection() {
+    const TEST: &str = "everything_works_with_guard_pages_by_protection";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
+    let builder = builder_of(&way);
+    for _ in 0..3 {
+        let mut live: Vec<_> = (0..300)
+            .map(|n| match n % 3 {
+                0 => suspended::<16>(&builder).unwrap(),
+                1 => suspended::<5000>(&builder).unwrap(),
+                _ => suspended::<50_000>(&builder).unwrap(),
+            })
+            .collect();
+        for (n, coroutine) in live.iter_mut().enumerate().filter(|(n, _)| n % 2 == 0) {
+            assert_eq!(coroutine.resume(()).returned(), Some([16, 5000, 50_000][n % 3] + 1));
+        }
+    }
+    assert_eq!(self::live(), 0);
+}
+
+#[test]
+fn running_out_of_mappings_is_an_error_that_names_the_setting() {
+    const TEST: &str = "running_out_of_mappings_is_an_error_that_names_the_setting";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
+    let builder = builder_of(&way);
+    let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    if most > 200_000 {
+        return eprintln!("skipped: vm.max_map_count is {most}");
+    }
+    let mut coroutines = Vec::with_capacity(most);
+    let error = loop {
+        match suspended::<16>(&builder) {
+            Ok(coroutine) => coroutines.push(coroutine),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Mappings { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("vm.max_map_count") && text.contains("6.13"), "{text}");
+    assert!(coroutines.len() > most / 8, "only {} coroutines", coroutines.len());
+    nothing_is_lost(&builder, coroutines);
+}
+
+#[test]
+fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
+    const TEST: &str = "running_out_of_address_space_is_an_error_that_says_what_to_do";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
+    let builder = builder_of(&way);
+    drop(suspended::<16>(&builder).unwrap());
+    let mut coroutines = Vec::with_capacity(100_000);
+    let most = memory().0 as u64 + (200 << 20);
+    // SAFETY: plain data for a system call.
+    unsafe { libc::setrlimit(libc::RLIMIT_AS, &libc::rlimit { rlim_cur: most, rlim_max: most }) };
+    let error = loop {
+        match suspended::<16>(&builder) {
+            Ok(coroutine) => coroutines.push(coroutine),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Memory { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("the kernel refused") && text.contains("ulimit -v"), "{text}");
+    // All of what there was has been used: a smaller arena is taken where a larger one is refused.
+    assert!(coroutines.len() > 300, "only {} coroutines", coroutines.len());
+    nothing_is_lost(&builder, coroutines);
+}
+
+/// After an error: what was refused was dropped, what there is works, and once it has ended as many are possible.
+fn nothing_is_lost(builder: &Builder, coroutines: Vec<Coroutine<(), (), u64>>) {
+    let count = coroutines.len();
+    assert_eq!(live(), count as isize, "the closure that was refused is dropped");
+    for mut coroutine in coroutines {
+        assert_eq!(coroutine.resume(()).returned(), Some(17));
+    }
+    assert_eq!(live(), 0);
+    for _ in 0..2 {
+        let again: Vec<_> = (0..count).map(|_| suspended::<16>(builder)).collect();
+        let made = again.iter().filter(|coroutine| coroutine.is_ok()).count();
+        assert_eq!(made, count);
+    }
+}
+
+/// Where no larger slot is to be had, a stack that moves grows into its slack.
+#[test]
+fn growth_without_memory_uses_the_slack_and_then_reports() {
+    const TEST: &str = "growth_without_memory_uses_the_slack_and_then_reports";
+    match variant() {
+        None => {
+            let outcome = child(TEST, "");
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+            for part in
+                ["into the slack\n", "cannot grow its stack\nfatal error: out of memory\n", "ulimit -v"]
+            {
+                assert!(outcome.stderr.contains(part), "no {part:?} in\n{outcome}");
+            }
+        }
+        Some(_) => {
+            let mut coroutine = relocating().spawn(|yielder: &Yielder<(), ()>, ()| {
+                yielder.suspend(());
+                assert_eq!(frame::<9000>(1), 9000);
+                eprintln!("into the slack");
+                frame::<100_000>(1);
+            });
+            coroutine.resume(());
+            let most = memory().0 as u64 + 4096;
+            // SAFETY: plain data for a system call.
+            unsafe { libc::setrlimit(libc::RLIMIT_AS, &libc::rlimit { rlim_cur: most, rlim_max: most }) };
+            coroutine.resume(());
+        }
+    }
+}
+
+#[test]
+fn the_memory_of_finished_coroutines_is_used_again() {
+    const TEST: &str = "the_memory_of_finished_coroutines_is_used_again";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
+    let builder = builder_of(&way);
+    let round = |most: usize| {
+        for n in 0..most {
+            let mut coroutine = builder.spawn(move |_: &Yielder<u64, ()>, number: u64| {
+                // Some grow, to different sizes.
+                match n % 2000 {
+                    0 => frame::<3000>(1),
+                    100 => frame::<9000>(1),
+                    200 => frame::<30_000>(1),
+                    300 => frame::<90_000>(1),
+                    _ => number,
+                }
+            });
+            black_box(coroutine.resume(1));
+        }
+        // Many at a time, more than a thread keeps for itself.
+        let many: Vec<_> = (0..3000).map(|_| suspended::<5000>(&builder).unwrap()).collect();
+        drop(many);
+        memory()
+    };
+    round(10_000);
+    let (space_before, resident_before) = round(10_000);
+    let (space, resident) = round(1_000_000);
+    assert!(space <= space_before + (1 << 20), "{} more bytes of address space", space - space_before);
+    assert!(resident <= resident_before + (4 << 20), "{} more bytes resident", resident - resident_before);
+    assert!(resident < 200 << 20, "{resident} bytes resident");
+}
+
+/// Slots go from thread to thread: a process that makes threads for ever does not grow.
+#[test]
+fn threads_that_end_leave_nothing_behind() {
+    const TEST: &str = "threads_that_end_leave_nothing_behind";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
+    let builder = builder_of(&way);
+    let round = || {
+        for _ in 0..200 {
+            let builder = builder.clone();
+            std::thread::spawn(move || {
+                let many: Vec<_> = (0..20).map(|_| suspended::<5000>(&builder).unwrap()).collect();
+                drop(many);
+            })
+            .join()
+            .unwrap();
+        }
+        (mappings(), memory())
+    };
+    round();
+    let (mappings_before, (space_before, resident_before)) = round();
+    let (mappings, (space, resident)) = round();
+    assert!(mappings <= mappings_before + 4, "{mappings_before} mappings, then {mappings}");
+    assert!(space <= space_before + (1 << 20) && resident <= resident_before + (2 << 20));
+}
