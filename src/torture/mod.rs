@@ -229,13 +229,14 @@ impl Torture {
         if let Err(error) = thread::prepare() {
             panic!("cannot torture: {error}");
         }
-        let turn = run::begin(self.mode, self.seed, self.limit);
         // SAFETY: by the caller's word.
         let builder = unsafe { Builder::new().name("tortured").relocating() };
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let _counts = run::enter();
             f(yielder)
         });
+        // With the first relocating coroutine the unwind tables are read: not something to do from breakpoint to breakpoint.
+        let turn = run::begin(self.mode, self.seed, self.limit);
         // A coroutine that was left for a finding has suspended, to its resumer, and is done.
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
