@@ -18,10 +18,10 @@
 //!
 //! # Where the stack overflows
 //!
-//! In prologues, where a frame holds nothing yet: they probe all of the frame (`configure`). The function that `yield`
-//! calls is Rust code, of whose frame no map knows all: the stack could not move if it overflowed there. So `yield` first
-//! calls a compiled function with a large frame and nothing in it, which returns at once. What comes next
-//! has as much room as that frame had:
+//! In prologues, where a frame holds nothing yet: they probe all of the frame (`configure`). The function
+//! that `yield` calls is Rust code, of whose frame no map knows all: the stack could not move if it overflowed
+//! there. So `yield` first calls a compiled function with a large frame and nothing in it, which returns at
+//! once. What comes next has as much room as that frame had:
 //!
 //! ```text
 //!   ├───────────────┤                      ├───────────────┤
