@@ -53,6 +53,8 @@ mod stats;
 mod switch;
 mod symbol;
 mod thread;
+#[cfg(feature = "torture")]
+pub mod torture;
 
 pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE, RawFunction};
 pub use coroutine::{Coroutine, CoroutineResult, Yielder, current_stats};

@@ -314,10 +314,20 @@ pub(crate) unsafe fn base_of(resumer: usize) -> *const Base {
     unsafe { (*handle_of(resumer)).base }
 }
 
+/// Where a resumer continues when the coroutine it resumed gives up control, and who resumed the resumer.
+///
+/// # Safety
+/// As for [`base_of`].
+#[cfg(feature = "torture")]
+pub(crate) unsafe fn continuation_of(resumer: usize) -> (usize, usize) {
+    // SAFETY: a resumer waits in asm/resume.s, which stored both there.
+    unsafe { (*((resumer - 8) as *const usize), *((resumer - 40) as *const usize)) }
+}
+
 /// # Safety
 /// As for [`base_of`].
 #[inline(always)]
-unsafe fn handle_of(resumer: usize) -> *mut Handle {
+pub(crate) unsafe fn handle_of(resumer: usize) -> *mut Handle {
     // SAFETY: a resumer waits in asm/resume.s, which stored the handle's address there.
     unsafe { *((resumer - 32) as *const *mut Handle) }
 }

@@ -23,7 +23,7 @@ pub(crate) const NAMES: [&str; 16] = [
 ];
 
 /// Where a register is in `gregs`, by its number in instructions: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ...
-pub(super) const PLACE: [usize; 16] = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7];
+pub(crate) const PLACE: [usize; 16] = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7];
 
 /// The same by their DWARF numbers: rax, rdx, rcx, rbx, rsi, rdi, rbp, rsp, r8 ...
 pub(super) const DWARF_PLACE: [usize; 16] = [13, 12, 14, 11, 9, 8, 10, 15, 0, 1, 2, 3, 4, 5, 6, 7];
@@ -89,5 +89,29 @@ impl Context<'_> {
     /// The signal mask of the interrupted code.
     pub(crate) fn mask(&self) -> &libc::sigset_t {
         &self.0.uc_sigmask
+    }
+}
+
+/// What only a debugger does to the interrupted code.
+#[cfg(feature = "torture")]
+impl Context<'_> {
+    pub(crate) fn set_rip(&mut self, rip: usize) {
+        self.0.uc_mcontext.gregs[libc::REG_RIP as usize] = rip as i64;
+    }
+
+    /// The flags register.
+    pub(crate) fn flags(&mut self) -> &mut i64 {
+        &mut self.0.uc_mcontext.gregs[libc::REG_EFL as usize]
+    }
+
+    /// A general register, by its number in instructions.
+    pub(crate) fn register(&mut self, number: usize) -> &mut usize {
+        &mut self.general()[PLACE[number]]
+    }
+
+    /// The kernel's part of the signal mask that the interrupted code goes on with: a bit for each signal.
+    pub(crate) fn mask_bits(&mut self) -> &mut u64 {
+        // SAFETY: a `sigset_t` is 1024 bits, of which the kernel uses the first 64.
+        unsafe { &mut *(&raw mut self.0.uc_sigmask).cast() }
     }
 }

@@ -47,22 +47,42 @@ pub(crate) fn install_handler() -> Result<(), Error> {
         return Ok(());
     }
     for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS.0) {
-        // SAFETY: plain data for a system call. What was there is read before ours goes in, so that
-        // a fault on another thread in between finds it.
-        unsafe {
-            check(libc::sigaction(signal, ptr::null(), previous.get().cast()))?;
-            let mut ours: libc::sigaction = core::mem::zeroed();
-            ours.sa_sigaction = on_fault as *const () as usize;
-            // SIGINFO: the address. ONSTACK: the stack that faulted has no room. No RESTART needed: a fault
-            // interrupts no system call. No NODEFER: a fault in here is a bug and ends the process.
-            ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            // Everything else waits: another handler must not run between two stacks.
-            libc::sigfillset(&mut ours.sa_mask);
-            check(libc::sigaction(signal, &ours, ptr::null_mut()))?;
-        }
+        // SAFETY: `on_fault` is a handler; the cell is written by this thread only, before anything reads it.
+        unsafe { take_over(signal, on_fault, previous.get())? };
     }
     *installed = true;
     Ok(())
+}
+
+/// The handler, for who has to know what code it runs.
+#[cfg(feature = "torture")]
+pub(crate) const ON_FAULT: Handler = on_fault;
+
+/// What the kernel calls.
+pub(crate) type Handler = unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
+
+/// Installs `handler`, and leaves in `previous` what was there before.
+///
+/// # Safety
+/// `handler` is one for this signal and passes what is not its own to `previous`, which is writable.
+pub(crate) unsafe fn take_over(
+    signal: c_int,
+    handler: Handler,
+    previous: *mut MaybeUninit<libc::sigaction>,
+) -> Result<(), Error> {
+    // SAFETY: plain data for a system call. What was there is read before ours goes in, so that
+    // a fault on another thread in between finds it.
+    unsafe {
+        check(libc::sigaction(signal, ptr::null(), previous.cast()))?;
+        let mut ours: libc::sigaction = core::mem::zeroed();
+        ours.sa_sigaction = handler as *const () as usize;
+        // SIGINFO: the address. ONSTACK: the stack that faulted has no room. No RESTART needed: a fault
+        // interrupts no system call. No NODEFER: a fault in here is a bug and ends the process.
+        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        // Everything else waits: another handler must not run between two stacks.
+        libc::sigfillset(&mut ours.sa_mask);
+        check(libc::sigaction(signal, &ours, ptr::null_mut()))
+    }
 }
 
 fn check(answer: c_int) -> Result<(), Error> {
@@ -73,15 +93,28 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
     // SAFETY: errno is this thread's; system calls below change it and the interrupted code must not see.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
-    let (code, address, context) =
+    let (code, address, mut context) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     // A code of 0 or less: sent by a process, not by the processor.
-    if code <= 0 || !serve(address, context) {
+    #[cfg(feature = "torture")]
+    let _in_place = crate::torture::instruction_in_its_place(&mut context);
+    if code <= 0 || !(caught(address, &mut context) || serve(address, context)) {
         // SAFETY: these are the arguments we were called with.
         unsafe { chain(signal, info, raw) };
     }
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
+}
+
+/// True if this fault is what somebody tortures a closure for.
+fn caught(address: usize, context: &mut Context<'_>) -> bool {
+    #[cfg(feature = "torture")]
+    return crate::torture::catches(address, context);
+    #[cfg(not(feature = "torture"))]
+    return {
+        let _ = (address, context);
+        false
+    };
 }
 
 /// Grows the stack if this is a growth; false if the fault is not ours.
@@ -105,11 +138,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     }
     // SAFETY: only bytes of the instruction that just ran are read, and of the one that follows a store.
     let byte = |at| unsafe { *((rip + at) as *const u8) };
-    let growth_point = match growth_point(byte) {
-        Point::Yes => true,
-        Point::IfFramePointer => relocate::has_frame_pointer(rip),
-        Point::No => false,
-    };
+    let growth_point = is_growth_point(rip, byte);
     if address + RED_ZONE < rsp && !growth_point {
         return false; // below everything the frame may use: a wild pointer that happens to hit our guard
     }
@@ -121,7 +150,7 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     let loop_end = if growth_point { probe_loop_end(byte).map(|number| PLACE[number]) } else { None };
     // What the code is about to use: for a large frame its lower end, which saves growing page by page.
     let lowest = match loop_end.map(|place| context.general()[place]) {
-        Some(end) if end < address && address - end <= MAX_SIZE => end,
+        Some(end) if end < address && address - end <= MAX_SIZE && !smallest_steps() => end,
         _ => address,
     };
     // SAFETY: the conditions of `grow` were checked above, one by one.
@@ -131,16 +160,45 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     true
 }
 
+/// Whether the instruction at `pc`, whose bytes are those that `byte` returns, is a growth point.
+pub(crate) fn is_growth_point(pc: usize, byte: impl Fn(usize) -> u8) -> bool {
+    match growth_point(byte) {
+        Point::Yes => true,
+        Point::IfFramePointer => relocate::has_frame_pointer(pc),
+        Point::No => false,
+    }
+}
+
+/// True if a stack is to be made no larger than this one fault asks for.
+fn smallest_steps() -> bool {
+    #[cfg(feature = "torture")]
+    return crate::torture::smallest_steps();
+    #[cfg(not(feature = "torture"))]
+    return false;
+}
+
 /// Does what would have happened without us.
 ///
 /// # Safety
 /// The arguments are those of the handler.
 unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
     let index = usize::from(signal != SIGNALS[0]);
-    // SAFETY: written by `install_handler` before this handler could run.
-    let previous = unsafe { (*PREVIOUS.0[index].get()).assume_init_ref() };
-    // SAFETY: by the caller's word.
-    let sent = unsafe { (*info).si_code } <= 0;
+    // SAFETY: written by `install_handler` before this handler could run; by the caller's word.
+    unsafe { chain_to((*PREVIOUS.0[index].get()).assume_init_ref(), signal, info, raw) }
+}
+
+/// Does what would have happened if `previous` were still installed.
+///
+/// # Safety
+/// The arguments are those of the handler.
+pub(crate) unsafe fn chain_to(
+    previous: &libc::sigaction,
+    signal: c_int,
+    info: *mut libc::siginfo_t,
+    raw: *mut c_void,
+) {
+    // SAFETY: by the caller's word. A trap is over when its handler runs: nothing raises it again.
+    let sent = unsafe { (*info).si_code } <= 0 || signal == libc::SIGTRAP;
     match previous.sa_sigaction {
         libc::SIG_IGN if sent => {}
         // The kernel does not let a fault be ignored: it ends the process, as by default.
@@ -153,8 +211,7 @@ unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
             unsafe {
                 mask_for(previous, signal, Context::new(raw).mask());
                 if previous.sa_flags & libc::SA_SIGINFO != 0 {
-                    let handler: unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
-                        core::mem::transmute(handler);
+                    let handler: Handler = core::mem::transmute(handler);
                     handler(signal, info, raw);
                 } else {
                     let handler: unsafe extern "C" fn(c_int) = core::mem::transmute(handler);

@@ -19,6 +19,8 @@ mod shrink;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
+#[cfg(feature = "torture")]
+pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
 pub(crate) use freeze::{Frozen, block, freeze, thaw};
 pub use obey::Maps;
 pub(crate) use reason::record_unknown_code;
@@ -26,6 +28,8 @@ pub use reason::{NotMoved, Reason, not_moved};
 pub use reserve::reserve;
 pub use shrink::Shrink;
 pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
+#[cfg(feature = "torture")]
+pub(crate) use {context::PLACE, point::probe_loop_end};
 
 use relocate::Failure;
 
@@ -101,11 +105,11 @@ fn finish(done: Done, from: usize, start: u64) {
 }
 
 /// What a growth did, and where the record is now.
-struct Done {
-    record: *mut Record,
+pub(crate) struct Done {
+    pub record: *mut Record,
     growth: Growth,
-    bytes: usize,
-    words: usize,
+    pub bytes: usize,
+    pub words: usize,
 }
 
 /// Moves the stack to a slot that holds what is needed; opens its slack if it may not move now.
@@ -135,6 +139,41 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
         reason::count(blame.reason);
         (*record).not_moved = Some(NotMoved { reason: blame.reason, frame: blame.frame });
         open_slack(fault).map_err(|refusal| blame.error.map_or(refusal, Refusal::Kernel))
+    }
+}
+
+/// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an
+/// instruction whose bytes are those that `byte` returns. `None` if it cannot be moved.
+///
+/// # Safety
+/// The coroutine of `handle` was interrupted, on its stack in `slot`; pointers into its stack are only in it and
+/// in registers.
+#[cfg(feature = "torture")]
+pub(crate) unsafe fn move_here(
+    context: &mut Context<'_>,
+    handle: *mut Handle,
+    slot: Slot,
+    byte: impl Fn(usize) -> u8 + Copy,
+) -> Option<Done> {
+    let (rip, rsp) = (context.rip(), context.rsp());
+    let growth_point = is_growth_point(rip, byte);
+    let number = if growth_point { point::probe_loop_end(byte) } else { None };
+    let here = Fault {
+        handle,
+        slot,
+        address: rsp,
+        lowest: rsp,
+        growth_point: true, // or as good as one
+        loop_end: number.map(|number| PLACE[number]),
+        call_length: point::call_length(byte),
+    };
+    // SAFETY: the running coroutine's record, as in `grow`; by the caller's word.
+    unsafe {
+        let record = Record::at(slot.end());
+        may_move(&*record, &here).ok()?;
+        let done = relocate::relocate(context, &here, (*record).size().next_power_of_two()).ok()?;
+        (*done.record).tidy = true;
+        Some(done)
     }
 }
 

@@ -148,6 +148,8 @@ impl Slot {
     /// Takes a slot of `class` off the free list or an arena, and sees that `open` bytes of it are
     /// accessible. Returns it with the bytes that are.
     pub(crate) fn take(class: Class, open: usize) -> Result<(Self, usize), Error> {
+        #[cfg(feature = "torture")]
+        let _undisturbed = crate::torture::undisturbed();
         let slot = match Self::pop(class) {
             Some(slot) => slot,
             None => Self::take_fresh(class)?,
@@ -163,6 +165,8 @@ impl Slot {
 
     /// Puts a slot nobody uses on the free list; `open` bytes of it are accessible.
     pub(crate) fn give(self, open: usize) {
+        #[cfg(feature = "torture")]
+        let _undisturbed = crate::torture::undisturbed();
         self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         self.push();
     }

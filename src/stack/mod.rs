@@ -54,16 +54,37 @@ unsafe fn tidy(record: *mut Record) {
         drop((*record).name.take());
         learn(record);
         drop((*record).pins.take());
-        let mut link = core::mem::take(&mut (*record).old);
-        while let Some(slot) = Slot::from_link(link) {
-            link = slot.meta().next.load(Ordering::Relaxed);
-            slot.meta().flags.fetch_and(!OLD, Ordering::Release);
-            slot.give(0);
-        }
+        give_back_old(core::mem::take(&mut (*record).old));
         // What was opened below the first size is closed again: its memory goes back and the next
         // owner starts with what it asked for. If closing fails the slot is merely larger.
         if (*record).open > (*record).first_open {
             let _ = cache::resize(record, (*record).first_open);
         }
+    }
+}
+
+/// Puts the slots of a list of old slots on the free lists. The first of the list is the last to be used again.
+fn give_back_old(mut link: Link) {
+    while let Some(slot) = Slot::from_link(link) {
+        link = slot.meta().next.load(Ordering::Relaxed);
+        slot.meta().flags.fetch_and(!OLD, Ordering::Release);
+        slot.give(0);
+    }
+}
+
+/// Gives the slots back that a stack has left, all but the `keep` it left last.
+///
+/// # Safety
+/// `record` is the running coroutine's.
+#[cfg(feature = "torture")]
+pub(crate) unsafe fn give_back_oldest(record: *const Record, keep: usize) {
+    // SAFETY: by the caller's word only this thread uses the record.
+    let mut link = unsafe { (*record).old };
+    for _ in 1..keep {
+        let Some(slot) = Slot::from_link(link) else { return };
+        link = slot.meta().next.load(Ordering::Relaxed);
+    }
+    if let Some(last_kept) = Slot::from_link(link) {
+        give_back_old(last_kept.meta().next.swap(0, Ordering::Relaxed));
     }
 }

@@ -1,0 +1,337 @@
+//! Breakpoints at every growth point of the program's own code: one trap a move, none in between.
+//!
+//! The code of the executable (or library) that this crate is linked into is mapped privately: what is written to
+//! it is this process's copy. At each growth point the first byte becomes an `int3`. The instruction itself runs
+//! elsewhere, out of line, so that its place is never without the breakpoint:
+//!
+//! ```text
+//!   a: push rbp         a: int3 ──trap──► move the stack, go on at ─►  d: push rbp
+//!   b: mov rbp, rsp     b: mov rbp, rsp ◄────────────────────────────     jmp  b
+//!
+//!   a: call f           a: int3 ──trap──►                              d: push [b as a constant]
+//!   b: ...              b: ... ◄──────────── f returns to b ──────        jmp  f
+//! ```
+//!
+//! Not patched:
+//! - what the handlers call, since a trap in a handler is the end: every function that can be reached from them
+//!   by direct calls, or whose address is taken there or is in data that is used there. Functions that do not
+//!   return (panics) are not followed;
+//! - functions that do not decode to their end (data in them);
+//! - growth points in probe loops: the fault handler looks at the instruction behind them.
+
+use core::ops::Range;
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::collections::HashSet;
+use std::sync::OnceLock;
+
+use iced_x86::{
+    BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, Instruction,
+    InstructionBlock, OpKind, Register,
+};
+
+use super::functions::{Object, holding, loaded_objects, read};
+use crate::grow::{is_growth_point, probe_loop_end};
+use crate::stack::class::PAGE;
+
+/// One growth point.
+struct Patch {
+    at: usize,
+    original: u8,
+    /// Where the instruction is run.
+    displaced: usize,
+}
+
+/// The program's code, prepared once a process.
+struct Patches {
+    code: Range<usize>,
+    /// Sorted by either address.
+    list: Vec<Patch>,
+}
+
+static PATCHES: OnceLock<Result<Patches, &'static str>> = OnceLock::new();
+
+const INT3: u8 = 0xcc;
+
+/// The code is writable, and has breakpoints or had them.
+static INSERTED: AtomicBool = AtomicBool::new(false);
+
+/// They have been taken out, but for the pages being writable.
+static REMOVED: AtomicBool = AtomicBool::new(false);
+
+/// Puts the breakpoints in.
+#[inline(never)]
+pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
+    let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;
+    protect(&patches.code, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?;
+    REMOVED.store(false, Ordering::Relaxed);
+    INSERTED.store(true, Ordering::Relaxed);
+    patches.list.iter().for_each(|patch| write(patch.at, INT3));
+    Ok(())
+}
+
+/// Takes them out again, if they are in. Callable in a handler, and more than once.
+pub(super) fn remove() {
+    if INSERTED.load(Ordering::Relaxed)
+        && let Some(Ok(patches)) = PATCHES.get()
+    {
+        REMOVED.store(true, Ordering::Relaxed);
+        patches.list.iter().for_each(|patch| write(patch.at, patch.original));
+    }
+}
+
+/// After [`remove`]: makes the code as it was.
+pub(super) fn seal() {
+    if INSERTED.swap(false, Ordering::Relaxed)
+        && let Some(Ok(patches)) = PATCHES.get()
+    {
+        // Should it fail, the code stays writable: it does what it did.
+        let _ = protect(&patches.code, libc::PROT_READ | libc::PROT_EXEC);
+    }
+}
+
+/// Takes one out, if they are in.
+pub(super) fn take_out(at: usize) -> bool {
+    let inserted = INSERTED.load(Ordering::Relaxed);
+    if inserted && let Some(patch) = patch(at) {
+        write(at, patch.original);
+    }
+    inserted
+}
+
+/// Puts one back that was taken out, if the others are still in.
+pub(super) fn put_back(at: usize) {
+    if !REMOVED.load(Ordering::Relaxed) && INSERTED.load(Ordering::Relaxed) {
+        write(at, INT3);
+    }
+}
+
+/// A byte of the program's code, as it is without breakpoints.
+pub(super) fn code(at: usize) -> u8 {
+    // SAFETY: the caller looks at an instruction that is about to run.
+    let byte = unsafe { *(at as *const u8) };
+    if byte == INT3 { patch(at).map_or(byte, |patch| patch.original) } else { byte }
+}
+
+fn patch(at: usize) -> Option<&'static Patch> {
+    let Some(Ok(patches)) = PATCHES.get() else { return None };
+    patches.list.get(patches.list.binary_search_by_key(&at, |patch| patch.at).ok()?)
+}
+
+/// Where the instruction is run that has a breakpoint at `at`.
+pub(super) fn displaced(at: usize) -> Option<usize> {
+    Some(patch(at)?.displaced)
+}
+
+/// For an address among the displaced instructions: the address of the original, and whether it is not the
+/// first instruction that runs in its stead.
+pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
+    const LONGEST: usize = 32;
+    let Some(Ok(patches)) = PATCHES.get() else { return None };
+    let after = patches.list.partition_point(|patch| patch.displaced <= pc);
+    let patch = patches.list.get(after.checked_sub(1)?)?;
+    (pc - patch.displaced < LONGEST).then_some((patch.at, pc != patch.displaced))
+}
+
+fn write(at: usize, byte: u8) {
+    // SAFETY: the first byte of an instruction, in pages that are writable now. Other threads may run it: they see
+    // either byte, and both do the same in the end.
+    unsafe { AtomicU8::from_ptr(at as *mut u8).store(byte, Ordering::Relaxed) };
+}
+
+fn protect(code: &Range<usize>, protection: i32) -> Result<(), &'static str> {
+    // SAFETY: the code stays executable; it is written only at growth points.
+    match unsafe { libc::mprotect(code.start as *mut _, code.len(), protection) } {
+        0 => Ok(()),
+        _ => Err("the system does not allow code to be written (SELinux?): use Mode::GrowthPoints"),
+    }
+}
+
+fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
+    let ours = handlers.first().copied().unwrap_or_default();
+    let object = loaded_objects().into_iter().find(|object| object.code.contains(&ours));
+    let object = object.ok_or("this program's code has no unwind tables: use Mode::GrowthPoints")?;
+    // What puts the breakpoints in does not stumble over them either.
+    let left_out = reachable(&object, &[handlers, &[insert as *const () as usize]].concat());
+
+    let points: Vec<Instruction> = object
+        .functions
+        .iter()
+        .filter(|function| !left_out.contains(&function.start) && within(function, &object.code))
+        .filter_map(instructions)
+        .flatten()
+        .filter(|instruction| {
+            let at = instruction.ip() as usize;
+            // SAFETY: an instruction in the program's code; what follows a store is read only where code follows.
+            let byte = |offset| unsafe { *((at + offset) as *const u8) };
+            is_growth_point(at, byte) && probe_loop_end(byte).is_none()
+        })
+        .collect();
+    let mut list = displace(&points, &object.code)?;
+    list.sort_unstable_by_key(|patch| patch.at);
+    Ok(Patches { code: object.code, list })
+}
+
+fn within(function: &Range<usize>, code: &Range<usize>) -> bool {
+    code.start <= function.start && function.end <= code.end
+}
+
+/// The instructions of a function, or nothing if some of it is no instruction.
+fn instructions(function: &Range<usize>) -> Option<Vec<Instruction>> {
+    // SAFETY: the unwind table says that this is code, and it is mapped.
+    let bytes = unsafe { core::slice::from_raw_parts(function.start as *const u8, function.len()) };
+    let decoder = Decoder::with_ip(64, bytes, function.start as u64, DecoderOptions::NONE);
+    let instructions: Vec<_> = decoder.into_iter().collect();
+    instructions.iter().all(|instruction| !instruction.is_invalid()).then_some(instructions)
+}
+
+/// The starts of the functions that can be reached from those that hold `roots`.
+fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
+    let mut found = HashSet::new();
+    let mut next = roots.to_vec();
+    while let Some(address) = next.pop() {
+        let Some(function) = holding(&object.functions, address) else { continue };
+        if !within(function, &object.code) || found.contains(&function.start) {
+            continue;
+        }
+        let instructions = instructions(function).unwrap_or_default();
+        if !instructions.iter().any(|instruction| is_way_out(instruction, function)) {
+            continue;
+        }
+        found.insert(function.start);
+        for instruction in &instructions {
+            if instruction.is_ip_rel_memory_operand() {
+                let address = instruction.memory_displacement64() as usize;
+                next.push(address);
+                next.extend(function_in_data(object, address));
+            } else {
+                next.push(instruction.near_branch_target() as usize); // 0 for most instructions
+            }
+        }
+    }
+    found
+}
+
+/// Whether a function may return by this instruction: panics do not.
+fn is_way_out(instruction: &Instruction, function: &Range<usize>) -> bool {
+    match instruction.flow_control() {
+        FlowControl::Return | FlowControl::IndirectBranch => true,
+        FlowControl::UnconditionalBranch => !function.contains(&(instruction.near_branch_target() as usize)),
+        _ => false,
+    }
+}
+
+/// The address of a function that is in the data at `address`: in the linker's table, in a thread-local variable's key.
+fn function_in_data(object: &Object, address: usize) -> Option<usize> {
+    let mut word = [0; size_of::<usize>()];
+    if object.code.contains(&address) || read(address, &mut word) != word.len() {
+        return None;
+    }
+    let word = usize::from_ne_bytes(word);
+    holding(&object.functions, word).is_some_and(|found| found.start == word).then_some(word)
+}
+
+/// Writes what is run in the stead of each of `points`, near `code`.
+fn displace(points: &[Instruction], code: &Range<usize>) -> Result<Vec<Patch>, &'static str> {
+    const EACH: usize = 32; // enough for an instruction and a jump, or for CONSTANT and a return address
+    let bytes = (points.len() * EACH + PAGE).next_multiple_of(PAGE);
+    let area = near(code, bytes).ok_or("no memory near the program's code: use Mode::GrowthPoints")?;
+    let mut patches = Vec::with_capacity(points.len());
+    for (index, point) in points.iter().enumerate() {
+        let at = area + index * EACH;
+        let Some(code) = out_of_line(point, at) else { continue };
+        // SAFETY: inside the area, which nobody runs yet.
+        unsafe {
+            (at as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len());
+            patches.push(Patch {
+                at: point.ip() as usize,
+                original: *(point.ip() as *const u8),
+                displaced: at,
+            });
+        }
+    }
+    // SAFETY: the area is ours.
+    match unsafe { libc::mprotect(area as *mut _, bytes, libc::PROT_READ | libc::PROT_EXEC) } {
+        0 => Ok(patches),
+        _ => Err("the system allows no new code (SELinux?): use Mode::GrowthPoints"),
+    }
+}
+
+/// Where the return address goes in what is run in the stead of a call.
+const CONSTANT: usize = 24;
+
+/// What is run at `at` in the stead of an instruction; `None` if there is no telling.
+fn out_of_line(point: &Instruction, at: usize) -> Option<Vec<u8>> {
+    match point.code() {
+        Code::Call_rel32_64 | Code::Call_rm64 => {
+            let mut code = vec![0xff, 0x35]; // push [rip + ...]
+            code.extend_from_slice(&relative(at + 6, at + CONSTANT)?);
+            match point.code() {
+                Code::Call_rel32_64 => append_jump(&mut code, at, point.near_branch_target() as usize)?,
+                _ => code.extend(encoded(&indirect_jump(point), at + code.len())?),
+            }
+            if code.len() > CONSTANT {
+                return None;
+            }
+            code.resize(CONSTANT, INT3);
+            code.extend_from_slice(&point.next_ip().to_le_bytes());
+            Some(code)
+        }
+        _ if point.flow_control() == FlowControl::Next => {
+            let mut code = if point.is_ip_rel_memory_operand() {
+                encoded(point, at)?
+            } else {
+                // SAFETY: an instruction in the program's code.
+                unsafe { core::slice::from_raw_parts(point.ip() as *const u8, point.len()) }.to_vec()
+            };
+            append_jump(&mut code, at, point.next_ip() as usize)?;
+            Some(code)
+        }
+        _ => None,
+    }
+}
+
+/// Appends a jump to `code`, which is run at `at`.
+fn append_jump(code: &mut Vec<u8>, at: usize, target: usize) -> Option<()> {
+    code.push(0xe9);
+    let distance = relative(at + code.len() + size_of::<i32>(), target)?;
+    code.extend_from_slice(&distance);
+    Some(())
+}
+
+/// The bytes of a distance from the end of an instruction.
+fn relative(from: usize, to: usize) -> Option<[u8; 4]> {
+    i32::try_from(to.wrapping_sub(from) as isize).ok().map(i32::to_le_bytes)
+}
+
+/// The bytes of an instruction that is run at `at`.
+fn encoded(instruction: &Instruction, at: usize) -> Option<Vec<u8>> {
+    let instructions = [*instruction];
+    let block = InstructionBlock::new(&instructions, at as u64);
+    Some(BlockEncoder::encode(64, block, BlockEncoderOptions::DONT_FIX_BRANCHES).ok()?.code_buffer)
+}
+
+/// The jump that, after a push, goes where an indirect call would have gone.
+fn indirect_jump(call: &Instruction) -> Instruction {
+    let mut jump = *call;
+    jump.set_code(Code::Jmp_rm64);
+    if call.op0_kind() == OpKind::Memory && call.memory_base() == Register::RSP {
+        jump.set_memory_displacement64(call.memory_displacement64().wrapping_add(8));
+        jump.set_memory_displ_size(4);
+    }
+    jump
+}
+
+/// New memory from where `code` can be reached by a relative jump.
+fn near(code: &Range<usize>, bytes: usize) -> Option<usize> {
+    const STEP: usize = 16 << 20;
+    const REACH: usize = 1 << 30;
+    let lower = (1..REACH / STEP).filter_map(|step| code.start.checked_sub(step * STEP + bytes));
+    let higher = (1..REACH / STEP).map(|step| code.end + step * STEP);
+    lower.chain(higher).find_map(|hint| {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let hint = (hint / PAGE * PAGE) as *mut _;
+        // SAFETY: a new mapping that replaces nothing.
+        let at = unsafe { libc::mmap(hint, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        (at == hint).then_some(at as usize)
+    })
+}

@@ -1,0 +1,374 @@
+//! What a torture has found: plain data to assert on, and a text to read.
+
+use core::fmt;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::path::PathBuf;
+
+use iced_x86::{
+    Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register,
+};
+
+use super::functions::{holding, loaded_objects, read};
+use super::{Mode, breakpoints};
+use crate::grow::{Context, NAMES};
+use crate::stack::{Record, Slot};
+use crate::switch::RED_ZONE;
+use crate::symbol;
+
+/// What fresh stack is filled with.
+pub(super) const POISON: u8 = 0xf5;
+
+/// What a torture did and found.
+///
+/// ```
+/// use regrow::torture::{Mode, Torture};
+/// // SAFETY: nothing is kept anywhere.
+/// let (_, report) = unsafe { Torture::new(Mode::GrowthPoints).run(|| vec![3, 1, 2].sort()) };
+/// assert!(report.is_clean());
+/// assert!(report.steps > report.moves && report.words_rewritten > report.moves);
+/// println!("{report}");
+/// ```
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What was asked for.
+    pub mode: Mode,
+    /// Instructions stepped through on a tortured stack.
+    pub steps: u64,
+    /// How often the stack was moved by the torture.
+    pub moves: u64,
+    /// How often the stack overflowed and grew besides.
+    pub growths: u64,
+    /// Bytes copied by those moves.
+    pub bytes_copied: u64,
+    /// Words in frames and registers that pointed into the stack and were rewritten by those moves.
+    pub words_rewritten: u64,
+    /// Moves wanted at instructions where pointers need not be whole, and not made.
+    pub skipped: u64,
+    /// Moves wanted but refused by the kernel, for want of memory.
+    pub refused: u64,
+    /// The instructions that were moved at, most often first.
+    pub hits: Vec<Hit>,
+    /// What went wrong. The first finding ends the closure, so it is one at most.
+    pub findings: Vec<Finding>,
+}
+
+/// An instruction that the stack was moved at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hit {
+    /// Its address; 0 collects what there was no room to keep apart.
+    pub pc: usize,
+    /// How often.
+    pub moves: u64,
+}
+
+/// A use of a pointer that a move has broken.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finding {
+    /// Which sort of bad pointer.
+    pub kind: Kind,
+    /// The address of the instruction that used it.
+    pub pc: usize,
+    /// The instruction, in Intel's syntax.
+    pub instruction: String,
+    /// The function it is in, or was inlined into.
+    pub function: String,
+    /// The source file it comes from, if the program has line tables.
+    pub file: Option<PathBuf>,
+    /// The source line it comes from.
+    pub line: Option<u32>,
+    /// The register that held the pointer.
+    pub register: Option<&'static str>,
+    /// The address that was touched.
+    pub address: usize,
+    /// How far below the stack's outermost frame that is, in bytes.
+    pub below_top: Option<usize>,
+    /// The function whose frame the pointer pointed into; `None` if that frame has returned.
+    pub points_into: Option<String>,
+    /// It was used by a thread other than the tortured one.
+    pub on_another_thread: bool,
+    /// The functions active on the tortured stack, innermost first.
+    pub backtrace: Vec<String>,
+}
+
+/// Sorts of bad pointers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// It points to where the stack was before a move: it was kept where the relocator does not look.
+    Stale,
+    /// It was read from stack that nothing was written to since the last move: from below the red zone, or from an
+    /// uninitialised variable.
+    Poison,
+}
+
+impl Report {
+    /// True if nothing was found.
+    ///
+    /// ```
+    /// use regrow::torture::{Mode, Torture};
+    /// // SAFETY: nothing is kept anywhere.
+    /// assert!(unsafe { Torture::new(Mode::Overflows).run(|| ()) }.1.is_clean());
+    /// ```
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.findings.is_empty()
+    }
+
+    /// How often the stack was moved in each function, most often first. Looks the instructions of
+    /// [`hits`](Self::hits) up in the symbol tables.
+    ///
+    /// ```
+    /// use regrow::torture::{Mode, Torture};
+    /// // SAFETY: nothing is kept anywhere.
+    /// let (_, report) = unsafe { Torture::new(Mode::GrowthPoints).run(|| format!("{}", 5)) };
+    /// let functions = report.functions();
+    /// assert!(functions.iter().any(|(name, _)| name.contains("fmt")));
+    /// assert_eq!(functions.iter().map(|(_, moves)| moves).sum::<u64>(), report.moves);
+    /// ```
+    #[must_use]
+    pub fn functions(&self) -> Vec<(String, u64)> {
+        let objects = loaded_objects();
+        let start =
+            |pc| objects.iter().find_map(|object| holding(&object.functions, pc)).map_or(pc, |f| f.start);
+        let mut starts: HashMap<usize, u64> = HashMap::new();
+        for hit in &self.hits {
+            *starts.entry(start(hit.pc)).or_default() += hit.moves;
+        }
+        let mut functions: HashMap<String, u64> = HashMap::new();
+        for (start, moves) in starts {
+            *functions.entry(function(start)).or_default() += moves;
+        }
+        let mut functions: Vec<_> = functions.into_iter().collect();
+        functions.sort_unstable_by(|(name, moves), (other, others)| others.cmp(moves).then(name.cmp(other)));
+        functions
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{}: {} steps, {} moves, {} growths, {} bytes copied, {} words rewritten, {} skipped",
+            self.mode,
+            self.steps,
+            self.moves,
+            self.growths,
+            self.bytes_copied,
+            self.words_rewritten,
+            self.skipped
+        )?;
+        match self.findings.as_slice() {
+            [] => f.write_str("clean"),
+            findings => findings.iter().try_for_each(|finding| finding.fmt(f)),
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Stale => f.write_str("stale pointer")?,
+            Kind::Poison => f.write_str("pointer read from fresh stack")?,
+        }
+        let whose = if self.on_another_thread { ", on another thread" } else { "" };
+        writeln!(f, " used by {}{whose}", self.function)?;
+        if let (Some(file), Some(line)) = (&self.file, self.line) {
+            writeln!(f, "  at {}:{line}", file.display())?;
+        }
+        write!(f, "  {:#x}: {}", self.pc, self.instruction)?;
+        if let Some(register) = self.register {
+            write!(f, "   ({register})")?;
+        }
+        writeln!(f)?;
+        if let Some(below_top) = self.below_top {
+            let into = match &self.points_into {
+                Some(function) => format!("the frame of {function}"),
+                None => "a frame that has returned".to_string(),
+            };
+            writeln!(f, "  points into {into}, {below_top} bytes below the top")?;
+        }
+        for (number, function) in self.backtrace.iter().enumerate() {
+            writeln!(f, "  {number:2}: {function}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Frames that are looked at.
+const FRAMES: usize = 128;
+
+/// A finding as the handler leaves it.
+pub(super) struct Found {
+    kind: Kind,
+    pc: usize,
+    address: usize,
+    registers: [usize; NAMES.len()],
+    /// Of the slot that was touched: start and end.
+    slot: Option<(usize, usize)>,
+    on_another_thread: bool,
+    /// Of the tortured stack: the end of its slot, how far below it its outermost frame is.
+    end: usize,
+    base_offset: usize,
+    /// Each frame's program counter and stack pointer, innermost first.
+    frames: [(usize, usize); FRAMES],
+    depth: usize,
+}
+
+impl Found {
+    pub(super) const NOTHING: Self = Self {
+        kind: Kind::Stale,
+        pc: 0,
+        address: 0,
+        registers: [0; NAMES.len()],
+        slot: None,
+        on_another_thread: false,
+        end: 0,
+        base_offset: 0,
+        frames: [(0, 0); FRAMES],
+        depth: 0,
+    };
+
+    /// Writes a finding over whatever this was. In place, and without frames: another thread's signal stack may be small.
+    pub(super) fn fill(
+        &mut self,
+        kind: Kind,
+        address: usize,
+        slot: Option<Slot>,
+        on_another_thread: bool,
+        context: &mut Context<'_>,
+    ) {
+        self.kind = kind;
+        self.pc = breakpoints::original(context.rip()).map_or(context.rip(), |(at, _)| at);
+        self.address = address;
+        self.registers.copy_from_slice(context.general());
+        self.slot = slot.map(|slot| (slot.start(), slot.end()));
+        self.on_another_thread = on_another_thread;
+        self.end = 0;
+        self.base_offset = 0;
+        self.depth = 0;
+    }
+
+    /// Adds what is on the interrupted stack, which `rsp` is on, and those it was resumed from. Called in
+    /// the handler: walking allocates nothing once [`prepare`] has walked.
+    pub(super) fn add_frames(&mut self, rsp: usize) {
+        let current = match self.slot {
+            // The slot that is touched is one the stack has left; where it is now is known by its chain. One left
+            // so long ago that it is free again says nothing: then it is the stack that runs.
+            Some((start, _)) => {
+                Slot::containing(start).map(Slot::current).filter(|slot| slot.start() != start)
+            }
+            None => None,
+        };
+        if let Some(slot) = current.or_else(|| Slot::containing(rsp)) {
+            self.end = slot.end();
+            // SAFETY: the record of a coroutine that runs, or waits for one that does.
+            self.base_offset = usize::from(unsafe { (*Record::at(slot.end())).base_offset });
+        }
+        let mut inside = false;
+        // SAFETY: only one torture runs at a time; what else may walk at this moment does so in other libraries.
+        unsafe {
+            backtrace::trace_unsynchronized(|frame| {
+                let (pc, sp) = (frame.ip() as usize, frame.sp() as usize);
+                inside |= sp == rsp; // before it come the handler's own
+                if inside && let Some(place) = self.frames.get_mut(self.depth) {
+                    *place = (pc, sp);
+                    self.depth += 1;
+                }
+                self.depth < FRAMES
+            });
+        }
+    }
+
+    /// Looks everything up.
+    pub(super) fn resolve(&self) -> Finding {
+        let frames = self.frames.get(..self.depth).unwrap_or_default();
+        let below_end = self.slot.map(|(_, end)| end - self.address);
+        let (file, line) = line(self.pc);
+        let (instruction, registers) = disassemble(self.pc);
+        Finding {
+            kind: self.kind,
+            pc: self.pc,
+            instruction,
+            function: function(self.pc),
+            file,
+            line,
+            register: self.culprit(&registers),
+            address: self.address,
+            below_top: below_end.and_then(|below| below.checked_sub(self.base_offset)),
+            points_into: below_end.and_then(|below| self.owner(frames, self.end.checked_sub(below)?)),
+            on_another_thread: self.on_another_thread,
+            backtrace: backtrace(frames),
+        }
+    }
+
+    /// The register among those the instruction used that pointed where it should not.
+    fn culprit(&self, used: &[Register]) -> Option<&'static str> {
+        let bad = |value: usize| match self.slot {
+            Some((start, end)) => (start..end).contains(&value),
+            None => value.abs_diff(self.address) < 1 << 16,
+        };
+        let named =
+            |name: &str| used.iter().any(|register| format!("{register:?}").eq_ignore_ascii_case(name));
+        let mut candidates: Vec<_> = (0..NAMES.len()).filter(|&at| bad(self.registers[at])).collect();
+        candidates.sort_by_key(|&at| (!named(NAMES[at]), self.registers[at].abs_diff(self.address)));
+        candidates.first().map(|&at| NAMES[at])
+    }
+
+    /// The function whose frame holds an address: the one with the highest stack pointer below it.
+    fn owner(&self, frames: &[(usize, usize)], address: usize) -> Option<String> {
+        let innermost_sp = frames.first()?.1;
+        let (pc, _) = match frames.iter().rposition(|&(_, sp)| sp <= address && sp >= innermost_sp) {
+            Some(at) => frames[at],
+            None if address + RED_ZONE >= innermost_sp => frames[0],
+            None => return None,
+        };
+        Some(function(pc.wrapping_sub(1)))
+    }
+}
+
+/// Does once what would allocate in the handler if it were done there for the first time.
+pub(super) fn prepare() {
+    backtrace::trace(|_| true);
+}
+
+/// The functions of the tortured stack, and of coroutines resumed on it.
+fn backtrace(frames: &[(usize, usize)]) -> Vec<String> {
+    let mut names: Vec<_> = frames.iter().map(|&(pc, _)| function(pc.wrapping_sub(1))).collect();
+    names.truncate(names.iter().rposition(|name| name == "regrow_entry").unwrap_or(names.len()));
+    names
+}
+
+/// The source line that the innermost of the functions inlined at `pc` comes from.
+fn line(pc: usize) -> (Option<PathBuf>, Option<u32>) {
+    let mut place = None;
+    // It takes every address for a return address, one past the instruction meant.
+    backtrace::resolve((pc + 1) as *mut c_void, |symbol| {
+        if place.is_none() && symbol.lineno().is_some_and(|line| line != 0) {
+            place = Some((symbol.filename().map(PathBuf::from), symbol.lineno()));
+        }
+    });
+    place.unwrap_or_default()
+}
+
+/// The function at `pc`: one of the program as compiled, not an inlined one.
+fn function(pc: usize) -> String {
+    symbol::name(pc).unwrap_or_else(|| format!("{pc:#x}"))
+}
+
+/// The instruction at `pc`, and the registers that its memory operands use.
+fn disassemble(pc: usize) -> (String, Vec<Register>) {
+    const LONGEST: usize = 15;
+    let mut bytes = [0; LONGEST];
+    let length = read(pc, &mut bytes); // less near the end of a mapping
+    let bytes = bytes.get(..length).unwrap_or_default();
+    let instruction: Instruction = Decoder::with_ip(64, bytes, pc as u64, DecoderOptions::NONE).decode();
+    let mut text = String::new();
+    IntelFormatter::new().format(&instruction, &mut text);
+    let used = InstructionInfoFactory::new()
+        .info(&instruction)
+        .used_memory()
+        .iter()
+        .flat_map(|memory| [memory.base(), memory.index()])
+        .collect();
+    (text, used)
+}

@@ -1,0 +1,381 @@
+//! The SIGTRAP handler: one call an instruction. Looks at what comes next, and moves the stack.
+//!
+//! And what the SIGSEGV handler asks while a torture runs: whether a fault is a finding. Then the interrupted
+//! context is changed into that of the resumer, as if the coroutine had suspended: its frames are left as they
+//! are, nothing is unwound, and its stack is never used again.
+//!
+//! The rules are those of src/grow/fault.rs: nothing here allocates, locks, prints, or panics.
+
+use core::cell::UnsafeCell;
+use core::ffi::{c_int, c_void};
+use core::mem::MaybeUninit;
+use core::ptr;
+use std::sync::OnceLock;
+
+use super::breakpoints;
+use super::functions::holding;
+use super::report::Kind;
+use super::run::{self, KEPT, Run};
+use crate::error::Error;
+use crate::grow::{self, Context, chain_to, is_growth_point};
+use crate::stack::{self, Record, Slot, class::PAGE};
+use crate::stats::Growth;
+use crate::switch::{self, Handle, RED_ZONE};
+
+/// What was there before. Written once, before the handler can run.
+struct Previous(UnsafeCell<MaybeUninit<libc::sigaction>>);
+
+// SAFETY: written by `install` under its `OnceLock` only.
+unsafe impl Sync for Previous {}
+
+static PREVIOUS: Previous = Previous(UnsafeCell::new(MaybeUninit::uninit()));
+
+pub(super) fn install() -> Result<(), Error> {
+    static INSTALLED: OnceLock<()> = OnceLock::new();
+    if INSTALLED.get().is_none() {
+        // SAFETY: `on_trap` passes on what is not its own; only one torture is begun at a time.
+        unsafe { grow::take_over(libc::SIGTRAP, on_trap, PREVIOUS.0.get())? };
+        let _ = INSTALLED.set(());
+    }
+    Ok(())
+}
+
+/// The trap flag in the flags register.
+const TRAP_FLAG: i64 = 0x100;
+/// SIGTRAP in a signal mask.
+const TRAPS: u64 = 1 << (libc::SIGTRAP - 1);
+
+/// Numbers of general registers in instructions.
+const RAX: usize = 0;
+const RCX: usize = 1;
+const RDX: usize = 2;
+const RSP: usize = 4;
+const RSI: usize = 6;
+const RDI: usize = 7;
+const R10: usize = 10;
+const R11: usize = 11;
+
+unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
+    // SAFETY: errno is this thread's; the interrupted code must not see it change.
+    let errno = unsafe { *libc::__errno_location() };
+    // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
+    let (code, sender, mut context) = unsafe { ((*info).si_code, (*info).si_pid(), Context::new(raw)) };
+    // SAFETY: only handlers use it while it is set, and they do not interrupt each other.
+    let run = unsafe { run::current().as_mut() };
+    let ours = match run {
+        run if code == libc::SI_KERNEL => breakpoint(run, &mut context),
+        Some(run) if code == libc::TRAP_TRACE => {
+            step(run, &mut context);
+            true
+        }
+        // SAFETY: a plain system call.
+        Some(run) if code == libc::SI_TKILL && sender == unsafe { libc::getpid() } => {
+            called(run, &mut context);
+            true
+        }
+        _ => false,
+    };
+    if !ours {
+        // SAFETY: written by `install`; these are the arguments we were called with.
+        unsafe { chain_to((*PREVIOUS.0.get()).assume_init_ref(), signal, info, raw) };
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// Puts a breakpoint at each growth point, but for those in what the handlers call.
+pub(super) fn insert_breakpoints() -> Result<(), &'static str> {
+    breakpoints::insert(&[on_trap as *const () as usize, grow::ON_FAULT as *const () as usize])
+}
+
+/// At a breakpoint, on whichever thread; false if it is none of ours.
+fn breakpoint(run: Option<&mut Run>, context: &mut Context<'_>) -> bool {
+    let at = context.rip() - 1;
+    let Some(displaced) = breakpoints::displaced(at) else { return false };
+    if let Some(run) = run {
+        if run::recorded().is_some() {
+            leave(run, context);
+            return true;
+        }
+        if let Some((handle, slot)) = moving_stack(context)
+            && !run.has_stepped_enough()
+        {
+            run.steps += 1;
+            context.set_rip(at);
+            move_stack(run, context, handle, slot);
+        }
+    }
+    context.set_rip(displaced);
+    true
+}
+
+/// A SIGTRAP from this process: stepping may go on, or another thread has a finding.
+fn called(run: &mut Run, context: &mut Context<'_>) {
+    if run::recorded().is_some() {
+        leave(run, context);
+    } else if run.paused {
+        run.paused = false;
+        *context.flags() |= TRAP_FLAG;
+    }
+}
+
+/// Before each instruction.
+fn step(run: &mut Run, context: &mut Context<'_>) {
+    if run::recorded().is_some() {
+        return leave(run, context);
+    }
+    if blocks_traps(run, context) {
+        return;
+    }
+    let Some((handle, slot)) = moving_stack(context) else {
+        if run.inside && switch::running().is_none() {
+            *context.flags() &= !TRAP_FLAG;
+        }
+        return;
+    };
+    run.inside = true;
+    if run.has_stepped_enough() {
+        *context.flags() &= !TRAP_FLAG;
+        return;
+    }
+    run.steps += 1;
+    let rip = context.rip();
+    // SAFETY: only bytes of the instruction that runs next are read.
+    let growth_point = || is_growth_point(rip, |at| unsafe { *((rip + at) as *const u8) });
+    if !run.wants(growth_point) {
+        return;
+    }
+    let whole = holding(run.leaves, rip).is_none() && !in_probe_loop(context, slot);
+    if !whole && !growth_point() {
+        run.skipped += 1;
+        return;
+    }
+    move_stack(run, context, handle, slot);
+}
+
+/// Moves the stack in `slot` of the coroutine of `handle`, which runs and was interrupted at `rip`.
+fn move_stack(run: &mut Run, context: &mut Context<'_>, handle: *mut Handle, slot: Slot) {
+    let rip = context.rip();
+    // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole. Only
+    // bytes of the instruction are read, and of the one that follows a store.
+    let moved = unsafe { grow::move_here(context, handle, slot, |at| breakpoints::code(rip + at)) };
+    let Some(moved) = moved else {
+        run.refused += 1;
+        return;
+    };
+    run.moves += 1;
+    run.bytes += moved.bytes as u64;
+    run.words += moved.words as u64;
+    run.hits.count(rip);
+    // SAFETY: the running coroutine's record, where it is now.
+    unsafe { after_move(run, context.rsp(), moved.record) };
+}
+
+/// The coroutine that runs, if its stack may move and is the one `rsp` is on.
+fn moving_stack(context: &Context<'_>) -> Option<(*mut Handle, Slot)> {
+    let handle = switch::running().filter(|_| run::may_disturb())?;
+    let slot = Slot::containing(context.rsp())?;
+    // SAFETY: the handle of a running coroutine is with its resumer, who waits; the record is accessible.
+    let relocates = unsafe {
+        let record = (*(*handle).base).record();
+        slot.end() == Record::end(record) && (*record).growth == Growth::Relocate
+    };
+    relocates.then_some((handle, slot))
+}
+
+/// Between `lea r11, [rsp - N]` and the end of the loop that touches a large frame's pages (src/grow/point.rs).
+fn in_probe_loop(context: &mut Context<'_>, slot: Slot) -> bool {
+    const LARGEST: usize = 1 << 32;
+    slot.start().wrapping_sub(*context.register(R11)) < LARGEST
+}
+
+/// # Safety
+/// `record` is that of the running coroutine, interrupted with `rsp`, whose stack has just moved.
+unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
+    if run.moves.is_multiple_of(KEPT as u64) {
+        // SAFETY: by the caller's word.
+        unsafe { stack::give_back_oldest(record, KEPT) };
+    }
+    // SAFETY: by the caller's word.
+    let open = Record::end(record) - unsafe { (*record).open };
+    let used = (rsp - RED_ZONE).max(open);
+    let start = (used / PAGE * PAGE).max(open);
+    // SAFETY: accessible bytes of the stack, below everything that is used.
+    unsafe { ptr::write_bytes(start as *mut u8, super::report::POISON, used - start) };
+}
+
+/// Does the system call that comes next itself, and stops stepping until it is undone, if it would block SIGTRAP.
+fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    let rip = context.rip();
+    // SAFETY: an instruction is about to run; of one that begins like this the second byte is read.
+    let is_syscall = unsafe { *(rip as *const u8) == SYSCALL[0] && *((rip + 1) as *const u8) == SYSCALL[1] };
+    if !is_syscall || *context.register(RAX) != libc::SYS_rt_sigprocmask as usize {
+        return false;
+    }
+    let (how, new, old) = (*context.register(RDI), *context.register(RSI), *context.register(RDX));
+    if *context.register(R10) != size_of::<u64>() || new == 0 || [new, old].into_iter().any(is_guarded) {
+        return false;
+    }
+    // SAFETY: what the kernel would read.
+    let new = unsafe { (new as *const u64).read_unaligned() };
+    let mask = *context.mask_bits();
+    let wanted = match how as c_int {
+        libc::SIG_BLOCK => mask | new,
+        libc::SIG_SETMASK => new,
+        _ => return false,
+    };
+    if wanted & TRAPS == 0 {
+        return false;
+    }
+    if old != 0 {
+        // SAFETY: what the kernel would write.
+        unsafe { (old as *mut u64).write_unaligned(mask) };
+    }
+    // What a system call leaves: its result, and where and with which flags it was made.
+    *context.mask_bits() = wanted & !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
+    *context.flags() &= !TRAP_FLAG;
+    *context.register(RAX) = 0;
+    *context.register(RCX) = rip + SYSCALL.len();
+    *context.register(R11) = *context.flags() as usize;
+    context.set_rip(rip + SYSCALL.len());
+    run.paused = true;
+    send_trap(run::tortured_thread());
+    true
+}
+
+/// Whether the kernel might find this address inaccessible.
+fn is_guarded(address: usize) -> bool {
+    Slot::containing(address).is_some_and(|slot| {
+        let running = switch::running();
+        // SAFETY: as in `moving_stack`.
+        running.is_none_or(|handle| unsafe {
+            let record = (*(*handle).base).record();
+            slot.end() != Record::end(record) || address < slot.end() - (*record).open
+        })
+    })
+}
+
+fn send_trap(thread: i32) {
+    // SAFETY: plain system calls.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGTRAP) };
+}
+
+/// Takes the SIGTRAP away that a blocked stepper waited for.
+pub(super) fn take_pending() {
+    // SAFETY: plain data for a system call that does not wait.
+    unsafe {
+        let mut traps: libc::sigset_t = core::mem::zeroed();
+        libc::sigaddset(&mut traps, libc::SIGTRAP);
+        libc::sigtimedwait(&traps, ptr::null_mut(), &libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    }
+}
+
+/// Whether a stack is to grow by the smallest step.
+pub(crate) fn smallest_steps() -> bool {
+    // SAFETY: as in `on_trap`.
+    unsafe { run::current().as_ref() }.is_some_and(Run::by_smallest_steps)
+}
+
+/// Whether the stacks of this thread are tortured.
+pub(crate) fn is_running() -> bool {
+    !run::current().is_null()
+}
+
+/// Whether a fault is a finding of the torture that runs, if one does. If so it has been dealt with.
+pub(crate) fn catches(address: usize, context: &mut Context<'_>) -> bool {
+    let thread = run::tortured_thread();
+    if thread == 0 {
+        return false;
+    }
+    // SAFETY: as in `on_trap`.
+    match unsafe { run::current().as_mut() } {
+        Some(run) => {
+            let Some((kind, slot)) = stale(address).or_else(|| poisoned(address, context)) else {
+                return false;
+            };
+            run::record(|found| found.fill(kind, address, slot, false, context));
+            leave(run, context);
+            true
+        }
+        None => {
+            let slot = Slot::containing(address).filter(|slot| slot.is_old());
+            if slot.is_none() {
+                return false;
+            }
+            run::record(|found| found.fill(Kind::Stale, address, slot, true, context));
+            send_trap(thread);
+            // Nothing it could return to would make sense, and somebody may wait for it with a borrow.
+            loop {
+                // SAFETY: waits for ever, all signals are blocked.
+                unsafe { libc::pause() };
+            }
+        }
+    }
+}
+
+/// A slot was touched that the stack has left, or that it left so long ago that it may be used again.
+fn stale(address: usize) -> Option<(Kind, Option<Slot>)> {
+    let handle = switch::running()?;
+    // SAFETY: as in `moving_stack`.
+    let end = Record::end(unsafe { (*(*handle).base).record() });
+    let slot = Slot::containing(address).filter(|slot| slot.end() != end)?;
+    Some((Kind::Stale, Some(slot)))
+}
+
+/// A register that may have been the pointer holds what fresh stack is filled with.
+fn poisoned(address: usize, context: &mut Context<'_>) -> Option<(Kind, Option<Slot>)> {
+    const NEAR: usize = 1 << 16;
+    let pattern = usize::from_ne_bytes([super::report::POISON; size_of::<usize>()]);
+    // The processor does not tell the address of an access to where no memory can be.
+    let found = address == 0 && context.general().iter().any(|value| value.abs_diff(pattern) < NEAR);
+    found.then_some((Kind::Poison, None))
+}
+
+/// For a fault in an instruction that runs elsewhere since a breakpoint is in its place: puts it back there for as long
+/// as the fault is dealt with, since what is known about code is known by its place. It runs into the breakpoint again.
+pub(crate) fn instruction_in_its_place(context: &mut Context<'_>) -> Option<impl Drop + use<>> {
+    struct Breakpoint(usize);
+    impl Drop for Breakpoint {
+        fn drop(&mut self) {
+            breakpoints::put_back(self.0);
+        }
+    }
+    let (at, later) = breakpoints::original(context.rip())?;
+    (!later && breakpoints::take_out(at)).then(|| {
+        context.set_rip(at);
+        Breakpoint(at)
+    })
+}
+
+/// Goes on in the resumer of the tortured coroutine, as asm/finish.s would.
+fn leave(run: &mut Run, context: &mut Context<'_>) {
+    let mut resumer = switch::resumer();
+    if resumer == 0 {
+        return; // not in it: it will not be resumed again
+    }
+    // From here on code runs that the handler does not call otherwise.
+    breakpoints::remove();
+    if let Some((at, pushed)) = breakpoints::original(context.rip()) {
+        // As it would have been in its own place, which is where the unwinder knows about.
+        context.set_rip(at);
+        *context.register(RSP) += if pushed { size_of::<usize>() } else { 0 };
+    }
+    if let Some(found) = run::recorded() {
+        // SAFETY: complete; the torture's own thread may add to it.
+        unsafe { (*found).add_frames(context.rsp()) };
+    }
+    run::count_growths();
+    // SAFETY: a coroutine runs, and the tortured one among those that wait for it.
+    unsafe {
+        while switch::handle_of(resumer) != run.handle {
+            resumer = switch::continuation_of(resumer).1;
+        }
+        context.set_rip(switch::continuation_of(resumer).0);
+    }
+    const DIRECTION_FLAG: i64 = 0x400;
+    *context.flags() &= !(TRAP_FLAG | DIRECTION_FLAG);
+    *context.register(RSP) = resumer;
+    *context.register(RAX) = switch::ENDED;
+    *context.register(RSI) = switch::YIELDED; // with a value of no size
+}
