@@ -6,7 +6,7 @@ fn pin(core: usize) {
 }
 fn show(o: &Outcome) { print!("{:40}", o.shape); for (i,n) in o.names.iter().enumerate() { let s=o.nanoseconds(i); let r=o.ratio(i); print!(" | {n} {:.1} ({:.2} {:.2}-{:.2})", s.median, r.median, r.low, r.high); } println!(); }
 fn main() {
-    pin(1);
+    pin(1); { let mut g = Generator.spawn(|y, v: u64| { Generator::suspend(y, v); }); Generator::resume(&mut g, 1); Generator::resume(&mut g, 1);}
     macro_rules! all { ($f:expr) => {{ vec![Contestant::new("regrow", $f(Regrow)), Contestant::new("reloc", $f(Relocating::new())), Contestant::new("corosensei", $f(corosensei())), Contestant::new("generator", $f(Generator))] }} }
     macro_rules! c { ($n:expr, $s:ident => $e:expr) => { show(&contest($n, 31, vec![
         Contestant::new("regrow", { let $s = Regrow; $e }), Contestant::new("corosensei", { let $s = corosensei(); $e }), Contestant::new("generator", { let $s = Generator; $e })])) } }
@@ -18,15 +18,18 @@ fn main() {
     c!("deep res", s => deep(s,0,5));
     c!("deep both", s => deep(s,5,5));
     c!("sites/100", s => sites(s));
-    for in_callee in [false, true] { for shuffled in [false,true] { for count in [10_000usize, 100_000] {
-      for ahead in [0usize, 4, 8, 16] {
-        let how = Many{count, shuffled, in_callee, ahead};
-        println!("{count} shuffled {shuffled} callee {in_callee} ahead {ahead}");
-        let u = count as u64;
-        let mut v = vec![Contestant::new("regrow", many(Regrow, how)).unit(u), Contestant::new("reloc", many(Relocating::new(), how)).unit(u)];
-        if ahead == 0 { v.push(Contestant::new("coro", many(Region::corosensei(count,false), how)).unit(u)); 
-        v.push(Contestant::new("coro col", many(Region::corosensei(count,true), how)).unit(u)); }
-        if ahead == 0 && count == 10_000 {v.push(Contestant::new("coro default", many(corosensei(), how)).unit(u)); }
+    for in_callee in [false] { for shuffled in [false,true] { for count in [10_000usize, 100_000] {
+      println!("{count} shuffled {shuffled} callee {in_callee}");
+      let how = |ahead| Many{count, shuffled, in_callee, ahead};
+      let u = count as u64;
+        let v = vec![Contestant::new("regrow", many(Regrow, how(0))).unit(u), 
+             Contestant::new("8", many(Regrow, how(8))).unit(u), 
+             Contestant::new("16", many(Regrow, how(16))).unit(u), 
+             Contestant::new("32", many(Regrow, how(32))).unit(u), 
+Contestant::new("reloc", many(Relocating::new(), how(0))).unit(u),
+Contestant::new("reloc16", many(Relocating::new(), how(16))).unit(u),
+         Contestant::new("coro", many(Region::corosensei(count,false), how(0))).unit(u),
+        Contestant::new("coro col", many(Region::corosensei(count,true), how(0))).unit(u)];
         show(&contest("", 9, v));
-      } } } }
+      } } } 
 }

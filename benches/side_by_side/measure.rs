@@ -1,6 +1,10 @@
 //! Contests: several contestants in one process, in alternating short rounds, and what comes of it.
+//!
+//! Time is the processor time of the thread: on a machine that does other things too, theirs is not ours. (What they do
+//! to the caches still is.)
 
-use std::time::{Duration, Instant};
+use std::hint::black_box;
+use std::time::Duration;
 
 /// Runs a number of operations and returns how long they took.
 pub type Run<'a> = Box<dyn FnMut(u64) -> Duration + 'a>;
@@ -28,11 +32,19 @@ impl<'a> Contestant<'a> {
 /// Times `operation`, `count` times.
 #[inline(always)]
 pub fn timed(count: u64, mut operation: impl FnMut()) -> Duration {
-    let start = Instant::now();
+    let start = now();
     for _ in 0..count {
         operation();
     }
-    start.elapsed()
+    now() - start
+}
+
+/// Processor time of this thread.
+pub fn now() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// What a shape came to: nanoseconds an operation of each contestant in each round.
@@ -81,12 +93,23 @@ pub fn contest(shape: &'static str, rounds: usize, mut contestants: Vec<Contesta
                 let index = (place + round) % count;
                 let Contestant { run, unit, .. } = &mut contestants[index];
                 let operations = lengths[index] * *unit;
-                times[index] = run(lengths[index]).as_nanos() as f64 / operations as f64;
+                let time = lower(round, &mut || run(lengths[index]));
+                times[index] = time.as_nanos() as f64 / operations as f64;
             }
             times
         })
         .collect();
     Outcome { shape, names: contestants.iter().map(|contestant| contestant.name).collect(), rounds }
+}
+
+/// Calls `f` from `steps` frames of some hundred bytes further down. How far the two stacks of a switch are apart, modulo
+/// a page, decides which of their words the processor takes for each other: chance, so every round has its own.
+#[inline(never)]
+fn lower(steps: usize, f: &mut dyn FnMut() -> Duration) -> Duration {
+    let room = black_box([0u8; 272]);
+    let time = if steps == 0 { f() } else { lower(steps - 1, f) };
+    black_box(room);
+    time
 }
 
 /// How many operations take about a round. Warms everything up, too.
