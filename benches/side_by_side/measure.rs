@@ -6,6 +6,8 @@
 use std::hint::black_box;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Runs a number of operations and returns how long they took.
 pub type Run<'a> = Box<dyn FnMut(u64) -> Duration + 'a>;
 
@@ -48,10 +50,11 @@ pub fn now() -> Duration {
 }
 
 /// What a shape came to: nanoseconds an operation of each contestant in each round.
+#[derive(Default, Serialize, Deserialize)]
 pub struct Outcome {
-    pub shape: &'static str,
+    pub shape: String,
     /// The first is ours.
-    pub names: Vec<&'static str>,
+    pub names: Vec<String>,
     rounds: Vec<Vec<f64>>,
 }
 
@@ -72,6 +75,12 @@ impl Spread {
 }
 
 impl Outcome {
+    /// Adds the rounds of another process.
+    pub fn add(&mut self, other: Self) {
+        let rounds = std::mem::take(&mut self.rounds);
+        *self = Self { rounds: rounds.into_iter().chain(other.rounds).collect(), ..other };
+    }
+
     pub fn nanoseconds(&self, contestant: usize) -> Spread {
         Spread::of(self.rounds.iter().map(|round| round[contestant]).collect())
     }
@@ -83,7 +92,7 @@ impl Outcome {
 }
 
 /// Lets the contestants run in turn, `rounds` times; who begins changes from round to round.
-pub fn contest(shape: &'static str, rounds: usize, mut contestants: Vec<Contestant<'_>>) -> Outcome {
+pub fn contest(shape: &str, rounds: usize, mut contestants: Vec<Contestant<'_>>) -> Outcome {
     let count = contestants.len();
     let lengths: Vec<u64> = contestants.iter_mut().map(calibrate).collect();
     let rounds = (0..rounds)
@@ -99,7 +108,8 @@ pub fn contest(shape: &'static str, rounds: usize, mut contestants: Vec<Contesta
             times
         })
         .collect();
-    Outcome { shape, names: contestants.iter().map(|contestant| contestant.name).collect(), rounds }
+    let names = contestants.iter().map(|contestant| contestant.name.to_owned()).collect();
+    Outcome { shape: shape.to_owned(), names, rounds }
 }
 
 /// Calls `f` from `steps` frames of some hundred bytes further down. How far the two stacks of a switch are apart, modulo
@@ -120,6 +130,7 @@ fn calibrate(contestant: &mut Contestant<'_>) -> u64 {
         if time >= ROUND / 2 {
             return count;
         }
-        count = (count * 2).max((count as f64 * ROUND.as_secs_f64() / time.as_secs_f64().max(1e-7) / 4.0) as u64);
+        count =
+            (count * 2).max((count as f64 * ROUND.as_secs_f64() / time.as_secs_f64().max(1e-7) / 4.0) as u64);
     }
 }

@@ -12,12 +12,7 @@ pub fn root_loop<S: System, V: Default + 'static>(mut system: S) -> Run<'static>
             value = S::suspend(yielder, value);
         }
     });
-    Box::new(move |count| {
-        let mut value = V::default();
-        let time = timed(count, || value = S::resume(&mut coroutine, std::mem::take(&mut value)));
-        black_box(value);
-        time
-    })
+    Box::new(move |count| timed(count, || _ = black_box(S::resume(&mut coroutine, V::default()))))
 }
 
 /// Suspends in a function that is called for it, and returns.
@@ -39,15 +34,20 @@ pub fn fresh_callee<S: System>(mut system: S) -> Run<'static> {
 #[inline(never)]
 fn suspend_below<S: System>(yielder: S::Yielder<'_, u64>, value: u64, depth: u32) -> u64 {
     match depth {
-        0 => S::suspend(yielder, value),
+        0 => callee::<S>(yielder, value),
         _ => black_box(suspend_below::<S>(yielder, value, depth - 1)),
     }
 }
 
 #[inline(never)]
+fn resume_here<S: System>(coroutine: &mut S::Coroutine<u64>, value: u64) -> u64 {
+    black_box(S::resume(coroutine, value))
+}
+
+#[inline(never)]
 fn resume_below<S: System>(coroutine: &mut S::Coroutine<u64>, value: u64, depth: u32) -> u64 {
     match depth {
-        0 => S::resume(coroutine, value),
+        0 => resume_here::<S>(coroutine, value),
         _ => black_box(resume_below::<S>(coroutine, value, depth - 1)),
     }
 }
@@ -56,14 +56,18 @@ fn resume_below<S: System>(coroutine: &mut S::Coroutine<u64>, value: u64, depth:
 pub fn deep<S: System>(mut system: S, inside: u32, outside: u32) -> Run<'static> {
     let mut coroutine = system.spawn(move |yielder, mut value: u64| {
         loop {
-            value = if inside == 0 { S::suspend(yielder, value) } else { suspend_below::<S>(yielder, value, inside) };
+            value = if inside == 0 {
+                S::suspend(yielder, value)
+            } else {
+                suspend_below::<S>(yielder, value, inside - 1)
+            };
         }
     });
     Box::new(move |count| {
         if outside == 0 {
             timed(count, || _ = black_box(S::resume(&mut coroutine, 1)))
         } else {
-            timed(count, || _ = black_box(resume_below::<S>(&mut coroutine, 1, outside)))
+            timed(count, || _ = black_box(resume_below::<S>(&mut coroutine, 1, outside - 1)))
         }
     })
 }
@@ -86,7 +90,9 @@ pub fn sites<S: System>(mut system: S) -> Run<'static> {
     for (index, coroutine) in coroutines.iter_mut().enumerate() {
         (0..index * 7 % 16).for_each(|_| _ = S::resume(coroutine, 0));
     }
-    Box::new(move |count| timed(count, || coroutines.iter_mut().for_each(|one| _ = black_box(S::resume(one, 1)))))
+    Box::new(move |count| {
+        timed(count, || coroutines.iter_mut().for_each(|one| _ = black_box(S::resume(one, 1))))
+    })
 }
 
 pub const SITES_COROUTINES: u64 = 100;
@@ -108,7 +114,8 @@ pub fn many<S: System>(mut system: S, how: Many) -> Run<'static> {
         .map(|_| {
             system.spawn(move |yielder, mut value: u64| {
                 loop {
-                    value = if how.in_callee { callee::<S>(yielder, value) } else { S::suspend(yielder, value) };
+                    value =
+                        if how.in_callee { callee::<S>(yielder, value) } else { S::suspend(yielder, value) };
                 }
             })
         })

@@ -13,6 +13,8 @@ use regrow::{Coroutine, CoroutineResult};
 pub trait System: 'static {
     type Coroutine<V: 'static>;
     type Yielder<'a, V: 'static>: Copy;
+    /// Stacks of coroutines that have ended are used for new ones.
+    const KEEPS_STACKS: bool = false;
 
     fn spawn<V, F>(&mut self, f: F) -> Self::Coroutine<V>
     where
@@ -30,6 +32,7 @@ pub struct Regrow;
 impl System for Regrow {
     type Coroutine<V: 'static> = Coroutine<V, V, ()>;
     type Yielder<'a, V: 'static> = &'a regrow::Yielder<V, V>;
+    const KEEPS_STACKS: bool = true;
 
     #[inline(always)]
     fn spawn<V, F>(&mut self, f: F) -> Self::Coroutine<V>
@@ -72,6 +75,7 @@ impl Relocating {
 impl System for Relocating {
     type Coroutine<V: 'static> = Coroutine<V, V, ()>;
     type Yielder<'a, V: 'static> = &'a regrow::Yielder<V, V>;
+    const KEEPS_STACKS: bool = true;
 
     #[inline(always)]
     fn spawn<V, F>(&mut self, f: F) -> Self::Coroutine<V>

@@ -82,7 +82,8 @@ pub(crate) struct Record {
 
 const RECORD: usize = size_of::<Record>();
 const BASE: usize = size_of::<Base>();
-const _: () = assert!(RECORD + INLINE_CLOSURE + BASE <= HEAD && RECORD % LINE == 0 && INLINE_CLOSURE % LINE == 0);
+const _: () =
+    assert!(RECORD + INLINE_CLOSURE + BASE <= HEAD && RECORD % LINE == 0 && INLINE_CLOSURE % LINE == 0);
 
 impl Record {
     /// The record of the slot that ends at `end`.
