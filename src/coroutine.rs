@@ -169,7 +169,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// assert_eq!(coroutine.resume(()).yielded(), Some(0));
     /// assert_eq!(coroutine.resume(()).yielded(), Some(1));
     /// ```
-    #[inline]
+    // Always: as a function of its own it would push a return address that the return of a coroutine's callee then
+    // finds on the processor's return stack, and be four times as slow with such coroutines.
+    #[inline(always)]
     #[track_caller]
     pub fn resume(&mut self, input: In) -> CoroutineResult<Out, Ret> {
         if self.handle.is_special() {
@@ -260,6 +262,31 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     pub fn started(&self) -> bool {
         // SAFETY: a coroutine that has neither ended nor been frozen is suspended here.
         self.done() || self.is_frozen() || !unsafe { switch::is_fresh(self.handle.sp & !switch::WATCHED) }
+    }
+
+    /// Has the processor fetch what a resume of this coroutine touches first: where it goes on, and its outermost frame.
+    ///
+    /// For whoever resumes so many in turn that their stacks are in no cache: called for the one some resumes ahead
+    /// (8, say), the fetch is done by the time its turn has come. It takes a few cycles, changes nothing, and may be
+    /// called for a coroutine that has ended.
+    ///
+    /// ```
+    /// use regrow::Coroutine;
+    ///
+    /// const AHEAD: usize = 8;
+    /// let mut ready: Vec<_> = (0..100)
+    ///     .map(|number| Coroutine::<(), u32, ()>::new(move |yielder, ()| yielder.suspend(number)))
+    ///     .collect();
+    /// for next in 0..ready.len() {
+    ///     if let Some(later) = ready.get(next + AHEAD) {
+    ///         later.prefetch();
+    ///     }
+    ///     assert_eq!(ready[next].resume(()).yielded(), Some(next as u32));
+    /// }
+    /// ```
+    #[inline(always)]
+    pub fn prefetch(&self) {
+        self.handle.prefetch();
     }
 
     /// How its stack grows. After the end: how it grew is no longer known, [`Growth::InPlace`].
@@ -596,7 +623,7 @@ impl<In, Out> Yielder<In, Out> {
     /// });
     /// assert_eq!(echo.resume(5).yielded(), Some(5));
     /// ```
-    #[inline]
+    #[inline(always)] // as `Coroutine::resume`
     #[track_caller]
     pub fn suspend(&self, value: Out) -> In {
         let resumer = switch::resumer();
