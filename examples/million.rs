@@ -133,12 +133,9 @@ fn histogram(handles: &[Parked]) -> BTreeMap<usize, usize> {
 }
 
 fn print(options: &Options, figures: &serde_json::Value, sizes: &BTreeMap<usize, usize>) {
-    let how = match (options.in_place, options.frozen) {
-        (true, _) => "growing in place",
-        (false, true) => "growing by moving, frozen",
-        (false, false) => "growing by moving",
-    };
-    println!("{} coroutines, {how}, parked {} calls down", options.count, options.depth);
+    let growing = if options.in_place { "in place" } else { "by moving" };
+    let frozen = if options.frozen { "frozen, " } else { "" };
+    println!("{} coroutines, growing {growing}, {frozen}parked {} calls down", options.count, options.depth);
     for (key, value) in figures.as_object().into_iter().flatten() {
         println!("  {key:<24} {:>12.1}", value.as_f64().unwrap_or_default());
     }
@@ -194,9 +191,6 @@ impl Options {
                 Long("json") => options.json = true,
                 other => return Err(other.unexpected()),
             }
-        }
-        if options.frozen && options.in_place {
-            return Err("--frozen with --in-place: only stacks that move are frozen".into());
         }
         Ok(options)
     }

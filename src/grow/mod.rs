@@ -9,6 +9,7 @@
 mod context;
 mod fault;
 mod freeze;
+mod in_place;
 mod obey;
 mod point;
 mod reason;
@@ -19,7 +20,7 @@ mod shrink;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
-pub(crate) use freeze::{Frozen, block, freeze, thaw};
+pub(crate) use freeze::{Frozen, freeze, is_frozen, peek, thaw};
 pub use obey::Maps;
 pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};
