@@ -219,6 +219,26 @@ fn no_access_falls_between_the_steps() {
     assert_eq!(coroutine.resume(()).returned(), Some(ENOUGH + THREADS * EACH));
 }
 
+/// A coroutine that runs, and grows, while the handle it was resumed through is on a stack that has been frozen meanwhile.
+#[test]
+fn a_handle_on_a_frozen_stack_is_found() {
+    let mut holder = Builder::new().spawn(|yielder: &Yielder<usize, usize>, _| {
+        let mut inner = Builder::new().learn(false).spawn(|_: &Yielder<(), ()>, ()| {
+            let holder = HOLDER.get() as *mut Coroutine<usize, usize, ()>;
+            // SAFETY: its owner waits for this coroutine.
+            assert!(unsafe { (*holder).freeze() }.unwrap());
+            frame::<20_000>(1);
+        });
+        yielder.suspend(&raw mut inner as usize);
+    });
+    let inner = holder.resume(0).yielded().unwrap() as *mut Coroutine<(), (), ()>;
+    thread_local!(static HOLDER: Cell<usize> = const { Cell::new(0) });
+    HOLDER.set(&raw mut holder as usize);
+    // SAFETY: a local of a suspended coroutine, which stays where it is.
+    assert!(unsafe { (*inner).resume(()) }.returned().is_some());
+    assert!(holder.resume(0).returned().is_some());
+}
+
 /// The kernel does not thaw: it says `EFAULT`, and the stack is as it was.
 #[test]
 fn a_system_call_on_a_frozen_stack_says_efault() {

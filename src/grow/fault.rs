@@ -94,12 +94,13 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     }
     in_place::serve(slot, address)
         || serve_growth(slot, address, context)
-        || in_place::came_too_early(address)
+        || in_place::came_too_early(slot, address)
 }
 
 /// Grows the running coroutine's stack if this is a growth.
 fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
     let Some(handle) = switch::running() else { return false };
+    in_place::thaw_at(handle as usize); // it may be on the stack of yet another coroutine
     // SAFETY: the handle of a running coroutine is with its resumer, who waits; base and record are at
     // the top of the running stack, which is accessible.
     let record = unsafe { (*(*handle).base).record() };

@@ -121,9 +121,7 @@ pub(super) fn peek<R>(base: *const Base, look: impl FnOnce(&Frozen) -> R) -> Opt
 
 /// In the handler: true if the fault was at a frozen stack, which is thawed now.
 pub(super) fn serve(slot: Slot, address: usize) -> bool {
-    let meta = slot.meta();
-    let open = meta.open_pages.load(Ordering::Relaxed) as usize * PAGE;
-    if meta.frozen.load(Ordering::Acquire) == 0 || address < slot.end() - open {
+    if slot.meta().frozen.load(Ordering::Acquire) == 0 || !was_open(slot, address) {
         return false;
     }
     match thaw_slot(slot) {
@@ -134,11 +132,25 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     true
 }
 
+/// In the handler: makes what is at the address accessible if it is on a frozen stack.
+pub(super) fn thaw_at(address: usize) {
+    if CHANGES.load(Ordering::Relaxed) != 0
+        && let Some(slot) = Slot::containing(address)
+    {
+        serve(slot, address);
+    }
+}
+
+/// True if the address is in the pages that were accessible when the slot's stack was frozen.
+fn was_open(slot: Slot, address: usize) -> bool {
+    address >= slot.end() - slot.meta().open_pages.load(Ordering::Relaxed) as usize * PAGE
+}
+
 /// In the handler, of a fault that nothing explains: true if a stack was frozen or thawed since this thread last asked about
 /// the address. Then the instruction may just have come too early, and is to be tried again.
-pub(super) fn came_too_early(address: usize) -> bool {
+pub(super) fn came_too_early(slot: Slot, address: usize) -> bool {
     let changes = CHANGES.load(Ordering::SeqCst);
-    changes != 0 && MISSED.replace((address, changes)) != (address, changes)
+    changes != 0 && was_open(slot, address) && MISSED.replace((address, changes)) != (address, changes)
 }
 
 /// Takes the block of a frozen stack, whose entry then is `BUSY`. `None` if it is not frozen.
