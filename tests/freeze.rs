@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
 mod support;
-use support::{Counted, both_ways, frame, live};
+use support::{Counted, both_ways, child_command, frame, live, outcome, variant};
 
 /// A coroutine that keeps pointers between its frames, `depth` of them, and adds up what it is given.
 fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
@@ -142,6 +142,21 @@ fn what_cannot_be_frozen_says_no_and_goes_on() {
         assert!(!fresh.freeze().unwrap(), "it has ended");
         assert!(pinned.resume(()).returned().is_some());
     }
+}
+
+/// Where guards are page protection a stack that grows in place says no, and goes on.
+#[test]
+fn without_guard_markers_a_stack_that_stays_is_not_frozen() {
+    const TEST: &str = "without_guard_markers_a_stack_that_stays_is_not_frozen";
+    if variant().is_none() {
+        let outcome = outcome(child_command(TEST, "child").env("REGROW_GUARD", "protect"));
+        assert!(outcome.status.success(), "{outcome}");
+        return;
+    }
+    let [mut moving, mut staying] = both_ways().map(|builder| adder(&builder, 3));
+    assert_eq!((moving.resume(1).yielded(), staying.resume(1).yielded()), (Some(1), Some(1)));
+    assert!(moving.freeze().unwrap() && !staying.freeze().unwrap());
+    assert_eq!((moving.resume(2).yielded(), staying.resume(2).yielded()), (Some(3), Some(3)));
 }
 
 /// A coroutine that grows in place, suspended with the address of a counter on its stack, of which it takes
