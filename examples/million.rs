@@ -3,11 +3,13 @@
 //! `cargo run --release --example million -- [--count N] [--frozen] [--in-place] [--depth D] [--json]`
 //!
 //! Each is run to its first suspend with a few live locals, `--depth` calls down, and parked; with `--frozen` it is frozen
-//! there. Then all are resumed once, in random order, and what they answer is checked.
+//! there. Then all are resumed once, in random order, and what they answer is checked. When `go` is on the path, the
+//! program in benches/peers/go/million does the same with goroutines.
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::hint::black_box;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -40,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if options.json {
         println!("{figures}");
     } else {
-        print(&options, &figures, &sizes);
+        print(&options, &figures, goroutines(&options).as_ref(), &sizes);
     }
     // The process ends here: unwinding a million stacks would take longer than all of the above.
     std::mem::forget(handles);
@@ -132,15 +134,32 @@ fn histogram(handles: &[Parked]) -> BTreeMap<usize, usize> {
     sizes
 }
 
-fn print(options: &Options, figures: &serde_json::Value, sizes: &BTreeMap<usize, usize>) {
-    let how = match (options.in_place, options.frozen) {
-        (true, _) => "growing in place",
-        (false, true) => "growing by moving, frozen",
-        (false, false) => "growing by moving",
+/// The same figures of goroutines, when `go` is on the path. At most a million: they take 3 KB each.
+fn goroutines(options: &Options) -> Option<serde_json::Value> {
+    let mut go = Command::new("go");
+    go.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/go/million")).args(["run", "."]);
+    go.arg(format!("--count={}", options.count.min(1_000_000))).arg(format!("--depth={}", options.depth));
+    let output = go.stderr(Stdio::inherit()).output().ok()?;
+    serde_json::from_slice(&output.stdout).ok()
+}
+
+fn print(
+    options: &Options,
+    figures: &serde_json::Value,
+    go: Option<&serde_json::Value>,
+    sizes: &BTreeMap<usize, usize>,
+) {
+    let growing = if options.in_place { "in place" } else { "by moving" };
+    let frozen = if options.frozen { "frozen, " } else { "" };
+    println!("{} coroutines, growing {growing}, {frozen}parked {} calls down", options.count, options.depth);
+    if go.is_some() {
+        println!("  {:<24} {:>12} {:>12}", "", "coroutines", "goroutines");
+    }
+    let cell = |value: Option<&serde_json::Value>| {
+        value.and_then(serde_json::Value::as_f64).map_or(String::new(), |number| format!("{number:.1}"))
     };
-    println!("{} coroutines, {how}, parked {} calls down", options.count, options.depth);
     for (key, value) in figures.as_object().into_iter().flatten() {
-        println!("  {key:<24} {:>12.1}", value.as_f64().unwrap_or_default());
+        println!("  {key:<24} {:>12} {:>12}", cell(Some(value)), cell(go.and_then(|go| go.get(key))));
     }
     println!("  bytes of stack or block, how many:");
     let most = sizes.values().copied().max().unwrap_or(1);
@@ -194,9 +213,6 @@ impl Options {
                 Long("json") => options.json = true,
                 other => return Err(other.unexpected()),
             }
-        }
-        if options.frozen && options.in_place {
-            return Err("--frozen with --in-place: only stacks that move are frozen".into());
         }
         Ok(options)
     }

@@ -6,6 +6,7 @@
 use core::ffi::{c_int, c_void};
 use core::fmt::{self, Write};
 
+use crate::error::Error;
 use crate::grow::{Context, NAMES, Refusal};
 use crate::stack::{Record, Slot, class::size_of_open, guard};
 use crate::symbol;
@@ -88,6 +89,17 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
          off relocating coroutines, or grow in place\n\nused at:"
     );
     frames(&mut out, context.rip());
+    out.abort()
+}
+
+/// A frozen stack that was touched and cannot be brought back.
+pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
+    let mut out = Stderr::new();
+    let end = slot.end();
+    let _ = writeln!(
+        out,
+        "regrow: cannot thaw the stack of coroutine {end:#x}, which was touched\nfatal error: {error}"
+    );
     out.abort()
 }
 

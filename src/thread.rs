@@ -68,6 +68,31 @@ pub(crate) fn prepare() -> Result<(), Error> {
     Ok(())
 }
 
+/// Gives the slots that this thread keeps for reuse back, and their memory to the kernel. Returns how many bytes were
+/// accessible in them.
+///
+/// ```
+/// drop(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));
+/// assert!(regrow::trim() >= 4096);
+/// assert_eq!(regrow::cached_bytes(), 0);
+/// ```
+pub fn trim() -> usize {
+    let bytes = cache::bytes();
+    cache::flush();
+    bytes
+}
+
+/// Bytes of accessible stack that this thread keeps for reuse: at most 8 MiB.
+///
+/// ```
+/// drop(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));
+/// assert!(regrow::cached_bytes() >= 4096);
+/// ```
+#[must_use]
+pub fn cached_bytes() -> usize {
+    cache::bytes()
+}
+
 /// `pthread` calls the key's destructor after those of Rust's thread-locals, which may still drop coroutines.
 fn create_key() -> Result<libc::pthread_key_t, Error> {
     let mut key = 0;

@@ -3,12 +3,13 @@
 use std::cell::Cell;
 use std::hint::black_box;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
 mod support;
-use support::{Counted, frame, live, relocating};
+use support::{Counted, both_ways, child_command, frame, live, outcome, variant};
 
 /// A coroutine that keeps pointers between its frames, `depth` of them, and adds up what it is given.
 fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
@@ -41,8 +42,8 @@ fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
 
 #[test]
 fn a_frozen_coroutine_goes_on() {
-    for depth in [0, 1, 5, 30, 300] {
-        let mut coroutine = adder(&relocating(), depth);
+    for (builder, depth) in both_ways().iter().flat_map(|b| [0, 1, 5, 30, 300].map(|depth| (b, depth))) {
+        let mut coroutine = adder(builder, depth);
         let mut sum = 7;
         assert_eq!(coroutine.resume(7).yielded(), Some(7));
         for number in 1..20 {
@@ -59,8 +60,8 @@ fn a_frozen_coroutine_goes_on() {
 
 #[test]
 fn its_slot_is_used_by_others_meanwhile() {
-    let builder = relocating();
-    let mut all: Vec<_> = (0..100).map(|_| adder(&builder, 3)).collect();
+    let builders = both_ways();
+    let mut all: Vec<_> = (0..100).map(|number| adder(&builders[number % 2], 3)).collect();
     for (number, coroutine) in all.iter_mut().enumerate() {
         coroutine.resume(number as u64);
         assert!(coroutine.freeze().unwrap());
@@ -78,59 +79,214 @@ fn its_slot_is_used_by_others_meanwhile() {
 
 #[test]
 fn a_frozen_coroutine_takes_little() {
-    let mut coroutine = relocating().spawn(|yielder: &Yielder<(), ()>, ()| yielder.suspend(()));
-    coroutine.resume(());
-    assert_eq!(coroutine.bytes(), 4096);
-    coroutine.freeze().unwrap();
-    let most = if cfg!(debug_assertions) { 2000 } else { 320 };
-    assert!(coroutine.bytes() <= most, "{} bytes", coroutine.bytes());
+    for builder in both_ways() {
+        let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| yielder.suspend(()));
+        coroutine.resume(());
+        assert_eq!(coroutine.bytes(), 4096);
+        assert!(coroutine.freeze().unwrap());
+        let most = if cfg!(debug_assertions) { 2000 } else { 320 };
+        assert!(coroutine.bytes() <= most, "{} bytes", coroutine.bytes());
+    }
 }
 
 #[test]
 fn dropping_one_runs_its_destructors() {
-    let mut coroutine = adder(&relocating(), 10);
-    coroutine.resume(1);
-    coroutine.freeze().unwrap();
-    assert_eq!(live(), 1);
-    drop(coroutine);
-    assert_eq!(live(), 0);
+    for builder in both_ways() {
+        let mut coroutine = adder(&builder, 10);
+        coroutine.resume(1);
+        assert!(coroutine.freeze().unwrap());
+        assert_eq!(live(), 1);
+        drop(coroutine);
+        assert_eq!(live(), 0);
+    }
 }
 
 #[test]
 fn name_counters_and_old_slots_are_kept() {
-    let mut coroutine = relocating().name("sleeper").spawn(|yielder: &Yielder<(), ()>, ()| {
-        frame::<30_000>(1);
-        yielder.suspend(());
-        frame::<30_000>(2);
-    });
-    coroutine.resume(());
-    let before = coroutine.stats();
-    assert!(before.growths > 0);
-    assert!(coroutine.freeze().unwrap());
-    assert_eq!(coroutine.name(), Some("sleeper"));
-    assert_eq!(coroutine.stats().growths, before.growths);
-    assert_eq!(coroutine.frames().state, State::Frozen);
-    assert!(!coroutine.shrink().unwrap());
-    coroutine.thaw().unwrap();
-    assert_eq!(coroutine.name(), Some("sleeper"));
-    assert!(coroutine.resume(()).returned().is_some());
+    for builder in both_ways() {
+        let growth = builder.spawn(|_: &Yielder<(), ()>, ()| ()).growth();
+        let mut coroutine = builder.name("sleeper").spawn(|yielder: &Yielder<(), ()>, ()| {
+            frame::<30_000>(1);
+            yielder.suspend(());
+            frame::<30_000>(2);
+        });
+        coroutine.resume(());
+        let before = coroutine.stats();
+        assert!(before.growths > 0);
+        assert!(coroutine.freeze().unwrap());
+        assert_eq!(coroutine.name(), Some("sleeper"));
+        assert_eq!(coroutine.stats().growths, before.growths);
+        assert_eq!(coroutine.growth(), growth);
+        assert_eq!(coroutine.frames().state, State::Frozen);
+        assert!(!coroutine.shrink().unwrap());
+        assert!(coroutine.is_frozen());
+        coroutine.thaw().unwrap();
+        assert!(!coroutine.is_frozen());
+        assert_eq!(coroutine.name(), Some("sleeper"));
+        assert_eq!(coroutine.growth(), growth);
+        assert!(coroutine.resume(()).returned().is_some());
+    }
 }
 
 #[test]
 fn what_cannot_be_frozen_says_no_and_goes_on() {
-    let mut in_place = Coroutine::<(), u32, ()>::new(|yielder, ()| yielder.suspend(1));
-    let mut fresh = relocating().spawn(|_: &Yielder<(), ()>, ()| ());
-    let mut pinned = relocating().spawn(|yielder: &Yielder<(), ()>, ()| {
-        let _pin = pin();
-        yielder.suspend(());
+    for builder in both_ways() {
+        let mut fresh = builder.spawn(|_: &Yielder<(), ()>, ()| ());
+        let mut pinned = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
+            let _pin = pin();
+            yielder.suspend(());
+        });
+        pinned.resume(());
+        assert!(!fresh.freeze().unwrap() && !pinned.freeze().unwrap());
+        assert!(fresh.resume(()).returned().is_some());
+        assert!(!fresh.freeze().unwrap(), "it has ended");
+        assert!(pinned.resume(()).returned().is_some());
+    }
+}
+
+/// Where guards are page protection a stack that grows in place says no, and goes on.
+#[test]
+fn without_guard_markers_a_stack_that_stays_is_not_frozen() {
+    const TEST: &str = "without_guard_markers_a_stack_that_stays_is_not_frozen";
+    if variant().is_none() {
+        let outcome = outcome(child_command(TEST, "child").env("REGROW_GUARD", "protect"));
+        assert!(outcome.status.success(), "{outcome}");
+        return;
+    }
+    let [mut moving, mut staying] = both_ways().map(|builder| adder(&builder, 3));
+    assert_eq!((moving.resume(1).yielded(), staying.resume(1).yielded()), (Some(1), Some(1)));
+    assert!(moving.freeze().unwrap() && !staying.freeze().unwrap());
+    assert_eq!((moving.resume(2).yielded(), staying.resume(2).yielded()), (Some(3), Some(3)));
+}
+
+/// A coroutine that grows in place, suspended with the address of a counter on its stack, of which it takes
+/// the value when it goes on.
+fn with_counter() -> (Coroutine<(), usize, u64>, &'static AtomicU64) {
+    let mut coroutine = Builder::new().spawn(|yielder: &Yielder<(), usize>, ()| {
+        let counter = AtomicU64::new(0);
+        loop {
+            yielder.suspend(&raw const counter as usize);
+            if counter.load(Ordering::Relaxed) >= ENOUGH {
+                return counter.load(Ordering::Relaxed);
+            }
+        }
     });
-    in_place.resume(());
-    pinned.resume(());
-    assert!(!in_place.freeze().unwrap() && !fresh.freeze().unwrap() && !pinned.freeze().unwrap());
-    assert!(in_place.resume(()).returned().is_some());
-    assert!(fresh.resume(()).returned().is_some());
-    assert!(!fresh.freeze().unwrap(), "it has ended");
-    assert!(pinned.resume(()).returned().is_some());
+    let counter = coroutine.resume(()).yielded().unwrap() as *const AtomicU64;
+    // SAFETY: the tests use it as long as the coroutine is suspended, where it stays in place.
+    (coroutine, unsafe { &*counter })
+}
+
+const ENOUGH: u64 = 1 << 40;
+
+#[test]
+fn who_touches_a_frozen_stack_thaws_it() {
+    let (mut coroutine, counter) = with_counter();
+    assert!(coroutine.freeze().unwrap() && coroutine.is_frozen());
+    counter.fetch_add(3, Ordering::Relaxed);
+    assert!(!coroutine.is_frozen());
+
+    assert!(coroutine.freeze().unwrap());
+    let mut other = Builder::new().spawn(|_: &Yielder<(), ()>, ()| counter.fetch_add(4, Ordering::Relaxed));
+    assert_eq!(other.resume(()).returned(), Some(3));
+
+    assert!(coroutine.freeze().unwrap());
+    // A thread that regrow does not know.
+    assert_eq!(std::thread::spawn(|| counter.load(Ordering::Relaxed)).join().unwrap(), 7);
+    assert!(!coroutine.is_frozen());
+
+    counter.fetch_add(ENOUGH, Ordering::Relaxed);
+    assert!(coroutine.freeze().unwrap());
+    assert_eq!(coroutine.resume(()).returned(), Some(ENOUGH + 7));
+}
+
+/// Many threads count on a stack that is frozen, thawed and resumed all the time: no count is lost.
+#[test]
+fn no_access_falls_between_the_steps() {
+    const THREADS: u64 = 4;
+    const EACH: u64 = 20_000;
+    let (mut coroutine, counter) = with_counter();
+    let threads: Vec<_> = (0..THREADS)
+        .map(|_| {
+            std::thread::spawn(|| {
+                let mut last = 0;
+                for count in 0..EACH {
+                    let now = counter.fetch_add(1, Ordering::Relaxed) + 1;
+                    assert!(now > last, "the counter went back from {last} to {now}");
+                    last = now;
+                    if count % 64 == 0 {
+                        std::thread::yield_now();
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut frozen = 0;
+    while threads.iter().any(|thread| !thread.is_finished()) {
+        frozen += u32::from(coroutine.freeze().unwrap());
+        if frozen % 3 == 0 {
+            assert!(coroutine.resume(()).yielded().is_some());
+        }
+    }
+    assert!(threads.into_iter().all(|thread| thread.join().is_ok()));
+    assert!(frozen > 0);
+    assert!(coroutine.freeze().unwrap());
+    assert_eq!(counter.fetch_add(ENOUGH, Ordering::Relaxed), THREADS * EACH);
+    assert_eq!(coroutine.resume(()).returned(), Some(ENOUGH + THREADS * EACH));
+}
+
+/// A coroutine that runs, and grows, while the handle it was resumed through is on a stack that has been frozen meanwhile.
+#[test]
+fn a_handle_on_a_frozen_stack_is_found() {
+    let mut holder = Builder::new().spawn(|yielder: &Yielder<usize, usize>, _| {
+        let mut inner = Builder::new().learn(false).spawn(|_: &Yielder<(), ()>, ()| {
+            let holder = HOLDER.get() as *mut Coroutine<usize, usize, ()>;
+            // SAFETY: its owner waits for this coroutine.
+            assert!(unsafe { (*holder).freeze() }.unwrap());
+            frame::<20_000>(1);
+        });
+        yielder.suspend(&raw mut inner as usize);
+    });
+    let inner = holder.resume(0).yielded().unwrap() as *mut Coroutine<(), (), ()>;
+    thread_local!(static HOLDER: Cell<usize> = const { Cell::new(0) });
+    HOLDER.set(&raw mut holder as usize);
+    // SAFETY: a local of a suspended coroutine, which stays where it is.
+    assert!(unsafe { (*inner).resume(()) }.returned().is_some());
+    assert!(holder.resume(0).returned().is_some());
+}
+
+/// The kernel does not thaw: it says `EFAULT`, and the stack is as it was.
+#[test]
+fn a_system_call_on_a_frozen_stack_says_efault() {
+    let (mut coroutine, counter) = with_counter();
+    assert!(coroutine.freeze().unwrap());
+    // SAFETY: the kernel checks the address.
+    let answer = unsafe { libc::getrandom(counter.as_ptr().cast(), 8, 0) };
+    assert_eq!((answer, std::io::Error::last_os_error().raw_os_error()), (-1, Some(libc::EFAULT)));
+    assert!(coroutine.is_frozen());
+    assert_eq!(counter.load(Ordering::Relaxed), 0);
+}
+
+/// After a `fork` the child's stacks are thawed in the child.
+#[test]
+fn a_child_process_has_its_own_frozen_stacks() {
+    let (mut coroutine, counter) = with_counter();
+    assert!(coroutine.freeze().unwrap());
+    // SAFETY: the child only counts, and ends.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                let before = counter.fetch_add(5, Ordering::Relaxed);
+                libc::_exit(i32::from(before != 0 || counter.load(Ordering::Relaxed) != 5));
+            }
+            child => {
+                let mut status = 1;
+                assert_eq!(libc::waitpid(child, &mut status, 0), child);
+                assert_eq!(status, 0);
+            }
+        }
+    }
+    assert!(coroutine.is_frozen());
+    assert_eq!(counter.load(Ordering::Relaxed), 0);
 }
 
 proptest! {
@@ -147,7 +303,7 @@ proptest! {
             match (operation, slot.as_mut()) {
                 (0, _) | (_, None) => {
                     let depth = number as u32 % 60;
-                    let mut coroutine = adder(&relocating(), depth);
+                    let mut coroutine = adder(&both_ways()[number as usize % 2], depth);
                     prop_assert_eq!(coroutine.resume(number).yielded(), Some(number));
                     spawned.set(spawned.get() + 1);
                     *slot = Some((coroutine, number));

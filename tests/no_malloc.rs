@@ -205,6 +205,25 @@ fn switching_and_reusing_stacks_calls_no_malloc() {
     });
 }
 
+/// Nor does the handler when it thaws a stack that grows in place, also one that has grown and has a name.
+#[test]
+fn thawing_a_touched_stack_calls_no_malloc() {
+    for builder in [Builder::new().learn(false), Builder::new().learn(false).name("sleeper")] {
+        let mut coroutine = builder.spawn(|yielder: &Yielder<(), usize>, ()| {
+            let local = black_box(5u64);
+            frame::<10_000>(1);
+            yielder.suspend(&raw const local as usize);
+        });
+        let local = coroutine.resume(()).yielded().unwrap() as *const u64;
+        for _ in 0..3 {
+            assert!(coroutine.freeze().unwrap());
+            // SAFETY: a local of a suspended coroutine, which stays where it is.
+            assert_eq!(armed(|| unsafe { local.read_volatile() }), 5);
+            assert!(!coroutine.is_frozen());
+        }
+    }
+}
+
 /// Reports are made in the handler too.
 #[test]
 fn reports_call_no_malloc() {

@@ -18,10 +18,10 @@
 //!
 //! # Where the stack overflows
 //!
-//! In prologues, where a frame holds nothing yet: they probe all of the frame (`configure`). The function that `yield`
-//! calls is Rust code, of whose frame no map knows all: the stack could not move if it overflowed there. So `yield` first
-//! calls a compiled function with a large frame and nothing in it, which returns at once. What comes next
-//! has as much room as that frame had:
+//! In prologues, where a frame holds nothing yet: they probe all of the frame (`configure`). The function
+//! that `yield` calls is Rust code, of whose frame no map knows all: the stack could not move if it overflowed
+//! there. So `yield` first calls a compiled function with a large frame and nothing in it, which returns at
+//! once. What comes next has as much room as that frame had:
 //!
 //! ```text
 //!   ├───────────────┤                      ├───────────────┤
@@ -75,12 +75,11 @@ pub fn compile(program: &Program, yield_function: YieldFunction) -> Result<Modul
         let parameters = function.locals[..function.parameters].iter().map(|local| local.ty).collect();
         objects.push(generate(&mut context, &function.name, parameters, &*isa)?);
     }
-    let (room, entry) = (room_id(program), entry_id(program));
-    assert_eq!(objects.len(), room);
+    assert_eq!(objects.len(), room_id(program));
     context.clear();
     make_room(FunctionBuilder::new(&mut context.func, &mut builder_context), &*isa);
     objects.push(generate(&mut context, "(room)", Vec::new(), &*isa)?);
-    assert_eq!(objects.len(), entry);
+    let entry = objects.len();
     context.clear();
     context.func.signature = signature(1);
     enter(FunctionBuilder::new(&mut context.func, &mut builder_context), program.main, &*isa);
@@ -91,11 +90,6 @@ pub fn compile(program: &Program, yield_function: YieldFunction) -> Result<Modul
 /// Of the function that makes room; those of the program come before it.
 fn room_id(program: &Program) -> FunctionId {
     program.functions.len()
-}
-
-/// Of the function that a program is entered by.
-fn entry_id(program: &Program) -> FunctionId {
-    room_id(program) + 1
 }
 
 /// The machine we run on, and what moving stacks ask of its code.

@@ -146,8 +146,8 @@ impl Module {
         unsafe { mem::transmute::<usize, Entry>(self.functions[self.entry].address) }
     }
 
-    /// The same, as the first function of a coroutine: the yielder is the context, the first resume brings the address of
-    /// the arguments.
+    /// The same, as the first function of a coroutine: the yielder is the context, the first resume brings
+    /// the address of the arguments.
     pub fn raw_entry(&self) -> RawFunction {
         // SAFETY: a reference, an address and an `i64` are passed and returned as words, as are these.
         unsafe { mem::transmute::<Entry, RawFunction>(self.entry()) }

@@ -5,6 +5,8 @@
 //!             │ yes
 //!           an old slot? ── yes ─► stale pointer: report, abort
 //!             │ no
+//!           a frozen stack? ─ yes ─► thaw it (src/grow/in_place.rs), return
+//!             │ no
 //!           the running coroutine's guard, near rsp? ── no ──────────► the previous handler
 //!             │ yes
 //!           grow (src/grow/mod.rs) ── no room ─► overflow: report, abort
@@ -22,7 +24,7 @@ use std::io;
 
 use super::context::{Context, PLACE};
 use super::point::{Point, call_length, growth_point, probe_loop_end};
-use super::{Fault, grow, relocate};
+use super::{Fault, grow, in_place, relocate};
 use crate::error::Error;
 use crate::report;
 use crate::stack::{Record, Slot, class::MAX_SIZE};
@@ -117,13 +119,21 @@ fn caught(address: usize, context: &mut Context<'_>) -> bool {
     };
 }
 
-/// Grows the stack if this is a growth; false if the fault is not ours.
+/// Grows or thaws the stack that was touched; false if the fault is not ours.
 fn serve(address: usize, mut context: Context<'_>) -> bool {
     let Some(slot) = Slot::containing(address) else { return false };
     if slot.is_old() {
         report::stale(slot, address, &mut context);
     }
+    in_place::serve(slot, address)
+        || serve_growth(slot, address, context)
+        || in_place::came_too_early(slot, address)
+}
+
+/// Grows the running coroutine's stack if this is a growth.
+fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
     let Some(handle) = switch::running() else { return false };
+    in_place::thaw_at(handle as usize); // it may be on the stack of yet another coroutine
     // SAFETY: the handle of a running coroutine is with its resumer, who waits; base and record are at
     // the top of the running stack, which is accessible.
     let record = unsafe { (*(*handle).base).record() };

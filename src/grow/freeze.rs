@@ -15,7 +15,10 @@
 //! stretch of addresses that no processor has. So thawing, into whatever slot is free, is a scan for these.
 //!
 //! A stale pointer into a frozen stack cannot be caught: its slot is somebody else's. That is the price of giving it away.
+//!
+//! Stacks that grow in place use the same blocks, but keep their slot and their words as they are: src/grow/in_place.rs.
 
+use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
 use core::slice;
 use core::sync::atomic::Ordering;
@@ -24,7 +27,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use super::obey::{self, Copied};
 use super::relocate::suspended_registers;
 use super::rewrite::Window;
-use super::{Maps, Shrink, Watch, shrink};
+use super::{Maps, Shrink, Watch, in_place, shrink};
 use crate::error::Error;
 use crate::map;
 use crate::site::Site;
@@ -37,14 +40,16 @@ use crate::switch::{self, Base, Handle};
 const NOWHERE: usize = 0x5245_4752_0000_0000;
 
 /// What a suspend saves below its stack pointer (src/switch.rs).
-const SAVED: usize = 24;
+pub(super) const SAVED: usize = 24;
 const WORD: usize = size_of::<usize>();
 
 /// The head of a block, before its words.
 #[repr(C, align(16))]
 pub(crate) struct Frozen {
-    /// The record, if there is more to it than the following.
-    record: Option<Box<Record>>,
+    /// The bytes of the record, if there is more to it than the following. To be moved out, not dropped.
+    record: Option<Box<MaybeUninit<Record>>>,
+    /// While the block waits to be freed: the next one that does.
+    pub(super) next: *mut Frozen,
     site: *const Site,
     maximum: usize,
     /// Words that follow: from what the suspend saved to the first word of the base.
@@ -53,6 +58,7 @@ pub(crate) struct Frozen {
     first_log: u8,
     maps: Maps,
     shrink: Shrink,
+    growth: Growth,
     raw: bool,
 }
 
@@ -66,14 +72,28 @@ impl Frozen {
         size_of::<Self>() + self.words as usize * WORD
     }
 
+    /// The record, if it is kept as a whole.
+    fn record(&self) -> Option<&Record> {
+        // SAFETY: the bytes of a record, which nobody moves out before the block is gone.
+        self.record.as_ref().map(|record| unsafe { record.assume_init_ref() })
+    }
+
+    pub(crate) fn growth(&self) -> Growth {
+        self.growth
+    }
+
     pub(crate) fn name(&self) -> Option<&str> {
-        self.record.as_ref()?.name.as_deref()
+        self.record()?.name.as_deref()
     }
 
     pub(crate) fn stats(&self) -> Stats {
         let used = self.words as usize * WORD + usize::from(self.base_offset);
-        let size = size_of_open(used.next_multiple_of(4096)).next_power_of_two();
-        match &self.record {
+        let size = match (self.growth, self.record()) {
+            (Growth::InPlace, Some(record)) => record.size(),
+            (Growth::InPlace, None) => 1 << self.first_log,
+            (Growth::Relocate, _) => size_of_open(used.next_multiple_of(4096)).next_power_of_two(),
+        };
+        match self.record() {
             Some(record) => Stats { size, ..record.stats() },
             None => Stats { size, highest: 1 << self.first_log, ..Stats::NONE },
         }
@@ -81,20 +101,37 @@ impl Frozen {
 
     /// # Safety
     /// A block that [`freeze`] made.
-    unsafe fn words_of(block: NonNull<Self>) -> *mut usize {
+    pub(super) unsafe fn words_of(block: NonNull<Self>) -> *mut usize {
         // SAFETY: the words follow the head.
         unsafe { block.as_ptr().add(1).cast() }
     }
 }
 
-/// The block of a frozen coroutine.
-pub(crate) fn block(handle: &Handle) -> Option<NonNull<Frozen>> {
+/// The block of a coroutine that is frozen and has no slot.
+fn block(handle: &Handle) -> Option<NonNull<Frozen>> {
     let address = handle.sp & !switch::FROZEN;
-    if handle.sp & switch::FROZEN == 0 { None } else { NonNull::new(address as *mut Frozen) }
+    if handle.base.is_null() { NonNull::new(address as *mut Frozen) } else { None }
 }
 
-/// Puts a suspended coroutine that may move into a block, and gives its slot back. `false` if it must stay as it is: it
-/// grows in place, never ran, is pinned, or a frame cannot be moved.
+/// True if the coroutine is frozen. One that is frozen in place may thaw at any moment.
+pub(crate) fn is_frozen(handle: &Handle) -> bool {
+    handle.sp & switch::FROZEN != 0 && (handle.base.is_null() || in_place::is_frozen(handle.base))
+}
+
+/// Lets `look` see the block of the coroutine, if it is frozen.
+pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
+    if handle.sp & switch::FROZEN == 0 {
+        return None;
+    }
+    match block(handle) {
+        // SAFETY: a block without a slot is the coroutine's as long as the handle says so.
+        Some(block) => Some(look(unsafe { block.as_ref() })),
+        None => in_place::peek(handle.base, look),
+    }
+}
+
+/// Puts a suspended coroutine into a block, and gives its slot or its pages back. `false` if it must stay as it is: it
+/// never ran, is pinned, a frame cannot be moved, or the system lacks something for it.
 ///
 /// # Safety
 /// The handle is that of a suspended coroutine, not marked.
@@ -102,21 +139,15 @@ pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
     // SAFETY: by the caller's word.
     unsafe {
         let record = (*handle.base).record();
-        let movable = (*record).growth == Growth::Relocate && !(*record).is_pinned();
-        if !movable || switch::is_fresh(handle.sp) {
+        if (*record).is_pinned() || switch::is_fresh(handle.sp) {
             return Ok(false);
+        }
+        if (*record).growth == Growth::InPlace {
+            return in_place::freeze(handle);
         }
         let lowest = handle.sp - SAVED;
         let count = (handle.base as usize - lowest) / WORD + 1;
-        let out_of_memory = |bytes| Error::Memory {
-            doing: "freezing a coroutine",
-            bytes,
-            source: std::io::Error::from_raw_os_error(libc::ENOMEM),
-        };
-        let layout = Frozen::layout(count).ok_or_else(|| out_of_memory(count))?;
-        let Some(block) = NonNull::new(alloc(layout).cast::<Frozen>()) else {
-            return Err(out_of_memory(layout.size()));
-        };
+        let block = Frozen::allocate(count)?;
         let end = Record::end(record);
         let words = Frozen::words_of(block);
         ptr::copy_nonoverlapping(lowest as *const usize, words, count);
@@ -130,25 +161,11 @@ pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
         };
         let judged = obey::rewrite(&map::process().read(), &start, (*record).maps, copied);
         if let Err((reason, frame)) = judged {
-            dealloc(block.as_ptr().cast(), layout);
+            Frozen::deallocate(block, count);
             (*record).not_moved = Some(super::NotMoved { reason, frame });
             return Ok(false);
         }
-        let head = Frozen {
-            record: None,
-            site: (*record).site,
-            maximum: (*record).maximum,
-            words: count as u32,
-            base_offset: (*record).base_offset,
-            first_log: (*record).first_log,
-            maps: (*record).maps,
-            shrink: (*record).watch.policy(),
-            raw: (*record).raw,
-        };
-        block.as_ptr().write(head);
-        if (*record).tidy {
-            (*block.as_ptr()).record = Some(Box::new(record.read()));
-        }
+        block.write(Frozen::of(record, count));
         // Those who follow an old slot to where its stack is find that it is nowhere.
         point_old_slots(record, 0);
         if (*record).open > (*record).first_open {
@@ -166,10 +183,10 @@ pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
 /// # Safety
 /// The handle is that of a frozen coroutine.
 pub(crate) unsafe fn thaw(handle: &mut Handle) -> Result<(), Error> {
-    let Some(block) = block(handle) else { return Ok(()) };
+    let Some(block) = block(handle) else { return in_place::thaw(handle) };
     // SAFETY: by the caller's word: a block that `freeze` made, and that is nobody else's.
     unsafe {
-        let frozen = &mut *block.as_ptr();
+        let frozen = block.as_ref();
         let count = frozen.words as usize;
         let used = count * WORD + usize::from(frozen.base_offset);
         let size = shrink::fitting(used + used / 2, 1 << frozen.first_log).min(frozen.maximum);
@@ -183,10 +200,7 @@ pub(crate) unsafe fn thaw(handle: &mut Handle) -> Result<(), Error> {
         window.rewrite(slice::from_raw_parts_mut(lowest as *mut usize, count));
 
         let (open, class) = ((*record).open, (*record).class);
-        match frozen.record.take() {
-            Some(kept) => record.write(*kept),
-            None => frozen.fill_record(record, size),
-        }
+        frozen.restore_record(record, size);
         (*record).open = open;
         (*record).first_open = open;
         (*record).class = class;
@@ -195,7 +209,7 @@ pub(crate) unsafe fn thaw(handle: &mut Handle) -> Result<(), Error> {
         point_old_slots(record, Record::slot(record).map_or(0, Slot::link));
         handle.sp = lowest + SAVED;
         handle.base = base;
-        free(block);
+        Frozen::free(block);
         Ok(())
     }
 }
@@ -212,16 +226,101 @@ unsafe fn point_old_slots(record: *const Record, to: Link) {
 }
 
 impl Frozen {
-    /// Writes a record in which nothing has happened yet.
+    /// A block for so many words, not initialised.
+    pub(super) fn allocate(words: usize) -> Result<NonNull<Self>, Error> {
+        let layout = Self::layout(words);
+        // SAFETY: the layout is not empty.
+        let block = layout.and_then(|layout| NonNull::new(unsafe { alloc(layout) }.cast()));
+        block.ok_or_else(|| Error::Memory {
+            doing: "freezing a coroutine",
+            bytes: layout.map_or(words, |layout| layout.size()),
+            source: std::io::Error::from_raw_os_error(libc::ENOMEM),
+        })
+    }
+
+    /// # Safety
+    /// A block from [`allocate`](Self::allocate) for so many words, not used afterwards.
+    unsafe fn deallocate(block: NonNull<Self>, words: usize) {
+        if let Some(layout) = Self::layout(words) {
+            // SAFETY: by the caller's word.
+            unsafe { dealloc(block.as_ptr().cast(), layout) };
+        }
+    }
+
+    /// # Safety
+    /// A block whose head is initialised, not used afterwards, and whose record has been moved out or is still in its slot.
+    pub(super) unsafe fn free(block: NonNull<Self>) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            let words = block.as_ref().words as usize;
+            ptr::drop_in_place(block.as_ptr());
+            Self::deallocate(block, words);
+        }
+    }
+
+    /// The head of the block of a coroutine that takes so many words.
     ///
     /// # Safety
-    /// The slot of `record` is the caller's.
-    unsafe fn fill_record(&self, record: *mut Record, size: usize) {
-        // SAFETY: by the caller's word; what was there needs no drop.
+    /// `record` is that of a suspended coroutine.
+    pub(super) unsafe fn of(record: *mut Record, words: usize) -> Self {
+        // SAFETY: by the caller's word. A copied record is moved back, or forgotten.
         unsafe {
+            // What a scout's pages would tell is lost.
+            (*record).scout = false;
+            let more = (*record).tidy || (*record).open != (*record).first_open;
+            Self {
+                record: more.then(|| Box::new(record.cast::<MaybeUninit<Record>>().read())),
+                next: ptr::null_mut(),
+                site: (*record).site,
+                maximum: (*record).maximum,
+                words: words as u32,
+                base_offset: (*record).base_offset,
+                first_log: (*record).first_log,
+                maps: (*record).maps,
+                shrink: (*record).watch.policy(),
+                growth: (*record).growth,
+                raw: (*record).raw,
+            }
+        }
+    }
+
+    /// Writes what the record of the stack was that was frozen in place with `open` accessible bytes; returns where its words
+    /// belong, and how many bytes they are.
+    ///
+    /// # Safety
+    /// `record` is writable; what is there needs no drop. The slot is the one of that stack.
+    pub(super) unsafe fn place_in_place(
+        &self,
+        slot: Slot,
+        open: usize,
+        record: *mut Record,
+    ) -> (usize, usize) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            self.restore_record(record, size_of_open(open));
+            if self.record.is_none() {
+                (*record).open = open;
+                (*record).first_open = open;
+                (*record).class = slot.class();
+            }
+        }
+        let bytes = self.words as usize * WORD;
+        (slot.end() - usize::from(self.base_offset) + size_of::<Base>() - bytes, bytes)
+    }
+
+    /// Writes the record that was kept, or one in which nothing has happened yet.
+    ///
+    /// # Safety
+    /// `record` is writable, what is there needs no drop, and a kept record is restored once.
+    unsafe fn restore_record(&self, record: *mut Record, size: usize) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            if let Some(kept) = &self.record {
+                return record.cast::<MaybeUninit<Record>>().copy_from_nonoverlapping(&raw const **kept, 1);
+            }
             Record::clear(record);
             (*record).maximum = self.maximum;
-            (*record).growth = Growth::Relocate;
+            (*record).growth = self.growth;
             (*record).maps = self.maps;
             (*record).raw = self.raw;
             (*record).site = self.site;
@@ -229,19 +328,6 @@ impl Frozen {
             (*record).first_log = self.first_log;
             (*record).base_offset = self.base_offset;
             (*record).highest = size;
-        }
-    }
-}
-
-/// # Safety
-/// A block that [`freeze`] made, not used afterwards.
-unsafe fn free(block: NonNull<Frozen>) {
-    // SAFETY: by the caller's word.
-    unsafe {
-        let words = block.as_ref().words as usize;
-        ptr::drop_in_place(&raw mut (*block.as_ptr()).record);
-        if let Some(layout) = Frozen::layout(words) {
-            dealloc(block.as_ptr().cast(), layout);
         }
     }
 }

@@ -9,6 +9,7 @@
 mod context;
 mod fault;
 mod freeze;
+mod in_place;
 mod obey;
 mod point;
 mod reason;
@@ -21,7 +22,7 @@ pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
-pub(crate) use freeze::{Frozen, block, freeze, thaw};
+pub(crate) use freeze::{Frozen, freeze, is_frozen, peek, thaw};
 pub use obey::Maps;
 pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};

@@ -25,6 +25,9 @@ use super::stack_maps::{Hints, Map, Reader};
 
 const WORD: usize = size_of::<usize>();
 
+/// How many look-ups a walk remembers.
+const FOUND: usize = 8;
+
 /// A walk that goes on across bases or signal frames this often without end is taken for a loop.
 const MOST_STACKS: u32 = 1 << 16;
 
@@ -354,6 +357,8 @@ impl fmt::Display for Stuck {
 pub struct Walk<'a, M> {
     reader: &'a Reader<'a>,
     hints: Hints<'a>,
+    /// What the latest look-ups found, each in the place that its address decides: recursion comes by again.
+    found: [Option<(usize, Map<'a>)>; FOUND],
     memory: M,
     start: Registers,
     across: bool,
@@ -379,6 +384,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         Self {
             reader,
             hints: Hints::default(),
+            found: [None; FOUND],
             memory,
             start: *start,
             across: false,
@@ -419,7 +425,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
     #[inline]
     fn step(&mut self, pc: usize) -> Result<(), Stuck> {
         let code = if self.exact { pc } else { pc.wrapping_sub(1) };
-        let map = self.reader.find_near(code, &mut self.hints).ok_or(Stuck::NoMap)?;
+        let map = self.find(code).ok_or(Stuck::NoMap)?;
         let rules =
             map.rules_here().ok_or(Stuck::NoRules)?.as_ref().map_err(|reason| Stuck::Rules(*reason))?;
         let cfa = self.cfa(rules, pc)?;
@@ -460,6 +466,19 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         self.exact = rules.kind != Kind::Call;
         self.innermost = false;
         Ok(())
+    }
+
+    #[inline]
+    fn find(&mut self, code: usize) -> Option<Map<'a>> {
+        let found = &mut self.found[(code ^ code >> 4) % FOUND];
+        if let Some((known, map)) = *found
+            && known == code
+        {
+            return Some(map);
+        }
+        let map = self.reader.find_near(code, &mut self.hints)?;
+        *found = Some((code, map));
+        Some(map)
     }
 
     /// The address of the return address, 0 if there is none, and where the callers' registers are.

@@ -32,10 +32,12 @@ pub(crate) struct Meta {
     pub next: AtomicU32,
     /// For an old slot: the slot its stack moved to.
     pub moved_to: AtomicU32,
-    /// For a free slot: how many pages are accessible.
+    /// For a free slot: how many pages are accessible. For one with a frozen stack: how many were.
     pub open_pages: AtomicU32,
     /// [`USABLE`], [`GUARDED`] and [`OLD`].
     pub flags: AtomicU32,
+    /// For a slot whose stack is frozen: its block; 0 if it is not (src/grow/in_place.rs).
+    pub frozen: AtomicUsize,
 }
 
 /// The slot is not merely reserved address space.

@@ -175,7 +175,12 @@ unsafe fn give_back(record: *mut Record) {
     }
 }
 
-/// Gives all slots of this thread's stock back; called when the thread ends.
+/// Bytes of accessible stack in this thread's stock.
+pub(crate) fn bytes() -> usize {
+    CACHE.with(|cache| cache.bytes.get())
+}
+
+/// Gives all slots of this thread's stock back.
 pub(crate) fn flush() {
     CACHE.with(|cache| {
         for index in 0..CLASSES {

@@ -145,6 +145,24 @@ pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
     }
 }
 
+/// Takes the access to pages away, guards or not, and leaves their contents.
+///
+/// # Safety
+/// As for [`open`].
+pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
+    // SAFETY: the caller vouches for the range.
+    unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_NONE), bytes) }
+}
+
+/// Undoes [`forbid`]: what is not a guard is accessible.
+///
+/// # Safety
+/// As for [`open`].
+pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
+    // SAFETY: the caller vouches for the range.
+    unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
+}
+
 /// Gives the memory of accessible pages back; they read as zeros afterwards.
 ///
 /// # Safety

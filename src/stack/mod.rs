@@ -4,6 +4,7 @@ mod arena;
 pub(crate) mod cache;
 pub(crate) mod class;
 pub(crate) mod guard;
+pub(crate) mod own_memory;
 mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};

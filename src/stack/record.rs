@@ -87,7 +87,11 @@ pub(crate) struct Record {
 
 const RECORD: usize = size_of::<Record>();
 const BASE: usize = size_of::<Base>();
-const _: () = assert!(RECORD + INLINE_CLOSURE + BASE <= HEAD);
+const _: () = assert!(
+    RECORD + INLINE_CLOSURE + BASE <= HEAD
+        && RECORD.is_multiple_of(LINE)
+        && INLINE_CLOSURE.is_multiple_of(LINE)
+);
 
 impl Record {
     /// The record of the slot that ends at `end`.
@@ -108,11 +112,12 @@ impl Record {
         (record as usize - bytes.next_multiple_of(16)) as *mut u8
     }
 
-    /// Where the base of the stack goes, above which `closure` bytes are taken.
+    /// Where the base of the stack goes, above which `closure` bytes are taken. At the end of a line: the words of a first
+    /// frame that every switch touches are in this line and the next one.
     #[inline]
     pub(crate) fn base(record: *mut Self, closure: usize) -> *mut Base {
-        let top = Self::closure(record, closure) as usize - BASE;
-        let room = (HEAD - RECORD - BASE - closure.next_multiple_of(16)) / LINE + 1;
+        let top = record as usize - closure.next_multiple_of(LINE) - BASE;
+        let room = (HEAD - RECORD - BASE - closure.next_multiple_of(LINE)) / LINE + 1;
         (top - colour(Self::end(record), room.min(COLOURS)) * LINE) as *mut Base
     }
 
@@ -186,7 +191,7 @@ mod tests {
             for closure in [0, 1, 16, 100, 500, INLINE_CLOSURE] {
                 let record = Record::at(end);
                 let base = Record::base(record, closure) as usize;
-                assert_eq!(base % 16, 0);
+                assert_eq!((base + BASE) % LINE, 0);
                 assert!(base >= end - HEAD, "a stack of {} bytes", base - (end - PAGE));
                 assert!(base + BASE <= Record::closure(record, closure) as usize);
             }

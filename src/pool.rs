@@ -1,0 +1,346 @@
+//! Pools: many parked coroutines whose stacks together keep to a budget.
+//!
+//! ```text
+//!  entries   | coroutine | coroutine | free | coroutine | ...      a Key is an index and a generation
+//!                  │  ▲        │  ▲
+//!  order     oldest ◄──┘  ... newest                               those that may be frozen, by their latest resume
+//! ```
+//!
+//! What is above the budget is frozen from the oldest end. One that is frozen, or cannot be, is not in the order until it
+//! is resumed again: so each resume freezes at most as much as it has thawed or grown, and looks at nothing twice.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use crate::coroutine::{Coroutine, CoroutineResult};
+
+/// A coroutine in a [`Pool`]. It stays the same until the coroutine has ended or was removed, and is not used again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Key {
+    index: u32,
+    generation: u32,
+}
+
+/// What a [`Pool`] holds; see [`Pool::stats`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PoolStats {
+    /// How many coroutines have a stack.
+    pub live: usize,
+    /// Bytes of these stacks that are accessible.
+    pub live_bytes: usize,
+    /// How many were frozen by the pool and not resumed since.
+    pub frozen: usize,
+    /// Bytes of the blocks they are in.
+    pub frozen_bytes: usize,
+}
+
+/// Parked coroutines that keep to a budget of memory: when their stacks exceed it, the least recently resumed are
+/// [frozen](Coroutine::freeze). They thaw by themselves when they are resumed.
+///
+/// ```
+/// use regrow::{Builder, Coroutine, CoroutineResult, Pool};
+///
+/// let mut pool = Pool::new(100 * 4096);
+/// // SAFETY: nothing is kept outside the stacks.
+/// let builder = unsafe { Builder::new().relocating() };
+/// let keys: Vec<_> = (0..1000)
+///     .map(|number: u32| {
+///         let mut coroutine = builder.spawn(move |yielder: &regrow::Yielder<u32, ()>, _| {
+///             number + yielder.suspend(())
+///         });
+///         coroutine.resume(0);
+///         pool.insert(coroutine)
+///     })
+///     .collect();
+/// assert_eq!(pool.stats().live, 100);
+/// assert_eq!(pool.stats().frozen, 900);
+/// assert_eq!(pool.resume(keys[7], 5), Some(CoroutineResult::Return(12)));
+/// assert_eq!(pool.resume(keys[7], 5), None);
+/// ```
+#[derive(Debug)]
+pub struct Pool<In, Out, Ret> {
+    entries: Vec<Entry<In, Out, Ret>>,
+    /// Indices of entries without a coroutine.
+    free: Vec<u32>,
+    oldest: Option<u32>,
+    newest: Option<u32>,
+    budget: usize,
+    stats: PoolStats,
+}
+
+#[derive(Debug)]
+struct Entry<In, Out, Ret> {
+    generation: u32,
+    /// Bytes that the coroutine counts for.
+    bytes: usize,
+    frozen: bool,
+    /// It is in the order, between these two.
+    ordered: bool,
+    older: Option<u32>,
+    newer: Option<u32>,
+    coroutine: Option<Coroutine<In, Out, Ret>>,
+}
+
+impl<In, Out, Ret> Pool<In, Out, Ret> {
+    /// An empty pool, with a budget of so many bytes for stacks that are not frozen.
+    ///
+    /// ```
+    /// assert!(regrow::Pool::<(), (), ()>::new(1 << 20).is_empty());
+    /// ```
+    #[must_use]
+    pub const fn new(budget: usize) -> Self {
+        let stats = PoolStats { live: 0, live_bytes: 0, frozen: 0, frozen_bytes: 0 };
+        Self { entries: Vec::new(), free: Vec::new(), oldest: None, newest: None, budget, stats }
+    }
+
+    /// The budget, in bytes.
+    ///
+    /// ```
+    /// assert_eq!(regrow::Pool::<(), (), ()>::new(5000).budget(), 5000);
+    /// ```
+    #[must_use]
+    pub const fn budget(&self) -> usize {
+        self.budget
+    }
+
+    /// Changes the budget, and freezes what is above it.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::<(), (), ()>::new(1 << 20);
+    /// pool.set_budget(1 << 10);
+    /// assert_eq!(pool.budget(), 1024);
+    /// ```
+    pub fn set_budget(&mut self, bytes: usize) {
+        self.budget = bytes;
+        self.freeze_down_to(bytes);
+    }
+
+    /// Takes a coroutine in, as the one resumed most recently.
+    ///
+    /// # Panics
+    /// If the pool holds 2³² coroutines.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::new(1 << 20);
+    /// let key = pool.insert(regrow::Coroutine::<u32, (), u32>::new(|_, number| number + 1));
+    /// assert_eq!(pool.resume(key, 1).unwrap().returned(), Some(2));
+    /// ```
+    pub fn insert(&mut self, coroutine: Coroutine<In, Out, Ret>) -> Key {
+        let index = self.free.pop().unwrap_or_else(|| {
+            let index = u32::try_from(self.entries.len()).expect("a pool holds at most 2^32 coroutines");
+            self.entries.push(Entry {
+                generation: 0,
+                bytes: 0,
+                frozen: false,
+                ordered: false,
+                older: None,
+                newer: None,
+                coroutine: None,
+            });
+            index
+        });
+        let key = Key { index, generation: self.entries[index as usize].generation };
+        self.put(key, coroutine);
+        key
+    }
+
+    /// Resumes a coroutine; `None` if it has ended or was removed. When it ends it is no longer in the pool.
+    ///
+    /// # Panics
+    /// If the coroutine does, or if it is frozen and there is no memory to thaw it.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::new(0); // all are frozen whenever they suspend
+    /// let key = pool.insert(regrow::Coroutine::<u32, u32, ()>::new(|yielder, number| drop(yielder.suspend(number))));
+    /// assert_eq!(pool.resume(key, 1).unwrap().yielded(), Some(1));
+    /// assert_eq!(pool.resume(key, 2).unwrap().returned(), Some(()));
+    /// assert_eq!(pool.resume(key, 3), None);
+    /// ```
+    pub fn resume(&mut self, key: Key, input: In) -> Option<CoroutineResult<Out, Ret>> {
+        let mut coroutine = self.take(key)?;
+        let result = catch_unwind(AssertUnwindSafe(|| coroutine.resume(input)));
+        match result {
+            Ok(CoroutineResult::Yield(_)) => self.put(key, coroutine),
+            _ => self.forget(key),
+        }
+        Some(result.unwrap_or_else(|payload| resume_unwind(payload)))
+    }
+
+    /// Takes a coroutine out, frozen or not. `None` if it has ended or was removed before.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::new(1 << 20);
+    /// let key = pool.insert(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));
+    /// assert!(pool.remove(key).is_some());
+    /// assert!(pool.remove(key).is_none());
+    /// ```
+    pub fn remove(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
+        let coroutine = self.take(key)?;
+        self.forget(key);
+        Some(coroutine)
+    }
+
+    /// A coroutine, to look at. `None` if it has ended or was removed.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::new(1 << 20);
+    /// let key = pool.insert(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));
+    /// assert!(!pool.get(key).unwrap().started());
+    /// ```
+    #[must_use]
+    pub fn get(&self, key: Key) -> Option<&Coroutine<In, Out, Ret>> {
+        let entry = self.entries.get(key.index as usize)?;
+        entry.coroutine.as_ref().filter(|_| entry.generation == key.generation)
+    }
+
+    /// Freezes all that can be; returns by how many bytes the pool takes less then. [`trim`](crate::trim()) also gives back
+    /// the slots that the thread keeps for reuse.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::<(), (), ()>::new(1 << 20);
+    /// assert_eq!(pool.trim(), 0);
+    /// ```
+    pub fn trim(&mut self) -> usize {
+        let bytes = |stats: &PoolStats| stats.live_bytes + stats.frozen_bytes;
+        let before = bytes(&self.stats);
+        self.freeze_down_to(0);
+        before.saturating_sub(bytes(&self.stats))
+    }
+
+    /// How many coroutines are in it, and how many bytes they take. One that was frozen, and thawed because somebody
+    /// touched its stack, counts as frozen until it is resumed.
+    ///
+    /// ```
+    /// let mut pool = regrow::Pool::new(1 << 20);
+    /// pool.insert(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));
+    /// assert_eq!(pool.stats().live_bytes, 4096);
+    /// ```
+    #[must_use]
+    pub const fn stats(&self) -> PoolStats {
+        self.stats
+    }
+
+    /// How many coroutines are in it.
+    ///
+    /// ```
+    /// assert_eq!(regrow::Pool::<(), (), ()>::new(0).len(), 0);
+    /// ```
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.stats.live + self.stats.frozen
+    }
+
+    /// True if no coroutine is in it.
+    ///
+    /// ```
+    /// assert!(regrow::Pool::<(), (), ()>::new(0).is_empty());
+    /// ```
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Puts a coroutine into its entry, as the newest, and freezes what is above the budget.
+    fn put(&mut self, key: Key, coroutine: Coroutine<In, Out, Ret>) {
+        let entry = &mut self.entries[key.index as usize];
+        entry.frozen = coroutine.is_frozen();
+        entry.bytes = coroutine.bytes();
+        entry.coroutine = Some(coroutine);
+        self.count(key.index);
+        if !self.entries[key.index as usize].frozen {
+            self.make_newest(key.index);
+        }
+        self.freeze_down_to(self.budget);
+    }
+
+    /// Takes a coroutine out of its entry, which stays its own.
+    fn take(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
+        let entry = self.entries.get_mut(key.index as usize)?;
+        if entry.generation != key.generation {
+            return None;
+        }
+        let coroutine = entry.coroutine.take()?;
+        self.uncount(key.index);
+        self.leave_order(key.index);
+        Some(coroutine)
+    }
+
+    /// Makes an entry without a coroutine free for another.
+    fn forget(&mut self, key: Key) {
+        // Used up after 2³² coroutines: an entry that is not used again.
+        if let Some(next) = key.generation.checked_add(1) {
+            self.entries[key.index as usize].generation = next;
+            self.free.push(key.index);
+        }
+    }
+
+    /// Freezes, oldest first, until at most `budget` bytes are live.
+    fn freeze_down_to(&mut self, budget: usize) {
+        while self.stats.live_bytes > budget
+            && let Some(index) = self.oldest
+        {
+            let entry = &mut self.entries[index as usize];
+            let Some(Ok(frozen)) = entry.coroutine.as_mut().map(Coroutine::freeze) else {
+                return; // no memory for its block: the next resume tries again
+            };
+            self.leave_order(index);
+            if frozen {
+                self.uncount(index);
+                let entry = &mut self.entries[index as usize];
+                entry.bytes = entry.coroutine.as_ref().map_or(0, Coroutine::bytes);
+                entry.frozen = true;
+                self.count(index);
+            }
+        }
+    }
+
+    fn count(&mut self, index: u32) {
+        let Entry { frozen, bytes, .. } = self.entries[index as usize];
+        let (number, sum) = self.stats.of(frozen);
+        *number += 1;
+        *sum += bytes;
+    }
+
+    fn uncount(&mut self, index: u32) {
+        let Entry { frozen, bytes, .. } = self.entries[index as usize];
+        let (number, sum) = self.stats.of(frozen);
+        *number -= 1;
+        *sum -= bytes;
+    }
+
+    fn make_newest(&mut self, index: u32) {
+        let older = self.newest.replace(index);
+        match older {
+            Some(older) => self.entries[older as usize].newer = Some(index),
+            None => self.oldest = Some(index),
+        }
+        let entry = &mut self.entries[index as usize];
+        (entry.older, entry.newer, entry.ordered) = (older, None, true);
+    }
+
+    fn leave_order(&mut self, index: u32) {
+        let entry = &mut self.entries[index as usize];
+        if !core::mem::take(&mut entry.ordered) {
+            return;
+        }
+        let (older, newer) = (entry.older, entry.newer);
+        match older {
+            Some(older) => self.entries[older as usize].newer = newer,
+            None => self.oldest = newer,
+        }
+        match newer {
+            Some(newer) => self.entries[newer as usize].older = older,
+            None => self.newest = older,
+        }
+    }
+}
+
+impl PoolStats {
+    /// The counters of those that are frozen, or of those that are not.
+    const fn of(&mut self, frozen: bool) -> (&mut usize, &mut usize) {
+        if frozen {
+            (&mut self.frozen, &mut self.frozen_bytes)
+        } else {
+            (&mut self.live, &mut self.live_bytes)
+        }
+    }
+}
