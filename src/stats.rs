@@ -82,6 +82,19 @@ pub struct WordsByMap {
     pub ambiguous: u64,
 }
 
+impl WordsByMap {
+    /// What has come since `before`.
+    #[cfg(feature = "torture")]
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        Self {
+            pointers: self.pointers - before.pointers,
+            elsewhere: self.elsewhere - before.elsewhere,
+            data: self.data - before.data,
+            ambiguous: self.ambiguous - before.ambiguous,
+        }
+    }
+}
+
 /// Counters of the process since it started; see [`totals`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Totals {

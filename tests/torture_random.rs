@@ -11,7 +11,7 @@ use std::rc::Rc;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use regrow::torture::{Mode, Torture};
-use regrow::{Coroutine, Yielder};
+use regrow::{Coroutine, Yielder, pin, reserve};
 
 mod support;
 use support::{OnDrop, relocating};
@@ -40,9 +40,12 @@ enum Op {
     /// The rest, so many frames further down.
     Recurse(u8, Vec<Op>),
     Suspend,
-    /// The rest in a coroutine of its own, resumed until it ends; its stack moves or stays.
+    /// The rest in a coroutine of its own, resumed until it ends and made smaller each time; its stack moves or stays.
     Nested(bool, Vec<Op>),
-    // To come with the operations themselves: reserve, pin, shrink.
+    /// More stack is asked for, before the rest.
+    Reserve(u16, Vec<Op>),
+    /// The stack is pinned for the rest.
+    Pinned(Vec<Op>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -135,13 +138,26 @@ fn run(op: &Op, state: &mut State<'_>, callers: &mut [u64; 4]) {
         Op::Throw => {}
         Op::Recurse(depth, rest) => recurse(*depth, rest, state, callers),
         Op::Suspend => (state.suspend)(),
+        Op::Reserve(bytes, rest) => {
+            reserve(usize::from(*bytes)).expect("there is room");
+            run_all(rest, state, callers);
+        }
+        Op::Pinned(rest) => {
+            let _pin = pin();
+            run_all(rest, state, callers);
+        }
         Op::Nested(moves, rest) => {
             // It may borrow nothing of this stack.
             let (rest, seed) = (rest.clone(), callers[0]);
             let body = move |yielder: &Yielder<(), ()>, ()| outermost(&rest, seed, &|| yielder.suspend(()));
             let mut nested = if *moves { relocating().spawn(body) } else { Coroutine::new(body) };
-            let result = std::iter::repeat_with(|| nested.resume(())).find_map(|result| result.returned());
-            state.add(result.expect("it ends"));
+            let result = loop {
+                if let Some(result) = nested.resume(()).returned() {
+                    break result;
+                }
+                nested.shrink().expect("there is memory");
+            };
+            state.add(result);
         }
     }
     callers[0] = callers[0].wrapping_mul(31) + 1;
@@ -267,6 +283,8 @@ fn programs() -> impl Strategy<Value = Vec<Op>> {
             rest().prop_map(Op::Catch),
             (0..20u8, rest()).prop_map(|(depth, rest)| Op::Recurse(depth, rest)),
             (any::<bool>(), rest()).prop_map(|(moves, rest)| Op::Nested(moves, rest)),
+            (0..20_000u16, rest()).prop_map(|(bytes, rest)| Op::Reserve(bytes, rest)),
+            rest().prop_map(Op::Pinned),
         ]
     });
     prop::collection::vec(op, 1..4)

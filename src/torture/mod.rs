@@ -244,6 +244,10 @@ impl Torture {
                 match coroutine.resume(()) {
                     CoroutineResult::Return(value) => break Some(value),
                     CoroutineResult::Yield(()) if coroutine.done() => break None,
+                    // What has grown goes back to its first size, to grow again; without memory it stays.
+                    CoroutineResult::Yield(()) if self.mode == Mode::Overflows => {
+                        let _ = coroutine.shrink();
+                    }
                     CoroutineResult::Yield(()) => {}
                 }
             }

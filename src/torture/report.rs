@@ -13,6 +13,7 @@ use super::functions::{holding, loaded_objects, read};
 use super::{Mode, breakpoints};
 use crate::grow::{Context, NAMES};
 use crate::stack::{Record, Slot};
+use crate::stats::WordsByMap;
 use crate::switch::RED_ZONE;
 use crate::symbol;
 
@@ -43,6 +44,8 @@ pub struct Report {
     pub bytes_copied: u64,
     /// Words in frames and registers that pointed into the stack and were rewritten by those moves.
     pub words_rewritten: u64,
+    /// The words of frames that those moves and growths looked at, by what their frames' maps say of them.
+    pub words_by_map: WordsByMap,
     /// Moves wanted at instructions where pointers need not be whole, and not made.
     pub skipped: u64,
     /// Moves wanted but refused by the kernel, for want of memory.

@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::report::{self, Found, Hit, Report};
 use super::{Mode, breakpoints, leaf, trap};
 use crate::coroutine::current_stats;
+use crate::stats::{self, WordsByMap};
 use crate::switch::{self, Handle};
 
 /// A stack does not return to a slot before this many moves.
@@ -33,6 +34,8 @@ pub(super) struct Run {
     pub moves: u64,
     pub bytes: u64,
     pub words: u64,
+    /// The process's counts of words when the torture began.
+    pub words_before: WordsByMap,
     pub skipped: u64,
     pub refused: u64,
     growths: u64,
@@ -208,6 +211,7 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
         moves: 0,
         bytes: 0,
         words: 0,
+        words_before: stats::totals().words_by_map,
         skipped: 0,
         refused: 0,
         growths: 0,
@@ -248,6 +252,7 @@ impl Turn {
             growths: run.growths,
             bytes_copied: run.bytes,
             words_rewritten: run.words,
+            words_by_map: stats::totals().words_by_map.since(&run.words_before),
             skipped: run.skipped,
             refused: run.refused,
             hits: run.hits.into_list(),
