@@ -172,7 +172,7 @@ impl Region {
         Corosensei::on(move || {
             assert!(next < count);
             let colour = if coloured { (next as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 } else { 0 };
-            let end = region.start + (next + 1) * Self::STACK - (colour as usize * 24 >> 32) * 64;
+            let end = region.start + (next + 1) * Self::STACK - ((colour as usize * 24) >> 32) * 64;
             next += 1;
             Piece { end, region: Rc::clone(&region) }
         })

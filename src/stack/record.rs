@@ -82,8 +82,11 @@ pub(crate) struct Record {
 
 const RECORD: usize = size_of::<Record>();
 const BASE: usize = size_of::<Base>();
-const _: () =
-    assert!(RECORD + INLINE_CLOSURE + BASE <= HEAD && RECORD % LINE == 0 && INLINE_CLOSURE % LINE == 0);
+const _: () = assert!(
+    RECORD + INLINE_CLOSURE + BASE <= HEAD
+        && RECORD.is_multiple_of(LINE)
+        && INLINE_CLOSURE.is_multiple_of(LINE)
+);
 
 impl Record {
     /// The record of the slot that ends at `end`.
