@@ -52,31 +52,31 @@ fn number(nanoseconds: f64) -> String {
 }
 
 const WIDTH: f64 = 760.0;
-const LABELS: f64 = 150.0;
+const LABELS: f64 = 210.0;
 const BAR: f64 = 15.0;
 
-/// A picture of some of the outcomes: bars on a logarithmic scale, readable on light and on dark.
+/// A picture of some of the outcomes: bars on one logarithmic scale, which begins at a nanosecond. Readable on light and on
+/// dark.
 pub fn picture(outcomes: &[&Outcome], machine: &str) -> String {
+    let times = |outcome: &Outcome| -> Vec<f64> {
+        (0..outcome.names.len()).map(|index| outcome.nanoseconds(index).median.max(1.1)).collect()
+    };
+    let most = outcomes.iter().flat_map(|outcome| times(outcome)).fold(10.0, f64::max);
     let mut y = 34.0;
     let mut body = String::new();
     for outcome in outcomes {
-        let all: Vec<f64> = (0..outcome.names.len()).map(|index| outcome.nanoseconds(index).median).collect();
-        let least = all.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = all.iter().copied().fold(0.0, f64::max);
         let _ = writeln!(body, r#"<text class="shape" x="0" y="{y}">{}</text>"#, escaped(&outcome.shape));
         y += 8.0;
-        for (index, (name, nanoseconds)) in outcome.names.iter().zip(&all).enumerate() {
-            // Half of the room for the shortest: of lengths that are logarithms only differences mean anything.
-            let room = WIDTH - LABELS - 80.0;
-            let length = room * (0.08 + 0.92 * (nanoseconds / least).ln() / (most / least).ln().max(0.01));
-            let class = if index == 0 { "ours" } else { "peer" };
+        for (name, nanoseconds) in outcome.names.iter().zip(times(outcome)) {
+            let length = (WIDTH - LABELS - 60.0) * nanoseconds.ln() / most.ln();
+            let class = if name.starts_with("regrow") { "ours" } else { "peer" };
             let (middle, end) = (y + BAR - 4.0, LABELS + length + 6.0);
             let _ = writeln!(
                 body,
                 r#"<text class="name" x="{x}" y="{middle}">{name}</text><rect class="{class}" x="{LABELS}" y="{y}" width="{length:.1}" height="{height}" rx="2"/><text class="number" x="{end:.1}" y="{middle}">{number}</text>"#,
                 x = LABELS - 8.0,
                 height = BAR - 3.0,
-                number = number(*nanoseconds),
+                number = number(nanoseconds),
             );
             y += BAR;
         }
@@ -92,7 +92,7 @@ text {{ fill: #24292f }} .shape {{ font-weight: 600; font-size: 13px }} .name {{
 text {{ fill: #e6edf3 }} .ours {{ fill: #3fb98a }} .peer {{ fill: #545d68 }} .note {{ fill: #8b949e }}
 }}
 </style>
-{body}<text class="note" x="0" y="{foot}">Time of one resume and suspend (or one life), logarithmic, shorter is better. {machine}</text>
+{body}<text class="note" x="0" y="{foot}">Time of a resume and a suspend (or of a life), on one logarithmic scale from 1 ns; shorter is better. {machine}</text>
 </svg>
 "#,
         width = WIDTH + 32.0,
