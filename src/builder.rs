@@ -182,7 +182,11 @@ impl Builder {
     /// stack (a nested coroutine's closure that borrows a local), by another thread (`std::thread::scope`
     /// borrowing locals), by the kernel (a buffer in a pending asynchronous operation). Nor inside it in a form that
     /// is not a plain aligned word: compressed, tagged beyond the slot, xored, or packed.
-    /// And no integer may have, by accident, a value inside the stack's slot and be expected to keep it.
+    /// And no word that no map speaks for may look like a pointer into the used part of the stack and be expected to keep
+    /// its value. That includes words of several values: a small value stored over part of a dead pointer leaves one that
+    /// looks like a pointer still. Values of two bytes at its lower end keep theirs, since stacks move by multiples of
+    /// 64 KiB; for others it is a matter of odds, small in optimised code. [`Maps::Precise`] leaves nothing to odds, and
+    /// `regrow::torture` shows what your code does.
     ///
     /// References in frames and registers, pointers from one frame to another, references passed down the stack
     /// (as nearly all Rust code does) are all right. A broken promise is noticed when the stale pointer is
