@@ -230,7 +230,7 @@ impl Torture {
             panic!("cannot torture: {error}");
         }
         // SAFETY: by the caller's word.
-        let builder = unsafe { Builder::new().name("tortured").relocating() };
+        let builder = unsafe { Builder::new().name("tortured").learn(false).relocating() };
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let _counts = run::enter();
             f(yielder)
