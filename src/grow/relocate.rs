@@ -195,10 +195,10 @@ unsafe fn transfer(
             Copied { lowest, old, new, window: frames, parked },
         )
     };
-    // SAFETY: nothing in the old slot is needed once it is closed, which is the last that can fail.
-    let closed = words
-        .map_err(|(reason, frame)| Failure::Frame(reason, frame))
-        .and_then(|words| unsafe { guard::close(end - open, open) }.map(|()| words).map_err(Failure::Kernel));
+    let closed = words.map_err(|(reason, frame)| Failure::Frame(reason, frame)).and_then(|words| {
+        // SAFETY: nothing in the old slot is needed once it is closed, which is the last that can fail.
+        unsafe { guard::close(end - open, open) }.map(|()| words).map_err(Failure::Kernel)
+    });
     let new = Record::at(to.slot.end());
     // SAFETY: the new slot is ours, and its record a copy; after an error the old record is still there.
     unsafe {
