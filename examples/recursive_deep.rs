@@ -76,7 +76,8 @@ fn enough(depth: u64) -> usize {
 }
 
 fn on_a_coroutine(depth: u64, growth: Growth) -> Result<Run, regrow::Error> {
-    let mut builder = Builder::new().name("recursive_deep").maximum(enough(depth));
+    // Both runs are of one spawn site: the second would start with the size that the first has come to.
+    let mut builder = Builder::new().name("recursive_deep").maximum(enough(depth)).learn(false);
     if growth == Growth::Relocate {
         // SAFETY: `recursive_deep` passes references down its own stack; the log keeps numbers on the heap.
         builder = unsafe { builder.relocating() };
