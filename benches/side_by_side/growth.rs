@@ -29,7 +29,7 @@ fn descent(bytes: usize) -> usize {
 
 fn relocating() -> Builder {
     // SAFETY: what is run from it keeps no pointer to its stack outside it.
-    unsafe { Builder::new().relocating() }
+    unsafe { Builder::new().learn(false).relocating() }
 }
 
 fn regrow(builder: Builder) -> Run<'static> {
@@ -48,7 +48,7 @@ pub fn moving() -> Run<'static> {
 
 /// From 2 to 64 KiB by opening pages, five times.
 pub fn in_place() -> Run<'static> {
-    regrow(Builder::new())
+    regrow(Builder::new().learn(false))
 }
 
 /// The same recursion on a stack that is there already: used before, or new each time.
