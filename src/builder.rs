@@ -184,9 +184,9 @@ impl Builder {
     /// is not a plain aligned word: compressed, tagged beyond the slot, xored, or packed.
     /// And no word that no map speaks for may look like a pointer into the used part of the stack and be expected to keep
     /// its value. That includes words of several values: a small value stored over part of a dead pointer leaves one that
-    /// looks like a pointer still. Values of two bytes at its lower end keep theirs, since stacks move by multiples of
-    /// 64 KiB; for others it is a matter of odds, small in optimised code. [`Maps::Precise`] leaves nothing to odds, and
-    /// `regrow::torture` shows what your code does.
+    /// looks like a pointer still, if it equals the part it replaces. No flag, small integer or ASCII character does, and
+    /// what lies in the lower 16 bits is not changed by moves; for other values it is a matter of odds (README.md).
+    /// [`Maps::Precise`] leaves nothing to odds, and `regrow::torture` shows what your code does.
     ///
     /// References in frames and registers, pointers from one frame to another, references passed down the stack
     /// (as nearly all Rust code does) are all right. A broken promise is noticed when the stale pointer is

@@ -91,7 +91,7 @@ pub fn pinned_room() -> Option<usize> {
     // SAFETY: the running coroutine's record is this thread's.
     let (class, maximum) = unsafe { ((*record).class, (*record).maximum) };
     let window = class.window().min(class::open_bytes(maximum));
-    Some((&raw const here as usize).saturating_sub(Record::end(record) - window))
+    Some(window.saturating_sub(Record::bytes_above(record, &raw const here as usize)))
 }
 
 /// How many ranges of code can be pinned at a time.

@@ -307,7 +307,6 @@ proptest! {
     })]
 
     #[test]
-    #[cfg_attr(debug_assertions, ignore = "unoptimised code writes bytes over dead pointers: docs/torture.md")]
     fn the_same_as_on_a_plain_thread(program in programs(), mode in modes(), seed in any::<u64>()) {
         std::panic::set_hook(Box::new(|panic| {
             if !panic.payload().is::<Thrown>() {

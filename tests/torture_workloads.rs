@@ -26,7 +26,6 @@ fn is_clean(workload: Workload, mode: Mode, limit: u64) {
 
 /// By breakpoints, which are quick.
 #[test]
-#[cfg_attr(debug_assertions, ignore = "unoptimised code writes bytes over dead pointers: docs/torture.md")]
 fn clean_at_every_growth_point_of_the_program() {
     let clean = chosen(|workload| workload.expected == Expected::Clean);
     assert!(clean.len() >= 25);
@@ -36,7 +35,6 @@ fn clean_at_every_growth_point_of_the_program() {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "unoptimised code writes bytes over dead pointers: docs/torture.md")]
 fn clean_at_every_growth_point_libraries_included() {
     for workload in chosen(|workload| ["closures", "threads", "recursion"].contains(&workload.name)) {
         is_clean(workload, Mode::GrowthPoints, 30_000);
@@ -44,7 +42,6 @@ fn clean_at_every_growth_point_libraries_included() {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "unoptimised code writes bytes over dead pointers: docs/torture.md")]
 fn clean_at_every_instruction() {
     let names = ["formatting", "iterators", "serde_json", "sha2", "pulldown-cmark", "csv"];
     for workload in chosen(|workload| names.contains(&workload.name)) {

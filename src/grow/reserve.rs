@@ -39,7 +39,7 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     let mark = 0u8;
     let here = &raw const mark as usize;
     let Some(record) = switch::running_record() else { return Ok(()) };
-    let need = (Record::end(record) - here).saturating_add(bytes).saturating_add(RED_ZONE);
+    let need = Record::bytes_above(record, here).saturating_add(bytes).saturating_add(RED_ZONE);
     // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
     let (open, size, maximum, growth) =
         unsafe { ((*record).open, (*record).size(), (*record).maximum, (*record).growth) };

@@ -4,10 +4,10 @@
 //! of frames it is what is in use, down to the red zone. Its end is that of the slot, so that a pointer past the
 //! highest object is in it.
 //!
-//! A word need not be one value. What is left of a dead pointer after a `u16` or a `u32` was stored over its lower half
-//! looks like a pointer still. Moves are by multiples of 64 KiB, so a `u16` does not change by that; no slot lies where
-//! the upper half of such a `u32` is all zeros or all ones, so small integers do not either. For any other `u32`
-//! the odds are one in some hundred thousand that it matches the slot's address. A stack map has no such doubts.
+//! A word need not be one value. What is left of a dead pointer after a byte, a `u16` or a `u32` was stored over a part of
+//! it looks like a pointer still, if the value equals that part. Which slots are used, and that moves are by multiples of 64
+//! KiB, sees to it that common values do not or are not changed by it (src/stack/class.rs). For any other `u32` the odds
+//! are one in some hundred thousand that it matches the slot's address. A stack map has no such doubts.
 
 use core::ops::Range;
 

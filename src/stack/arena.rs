@@ -14,7 +14,7 @@
 
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use super::class::{ALIGN, CLASSES, Class, PAGE, looks_like_integers};
+use super::class::{CLASSES, Class, PAGE, arena_places, next_place};
 use super::guard;
 use crate::error::Error;
 
@@ -239,14 +239,18 @@ impl Slot {
     fn take_fresh_batch(class: Class) -> Result<Option<Self>, Error> {
         let (first, count) = claim_batch(class)?;
         let start = first.start();
+        let left_out = next_place(class, start) != start;
         // One system call for the batch. If it fails each slot tries on its own when it is taken, so that
         // nothing is lost.
         // SAFETY: these slots were never used, so no stack is in them.
         let usable = unsafe { guard::make_usable(start, count as usize * class.stride()) }.is_ok();
+        if left_out {
+            return Ok(None); // usable all the same, so that what lies on both sides is one mapping
+        }
         let mut taken: Option<Self> = None;
         for index in (first.index..first.index + count).rev() {
             let slot = Self { arena: first.arena, index };
-            if looks_like_integers(class, slot.end()) {
+            if next_place(class, slot.start()) != slot.start() {
                 continue;
             }
             slot.meta().flags.store(if usable { USABLE } else { 0 }, Ordering::Relaxed);
@@ -264,9 +268,12 @@ impl Arena {
     }
 }
 
-/// How many fresh slots are made usable at a time: up to 2 MiB of address space.
-fn batch(class: Class) -> u32 {
-    ((2 << 20) / class.stride()).clamp(1, 32) as u32
+/// How many fresh slots are taken at a time from `start` on: up to 2 MiB of address space, or all that are left out there.
+fn batch(class: Class, start: usize) -> u32 {
+    match next_place(class, start) - start {
+        0 => ((2 << 20) / class.stride()).clamp(1, 32) as u32,
+        left_out => left_out.div_ceil(class.stride()) as u32,
+    }
 }
 
 fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
@@ -275,14 +282,25 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
         if let Some(number) = newest.checked_sub(1) {
             let arena = &ARENAS[number as usize];
             let slots = arena.slots.load(Ordering::Relaxed);
+            let after = |fresh| {
+                let start = Slot { arena: number, index: fresh }.start();
+                slots.min(fresh + batch(class, start))
+            };
             let taken = arena.fresh.fetch_update(Ordering::AcqRel, Ordering::Acquire, |fresh| {
-                (fresh < slots).then(|| slots.min(fresh + batch(class)))
+                (fresh < slots).then(|| after(fresh))
             });
             if let Ok(index) = taken {
-                return Ok((Slot { arena: number, index }, batch(class).min(slots - index)));
+                return Ok((Slot { arena: number, index }, after(index) - index));
             }
         }
         new_arena(class, newest)?;
+    }
+}
+
+fn reserve_arena(class: Class, bytes: usize) -> Result<usize, Error> {
+    match class.is_moving() {
+        true => guard::reserve_at(bytes, |below| arena_places(class, below, bytes)),
+        false => guard::reserve(bytes, libc::PROT_NONE),
     }
 }
 
@@ -295,7 +313,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     };
     let mut slots = largest.min(MAX_SLOTS);
     let start = loop {
-        match guard::reserve_aligned(slots as usize * class.stride(), ALIGN) {
+        match reserve_arena(class, slots as usize * class.stride()) {
             Ok(start) => break start,
             Err(error) if slots == 1 => return Err(error),
             Err(_) => slots = slots.div_ceil(4),

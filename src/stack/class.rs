@@ -34,15 +34,49 @@ const MIN_SLACK: usize = 11 * PAGE;
 /// looks like a pointer into the stack, and is rewritten as one. The `u16` in it must not change by that.
 pub(crate) const ALIGN: usize = 1 << 16;
 
-/// True if a slot of a moving stack ending at `end` has addresses whose lower 32 bits are a small integer, positive or
-/// negative: none is used there (src/grow/rewrite.rs says why).
-pub(crate) const fn looks_like_integers(class: Class, end: usize) -> bool {
-    const NEAR: usize = 1 << 16;
-    if !class.is_moving() || class.stride() > 1 << 24 {
-        return false; // a slot of many megabytes has no choice
+/// The first address from `from` on where a slot of `class` may start: `from` itself, if its bytes are no common data.
+///
+/// A byte or a small integer stored over another part of a dead pointer is changed by a move only if the mixture still is
+/// an address in the slot, so if it is what that part of the address was. Therefore slots lie where these bytes are neither
+/// small integers, positive or negative, nor flags nor ASCII characters:
+///
+/// ```text
+///   byte of an address     7    6    5       4         3         2       1    0
+///                        │ the same all  │ 80–fe   │ 80–fe   │ 80–fe   │ not changed │
+///                        │ over a TiB    │ of each │         │         │ by moves    │
+/// ```
+///
+/// A slot of more than an eighth of such a byte's period has no choice.
+pub(crate) const fn next_place(class: Class, from: usize) -> usize {
+    let start = next_by_byte(class, next_by_byte(class, next_by_byte(class, from, 4), 3), 2);
+    if start == from { from } else { next_place(class, start) }
+}
+
+/// The same, with an eye on one byte.
+const fn next_by_byte(class: Class, from: usize, byte: u32) -> usize {
+    let period = 256 << (8 * byte);
+    let below = from % period;
+    if !class.is_moving() || class.stride() > period / 8 {
+        from
+    } else if below < period / 2 {
+        from - below + period / 2
+    } else if below + class.stride() > period - period / 256 {
+        from - below + period + period / 2
+    } else {
+        from
     }
-    let (start, last) = (end - class.stride(), end - 1);
-    start >> 32 != (last + NEAR) >> 32 || start.wrapping_sub(NEAR) >> 32 != last >> 32
+}
+
+/// Where an arena of this class may start, of all addresses from `below` down: where its first slots are not left out.
+pub(crate) fn arena_places(class: Class, below: usize, step: usize) -> impl Iterator<Item = usize> {
+    const LOWEST: usize = 0x8080_0000;
+    const FOUR_GIB: usize = 1 << 32;
+    let highest = below.checked_sub(LOWEST).map_or(0, |below| below / FOUR_GIB);
+    (0..=highest)
+        .rev()
+        .step_by(step.div_ceil(FOUR_GIB))
+        .map(|number| number * FOUR_GIB + LOWEST)
+        .filter(move |&start| next_place(class, start) == start)
 }
 
 /// How many classes there are: those of moving stacks, then those of stacks that stay.
@@ -72,7 +106,7 @@ impl Class {
         Self(index as u8)
     }
 
-    const fn is_moving(self) -> bool {
+    pub(crate) const fn is_moving(self) -> bool {
         self.index() < SIZES
     }
 
@@ -152,19 +186,53 @@ mod tests {
     }
 
     #[test]
-    fn slots_at_multiples_of_four_gib_are_left_out() {
-        let class = Class::moving(MIN_SIZE);
-        let four_gib = 0x7f12_0000_0000;
-        for (end, expected) in [
-            (four_gib - 0x2_0000, false),
-            (four_gib - 0x1_0000, false),
-            (four_gib, true),
-            (four_gib + 0x1_0000, true),
-            (four_gib + 0x2_0000, false),
-        ] {
-            assert_eq!(looks_like_integers(class, end), expected, "{end:#x}");
+    fn slots_lie_where_no_byte_looks_like_common_data() {
+        let mut start = 0x7ffe_fe00_0000;
+        for log in (11..=18).cycle().take(100_000) {
+            let class = Class::moving(1 << log);
+            start = next_place(class, start);
+            assert_eq!(next_place(class, start), start);
+            let last = start + class.stride() - 1;
+            for address in [start, start + class.stride() / 2, last] {
+                for byte in [2, 3, 4] {
+                    assert!((0x80..0xff).contains(&address.to_le_bytes()[byte]), "{address:#x}");
+                }
+            }
+            assert_eq!(start >> 24, last >> 24);
+            start += class.stride();
         }
-        assert!(!looks_like_integers(Class::staying(MIN_SIZE), four_gib));
+    }
+
+    #[test]
+    fn no_place_is_left_out_that_would_do() {
+        let class = Class::moving(MIN_SIZE);
+        for (from, expected) in [
+            (0x7f12_0000_0000, 0x7f80_8080_0000),
+            (0x7f92_0000_0000, 0x7f92_8080_0000),
+            (0x7f92_8080_0000, 0x7f92_8080_0000),
+            (0x7f92_80fe_0000, 0x7f92_80fe_0000),
+            (0x7f92_80ff_0000, 0x7f92_8180_0000),
+            (0x7f92_ff00_0000, 0x7f93_8080_0000),
+            (0x7efe_ff00_0000, 0x7f80_8080_0000),
+        ] {
+            assert_eq!(next_place(class, from), expected, "{from:#x}");
+            assert_eq!(next_place(Class::staying(MIN_SIZE), from), from);
+        }
+        let large = Class::moving(MAX_SIZE);
+        assert_eq!(next_place(large, 0x7f92_0000_0000), 0x7f92_0000_0000);
+    }
+
+    #[test]
+    fn arenas_start_where_their_slots_are_not_left_out() {
+        let places = |below, step| arena_places(Class::moving(MIN_SIZE), below, step);
+        assert!(
+            places(0x7f12_0000_0000, 1 << 40)
+                .all(|start| next_place(Class::moving(MIN_SIZE), start) == start)
+        );
+        let below = places(0x7f80_8080_0000, 1 << 20).take(2).collect::<Vec<_>>();
+        assert_eq!(below, [0x7f80_8080_0000, 0x7efe_8080_0000]);
+        assert_eq!(places(0x7f90_0000_0000, 3 << 32).nth(1), Some(0x7f8c_8080_0000));
+        assert_eq!(places(0x1000, 1 << 20).next(), None);
     }
 
     #[test]

@@ -22,6 +22,10 @@ const UNKNOWN: u8 = 0;
 const MADVISE: u8 = 1;
 const PROTECT: u8 = 2;
 
+const RESERVING: &str = "reserving address space for stacks";
+/// At how many places [`reserve_at`] asks for some.
+const PLACES: usize = 10_000;
+
 static MEANS: AtomicU8 = AtomicU8::new(UNKNOWN);
 
 /// Finds out which means this kernel has. Called before the first slot is made, never in the handler.
@@ -52,30 +56,35 @@ pub(crate) fn by_madvise() -> bool {
 
 /// New private address space, `bytes` long, with this protection.
 pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping where the kernel likes touches nothing that exists.
-    let at = unsafe { libc::mmap(core::ptr::null_mut(), bytes, protection, flags, -1, 0) };
-    if at == libc::MAP_FAILED {
-        return Err(memory("reserving address space for stacks", bytes));
-    }
-    Ok(at as usize)
+    reserve_near(0, bytes, protection)
 }
 
-/// As [`reserve`] without access, at a multiple of `align`, which is a multiple of a page.
-pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error> {
-    let from = reserve(bytes + align - PAGE, libc::PROT_NONE)?;
-    let start = from.next_multiple_of(align);
-    let (before, after) = (start - from, align - PAGE - (start - from));
-    // SAFETY: what is left over at both ends of a stretch reserved above; nothing is there.
-    unsafe {
-        if before != 0 {
-            unreserve(from, before);
+/// As [`reserve`]: at `wanted`, if nothing is there.
+fn reserve_near(wanted: usize, bytes: usize, protection: c_int) -> Result<usize, Error> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, where the kernel likes, touches nothing that exists.
+    let at = unsafe { libc::mmap(wanted as *mut _, bytes, protection, flags, -1, 0) };
+    if at == libc::MAP_FAILED { Err(memory(RESERVING, bytes)) } else { Ok(at as usize) }
+}
+
+/// As [`reserve`] without access, at one of `places`, which are tried in turn: those below an address where that much is free.
+pub(crate) fn reserve_at<I: Iterator<Item = usize>>(
+    bytes: usize,
+    places: impl FnOnce(usize) -> I,
+) -> Result<usize, Error> {
+    // The kernel fills its address space from the top: what lies below is free, or else some way further below.
+    let free = reserve(bytes, libc::PROT_NONE)?;
+    // SAFETY: reserved above, nobody knows of it.
+    unsafe { unreserve(free, bytes) };
+    for wanted in places(free).take(PLACES) {
+        let at = reserve_near(wanted, bytes, libc::PROT_NONE)?;
+        if at == wanted {
+            return Ok(at);
         }
-        if after != 0 {
-            unreserve(start + bytes, after);
-        }
+        // SAFETY: the same.
+        unsafe { unreserve(at, bytes) };
     }
-    Ok(start)
+    Err(Error::Memory { doing: RESERVING, bytes, source: io::Error::from_raw_os_error(libc::ENOMEM) })
 }
 
 /// Gives reserved address space back.

@@ -106,6 +106,13 @@ impl Record {
         record as usize + RECORD
     }
 
+    /// Bytes from `here`, an address in the running coroutine's own stack, to the end of its slot. Of two addresses inside, which
+    /// move together should it overflow meanwhile; the end, one past them, does not.
+    #[inline]
+    pub(crate) fn bytes_above(record: *const Self, here: usize) -> usize {
+        record as usize - here + RECORD
+    }
+
     /// The closure's place, for a closure of at most [`INLINE_CLOSURE`] bytes aligned to 16.
     #[inline]
     pub(crate) fn closure(record: *mut Self, bytes: usize) -> *mut u8 {
