@@ -11,7 +11,7 @@ use regrow::torture::{Finding, Kind, Mode, Report, Torture};
 use regrow::{Builder, Yielder};
 
 mod support;
-use support::{below, frame, random, relocating};
+use support::{below, child, frame, random, relocating, variant};
 
 const MODES: [Mode; 6] = [
     Mode::GrowthPoints,
@@ -308,8 +308,14 @@ fn threads_wait_for_their_turn() {
     }
 }
 
+/// In a process of its own: the other tests put breakpoints into the same code.
 #[test]
 fn the_code_is_as_before() {
+    if variant().is_none() {
+        let outcome = child("the_code_is_as_before", "alone");
+        assert!(outcome.status.success(), "{outcome}");
+        return;
+    }
     let code = || {
         let mut bytes = vec![0u8; 256];
         // SAFETY: code of this program is readable.
@@ -385,16 +391,20 @@ fn a_stale_pointer_is_described() {
 #[test]
 fn a_pointer_left_long_ago_is_found() {
     for pushed in [300, 700, 3000] {
-        let (value, report) = torture(Mode::Breakpoints, move || {
-            let local = black_box(1u64);
-            HIDDEN.set(&raw const local as usize);
-            for _ in 0..pushed {
-                pushes();
-            }
-            reads_the_hidden_pointer() + black_box(local)
-        });
-        assert_eq!(value, None, "after {pushed}: {report}");
-        assert_eq!(the_finding(&report).kind, Kind::Stale);
+        let found = |more| {
+            let (value, report) = torture(Mode::Breakpoints, move || {
+                let local = black_box(1u64);
+                HIDDEN.set(&raw const local as usize);
+                for _ in 0..pushed + more {
+                    pushes();
+                }
+                reads_the_hidden_pointer() + black_box(local)
+            });
+            assert!(value.is_some() || the_finding(&report).kind == Kind::Stale, "{report}");
+            value.is_none()
+        };
+        // Unless the stack has just come back to that very slot: some moves later it has left it.
+        assert!(found(0) || found(10) || found(20), "after {pushed}");
     }
 }
 
