@@ -109,6 +109,19 @@ func grow(bytes int, count int64) int64 {
 	return now() - start
 }
 
+// The same, where all of them stay alive, parked with the stack they have come to: each has a new one.
+func growCold(bytes int, count int64) int64 {
+	start := now()
+	for i := int64(0); i < count; i++ {
+		go func() {
+			finished += descend(bytes)
+			select {}
+		}()
+		runtime.Gosched()
+	}
+	return now() - start
+}
+
 func main() {
 	runtime.GOMAXPROCS(1)
 	debug.SetGCPercent(-1)
@@ -133,6 +146,8 @@ func main() {
 			time = fresh(argument, count)
 		case "grow":
 			time = grow(argument, count)
+		case "grow_cold":
+			time = growCold(argument, count)
 		}
 		fmt.Println(time)
 	}
