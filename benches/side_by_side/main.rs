@@ -245,7 +245,10 @@ fn cold(ours: Run<'static>) -> Vec<Contestant<'static>> {
         Contestant::new("regrow", ours),
         Contestant::new("a new stack of 128 KiB, kept", growth::corosensei_cold()),
     ];
-    all.extend(peers::run("go", "grow_cold", growth::DESCENT as u64).map(|run| Contestant::new("Go", run)));
+    for (name, shape) in [("Go, every stack new", "grow_all_new"), ("Go, the last one new", "grow_cold")] {
+        let go = peers::run("go", shape, growth::DESCENT as u64);
+        all.extend(go.map(|run| Contestant::new(name, run)));
+    }
     all
 }
 

@@ -109,17 +109,27 @@ func grow(bytes int, count int64) int64 {
 	return now() - start
 }
 
-// The same, where all of them stay alive, parked with the stack they have come to: each has a new one.
-func growCold(bytes int, count int64) int64 {
-	start := now()
+// The same, where all of them stay alive, parked with the stack they have come to. The smaller stacks that one has left on
+// its way are used by the next, unless allNew: then others take them before, which is not timed.
+func growCold(bytes int, allNew bool, count int64) int64 {
+	var time int64
 	for i := int64(0); i < count; i++ {
-		go func() {
-			finished += descend(bytes)
-			select {}
-		}()
-		runtime.Gosched()
+		start := now()
+		descendAndPark(bytes)
+		time += now() - start
+		for smaller := bytes / 2; allNew && smaller > 512; smaller /= 2 {
+			descendAndPark(smaller)
+		}
 	}
-	return now() - start
+	return time
+}
+
+func descendAndPark(bytes int) {
+	go func() {
+		finished += descend(bytes)
+		select {}
+	}()
+	runtime.Gosched()
 }
 
 func main() {
@@ -147,7 +157,9 @@ func main() {
 		case "grow":
 			time = grow(argument, count)
 		case "grow_cold":
-			time = growCold(argument, count)
+			time = growCold(argument, false, count)
+		case "grow_all_new":
+			time = growCold(argument, true, count)
 		}
 		fmt.Println(time)
 	}

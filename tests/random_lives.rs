@@ -1,0 +1,313 @@
+//! Random lives: coroutines of several spawn sites are made, resumed, made to grow and shrink, frozen, thawed, moved into pools
+//! and between them, and dropped, while budgets change and the kernel now and then refuses memory. After every step
+//! their locals are looked at, and all slots and blocks are counted.
+//!
+//! Cases run in a process of their own, so that one that crashes is a failure like any other: what fails is made smaller, printed
+//! with its seed, and kept in `proptest-regressions/random_lives.txt`, which always runs. `PROPTEST_CASES` asks for more.
+#![cfg(target_env = "gnu")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::hint::black_box;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
+use regrow::{Builder, Coroutine, Error, Growth, Key, Pool, Shrink, Yielder, slots};
+
+#[path = "support/failing.rs"]
+mod failing;
+mod support;
+use failing::{failing, failing_but_open};
+use support::{Counted, freezes_in_place, live};
+
+/// What a coroutine is resumed with.
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    Add(u64),
+    /// Go so many KiB deep, and come back.
+    Deep(u64),
+    End,
+}
+
+/// Its sum so far, and where that is.
+type Answer = (u64, usize);
+type Life = Coroutine<Order, Answer, u64>;
+
+/// A local of each of several frames, with a reference to its caller's.
+struct Level<'a> {
+    own: u64,
+    caller: Option<&'a Level<'a>>,
+}
+
+/// The frames of a coroutine: as many levels as its seed says, and the outermost holds the sum.
+fn levels(seed: u64) -> u64 {
+    seed % 13
+}
+
+#[inline(never)]
+fn level(
+    yielder: &Yielder<Order, Answer>,
+    caller: Option<&Level>,
+    below: u64,
+    seed: u64,
+    sum: &mut u64,
+    first: Order,
+) {
+    let here = black_box(Level { own: seed ^ below, caller });
+    if below > 0 {
+        level(yielder, Some(&here), below - 1, seed, sum, first);
+    } else {
+        obey(yielder, &here, seed, sum, first);
+    }
+    assert_eq!(black_box(&here).own, seed ^ below);
+}
+
+#[inline(never)]
+fn obey(yielder: &Yielder<Order, Answer>, innermost: &Level, seed: u64, sum: &mut u64, mut order: Order) {
+    loop {
+        match order {
+            Order::Add(number) => *sum += number,
+            Order::Deep(kib) => assert_eq!(deep(kib), (0..=kib).sum::<u64>()),
+            Order::End => return,
+        }
+        order = yielder.suspend((*sum, &raw const *sum as usize));
+        let mut count = 0;
+        let mut next = Some(innermost);
+        while let Some(level) = next {
+            assert_eq!(level.own, seed ^ count, "a local {count} frames up");
+            count += 1;
+            next = level.caller;
+        }
+        assert_eq!(count, levels(seed) + 1);
+    }
+}
+
+/// Takes at least so many KiB of stack.
+#[inline(never)]
+fn deep(kib: u64) -> u64 {
+    let local = black_box([kib as u8; 1024]);
+    let below = if kib > 0 { deep(kib - 1) } else { 0 };
+    below + u64::from(local[kib as usize])
+}
+
+fn outermost(yielder: &Yielder<Order, Answer>, first: Order, seed: u64) -> u64 {
+    let mut sum = 0;
+    level(yielder, None, levels(seed), seed, &mut sum, first);
+    sum
+}
+
+/// Spawns at one of several sites. Their closures differ in size, and what they need at first: nothing; always the same; more
+/// than the largest first size, with a closure that is boxed; now this, now that.
+fn spawn(site: u8, builder: &Builder, seed: u64) -> Result<Life, Error> {
+    let counted = Counted::new(());
+    match site {
+        0 => builder.try_spawn(move |yielder: &Yielder<Order, Answer>, first| {
+            let _counted = counted;
+            outermost(yielder, first, seed)
+        }),
+        1 => {
+            let captured = [seed; 20];
+            builder.try_spawn(move |yielder: &Yielder<Order, Answer>, first| {
+                let _counted = counted;
+                deep(6);
+                let sum = outermost(yielder, first, seed);
+                assert_eq!(black_box(&captured), &[seed; 20]);
+                sum
+            })
+        }
+        2 => {
+            let captured = [seed; 200];
+            builder.try_spawn(move |yielder: &Yielder<Order, Answer>, first| {
+                let _counted = counted;
+                deep(24);
+                let sum = outermost(yielder, first, seed);
+                assert_eq!(black_box(&captured), &[seed; 200]);
+                sum
+            })
+        }
+        _ => builder.try_spawn(move |yielder: &Yielder<Order, Answer>, first| {
+            let _counted = counted;
+            if seed.is_multiple_of(3) {
+                deep(30);
+            }
+            outermost(yielder, first, seed)
+        }),
+    }
+}
+
+/// How a coroutine is made.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    site: u8,
+    moves: bool,
+    first_log: u8,
+    shrink: u8,
+    named: bool,
+    seed: u64,
+}
+
+impl Kind {
+    fn builder(self) -> Builder {
+        let shrink = [Shrink::Off, Shrink::Default, Shrink::Eager][usize::from(self.shrink)];
+        let builder = Builder::new().first_size(1 << self.first_log).maximum(1 << 20).shrink(shrink);
+        let builder = if self.named { builder.name("somebody") } else { builder };
+        // SAFETY: the address of a sum that leaves the stack is used for stacks that stay only.
+        if self.moves { unsafe { builder.relocating() } } else { builder }
+    }
+}
+
+/// Which mapping call of a step fails: this one, and if it says so those after it.
+type Failure = Option<(i32, bool)>;
+
+/// One step: what is done to the coroutine of that number, or to the whole.
+#[derive(Clone, Debug)]
+enum Step {
+    Spawn(Kind, Failure),
+    Add(usize, u64, Failure),
+    Deep(usize, u64, Failure),
+    Shrink(usize, Failure),
+    Freeze(usize, Failure),
+    Thaw(usize, Failure),
+    /// Somebody reads a local of a stack that stays, frozen or not.
+    Look(usize),
+    End(usize),
+    Drop(usize),
+    /// Out of where it is, into this pool or none.
+    Move(usize, usize),
+    Budget(usize, usize),
+    TrimPool(usize),
+    TrimThread,
+}
+
+const POOLS: usize = 2;
+/// More coroutines than this are not alive at a time.
+const MOST: usize = 10;
+
+fn kinds() -> impl Strategy<Value = Kind> {
+    let numbers = (0..4u8, any::<bool>(), 11..15u8, 0..3u8, any::<bool>(), 0..1000u64);
+    numbers.prop_map(|(site, moves, first_log, shrink, named, seed)| Kind {
+        site,
+        moves,
+        first_log,
+        shrink,
+        named,
+        seed,
+    })
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    let failure = || prop_oneof![3 => Just(None), 1 => (0..8, any::<bool>()).prop_map(Some)];
+    let which = 0..MOST;
+    prop_oneof![
+        5 => (kinds(), failure()).prop_map(|(kind, failure)| Step::Spawn(kind, failure)),
+        4 => (which.clone(), 1..1000u64, failure()).prop_map(|(which, number, f)| Step::Add(which, number, f)),
+        5 => (which.clone(), 0..40u64, failure()).prop_map(|(which, kib, f)| Step::Deep(which, kib, f)),
+        3 => (which.clone(), failure()).prop_map(|(which, failure)| Step::Shrink(which, failure)),
+        6 => (which.clone(), failure()).prop_map(|(which, failure)| Step::Freeze(which, failure)),
+        4 => (which.clone(), failure()).prop_map(|(which, failure)| Step::Thaw(which, failure)),
+        2 => which.clone().prop_map(Step::Look),
+        2 => which.clone().prop_map(Step::End),
+        2 => which.clone().prop_map(Step::Drop),
+        4 => (which, 0..=POOLS).prop_map(|(which, to)| Step::Move(which, to)),
+        2 => (0..POOLS, 0..40usize).prop_map(|(pool, pages)| Step::Budget(pool, pages * 4096)),
+        1 => (0..POOLS).prop_map(Step::TrimPool),
+        1 => Just(Step::TrimThread),
+    ]
+}
+
+/// Where a coroutine is.
+enum Home {
+    None(Life),
+    Pool(usize, Key),
+}
+
+/// A coroutine and what is known of it.
+struct Known {
+    home: Home,
+    kind: Kind,
+    sum: u64,
+    /// Where its sum is, once it has run; for a stack that stays.
+    address: Option<usize>,
+}
+
+struct World {
+    pools: [Pool<Order, Answer, u64>; POOLS],
+    all: Vec<Known>,
+}
+
+impl World {
+    fn get(&self, known: &Known) -> &Life {
+        match &known.home {
+            Home::None(life) => life,
+            Home::Pool(pool, key) => self.pools[*pool].get(*key).expect("it is in its pool"),
+        }
+    }
+
+    fn take_step(&mut self, step: &Step) {
+        match *step {
+            Step::Spawn(kind, failure) => {
+                if self.all.len() < MOST {
+                    self.spawn(kind, failure);
+                }
+            }
+            Step::Add(which, number, failure) => self.resume(which, Order::Add(number), failure),
+            Step::Deep(which, kib, failure) => self.resume(which, Order::Deep(kib), failure),
+            Step::End(which) => self.resume(which, Order::End, None),
+            Step::Shrink(which, failure) => self.by_hand(which, |life, _| {
+                let _ = with(failure, || life.shrink());
+            }),
+            Step::Freeze(which, failure) => self.by_hand(which, |life, kind| {
+                let can = life.started() && (kind.moves || freezes_in_place());
+                let frozen = with(failure, || life.freeze());
+                assert!(failure.is_some() || frozen.unwrap() == can, "{:?}", life.last_not_moved());
+            }),
+            Step::Thaw(which, failure) => self.by_hand(which, |life, _| {
+                let frozen = life.is_frozen();
+                let thawed = with(failure, || life.thaw());
+                assert!(failure.is_some() || thawed.is_ok());
+                assert_eq!(life.is_frozen(), frozen && thawed.is_err());
+            }),
+            Step::Look(which) => {
+                if let Some(Known { address: Some(address), sum, .. }) = self.all.get(which) {
+                    // SAFETY: a local of a suspended coroutine whose stack stays.
+                    assert_eq!(unsafe { (*address as *const u64).read_volatile() }, *sum);
+                }
+            }
+            Step::Drop(which) => {
+                if which < self.all.len() {
+                    drop(self.take(which));
+                }
+            }
+            Step::Move(which, to) => {
+                if which < self.all.len() {
+                    let (life, known) = self.take(which);
+                    self.put(life, known, to.checked_sub(1));
+                }
+            }
+            Step::Budget(pool, bytes) => self.pools[pool].set_budget(bytes),
+            Step::TrimPool(pool) => drop(self.pools[pool].trim()),
+            Step::TrimThread => drop(regrow::trim()),
+        }
+    }
+
+    fn spawn(&mut self, kind: Kind, failure: Failure) {
+        match with(failure, || spawn(kind.site, &kind.builder(), kind.seed)) {
+            Ok(life) => self.all.push(Known { home: Home::None(life), kind, sum: 0, address: None }),
+            Err(error) => assert!(failure.is_some(), "{error}"),
+        }
+    }
+
+    /// Takes a coroutine out of its pool, if it is in one, and off the list.
+    fn take(&mut self, which: usize) -> (Life, Known) {
+        let known = self.all.swap_remove(which);
+        let Known { home, kind, sum, address } = known;
+        let (life, home) = match home {
+            Home::None(life) => (life, None),
+            Home::Pool(pool, key) => (self.pools[pool].remove(key).expect("it is in its pool"), Some(pool)),
+        };
+        let _ = home;
+        (life, Known { home: Home::Pool(0, KEYLESS), kind, sum, address })
+    }
+}
