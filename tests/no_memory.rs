@@ -1,7 +1,9 @@
 //! The kernel refuses memory: at each mapping call in turn there is an error, or it goes on without, and nothing is lost.
 #![cfg(target_env = "gnu")]
 
-use regrow::{Builder, Coroutine, Error, Yielder};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use regrow::{Builder, Coroutine, Error, Pool, Yielder};
 
 #[path = "support/failing.rs"]
 mod failing;
@@ -108,6 +110,26 @@ fn parked_coroutines_stay_what_they_are() {
             });
             assert!(calls > 0 || name == "freeze", "{name}");
         }
+    }
+}
+
+/// A resume that cannot thaw for want of memory panics, and the coroutine is in its pool as before.
+#[test]
+fn a_pool_keeps_whom_it_cannot_thaw() {
+    for builder in both_ways() {
+        let calls = each_call(false, |with_failure| {
+            let mut coroutine = sleeper(&builder).unwrap();
+            assert_eq!(coroutine.resume(3).yielded(), Some(3));
+            let mut pool = Pool::new(0);
+            let key = pool.insert(coroutine);
+            assert_eq!(pool.stats().frozen, 1);
+            regrow::trim();
+            let mut outcome = None;
+            with_failure(&mut || outcome = catch_unwind(AssertUnwindSafe(|| pool.resume(key, 4))).ok());
+            let sum = if outcome.is_some() { 7 } else { 3 };
+            assert_eq!(pool.resume(key, 1).unwrap().yielded(), Some(sum + 1));
+        });
+        assert!(calls > 0);
     }
 }
 
