@@ -7,14 +7,16 @@
 #![cfg(target_env = "gnu")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::any::Any;
 use std::cell::Cell;
 use std::hint::black_box;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
+use std::sync::Once;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
-use regrow::{Builder, Coroutine, Error, Growth, Key, Pool, Shrink, Yielder, slots};
+use regrow::{Builder, Coroutine, CoroutineResult, Error, Key, Pool, Shrink, Slots, Yielder, slots};
 
 #[path = "support/failing.rs"]
 mod failing;
@@ -223,9 +225,9 @@ enum Home {
     Pool(usize, Key),
 }
 
-/// A coroutine and what is known of it.
-struct Known {
-    home: Home,
+/// What is known of a coroutine.
+#[derive(Clone, Copy)]
+struct Facts {
     kind: Kind,
     sum: u64,
     /// Where its sum is, once it has run; for a stack that stays.
@@ -234,12 +236,12 @@ struct Known {
 
 struct World {
     pools: [Pool<Order, Answer, u64>; POOLS],
-    all: Vec<Known>,
+    all: Vec<(Home, Facts)>,
 }
 
 impl World {
-    fn get(&self, known: &Known) -> &Life {
-        match &known.home {
+    fn life(&self, which: usize) -> &Life {
+        match &self.all[which].0 {
             Home::None(life) => life,
             Home::Pool(pool, key) => self.pools[*pool].get(*key).expect("it is in its pool"),
         }
@@ -247,21 +249,18 @@ impl World {
 
     fn take_step(&mut self, step: &Step) {
         match *step {
-            Step::Spawn(kind, failure) => {
-                if self.all.len() < MOST {
-                    self.spawn(kind, failure);
-                }
-            }
+            Step::Spawn(kind, failure) => self.spawn(kind, failure),
             Step::Add(which, number, failure) => self.resume(which, Order::Add(number), failure),
             Step::Deep(which, kib, failure) => self.resume(which, Order::Deep(kib), failure),
             Step::End(which) => self.resume(which, Order::End, None),
             Step::Shrink(which, failure) => self.by_hand(which, |life, _| {
-                let _ = with(failure, || life.shrink());
+                let shrunk = with(failure, || life.shrink());
+                assert!(failure.is_some() || shrunk.is_ok());
             }),
             Step::Freeze(which, failure) => self.by_hand(which, |life, kind| {
                 let can = life.started() && (kind.moves || freezes_in_place());
                 let frozen = with(failure, || life.freeze());
-                assert!(failure.is_some() || frozen.unwrap() == can, "{:?}", life.last_not_moved());
+                assert!(failure.is_some() || frozen.is_ok_and(|it| it == can), "{:?}", life.last_not_moved());
             }),
             Step::Thaw(which, failure) => self.by_hand(which, |life, _| {
                 let frozen = life.is_frozen();
@@ -270,20 +269,15 @@ impl World {
                 assert_eq!(life.is_frozen(), frozen && thawed.is_err());
             }),
             Step::Look(which) => {
-                if let Some(Known { address: Some(address), sum, .. }) = self.all.get(which) {
+                if let Some((_, Facts { address: Some(address), sum, .. })) = self.all.get(which) {
                     // SAFETY: a local of a suspended coroutine whose stack stays.
                     assert_eq!(unsafe { (*address as *const u64).read_volatile() }, *sum);
                 }
             }
-            Step::Drop(which) => {
-                if which < self.all.len() {
-                    drop(self.take(which));
-                }
-            }
+            Step::Drop(which) => drop(self.take(which)),
             Step::Move(which, to) => {
-                if which < self.all.len() {
-                    let (life, known) = self.take(which);
-                    self.put(life, known, to.checked_sub(1));
+                if let Some((life, facts)) = self.take(which) {
+                    self.put(life, facts, to.checked_sub(1));
                 }
             }
             Step::Budget(pool, bytes) => self.pools[pool].set_budget(bytes),
@@ -293,21 +287,207 @@ impl World {
     }
 
     fn spawn(&mut self, kind: Kind, failure: Failure) {
+        if self.all.len() == MOST {
+            return;
+        }
         match with(failure, || spawn(kind.site, &kind.builder(), kind.seed)) {
-            Ok(life) => self.all.push(Known { home: Home::None(life), kind, sum: 0, address: None }),
+            Ok(life) => self.put(life, Facts { kind, sum: 0, address: None }, None),
             Err(error) => assert!(failure.is_some(), "{error}"),
         }
     }
 
-    /// Takes a coroutine out of its pool, if it is in one, and off the list.
-    fn take(&mut self, which: usize) -> (Life, Known) {
-        let known = self.all.swap_remove(which);
-        let Known { home, kind, sum, address } = known;
-        let (life, home) = match home {
-            Home::None(life) => (life, None),
-            Home::Pool(pool, key) => (self.pools[pool].remove(key).expect("it is in its pool"), Some(pool)),
+    /// Takes a coroutine off the list, and out of its pool if it is in one.
+    fn take(&mut self, which: usize) -> Option<(Life, Facts)> {
+        if which >= self.all.len() {
+            return None;
+        }
+        let (home, facts) = self.all.swap_remove(which);
+        let life = match home {
+            Home::None(life) => life,
+            Home::Pool(pool, key) => self.pools[pool].remove(key).expect("it is in its pool"),
         };
-        let _ = home;
-        (life, Known { home: Home::Pool(0, KEYLESS), kind, sum, address })
+        Some((life, facts))
+    }
+
+    fn put(&mut self, life: Life, facts: Facts, pool: Option<usize>) {
+        let home = match pool {
+            None => Home::None(life),
+            Some(pool) => Home::Pool(pool, self.pools[pool].insert(life)),
+        };
+        self.all.push((home, facts));
+    }
+
+    /// Does what only the owner can do to a coroutine: not to one in a pool.
+    fn by_hand(&mut self, which: usize, step: impl FnOnce(&mut Life, Kind)) {
+        if let Some((Home::None(life), facts)) = self.all.get_mut(which) {
+            step(life, facts.kind);
+        }
+    }
+
+    /// Resumes a coroutine. A failure is of a call that takes access or address space: without memory a stack may stay
+    /// frozen, then the resume panics, or grow in place instead of moving.
+    fn resume(&mut self, which: usize, order: Order, failure: Failure) {
+        let Some((home, facts)) = self.all.get_mut(which) else { return };
+        let pools = &mut self.pools;
+        let (result, failed) = failing_but_open(failure.map_or(-1, |(number, _)| number), || {
+            catch_unwind(AssertUnwindSafe(|| match home {
+                Home::None(life) => life.resume(order),
+                Home::Pool(pool, key) => pools[*pool].resume(*key, order).expect("it is in its pool"),
+            }))
+        });
+        if let Order::Add(number) = order
+            && result.is_ok()
+        {
+            facts.sum += number;
+        }
+        match (result, order) {
+            (Ok(CoroutineResult::Yield((sum, address))), Order::Add(_) | Order::Deep(_)) => {
+                assert_eq!(sum, facts.sum);
+                facts.address = (!facts.kind.moves).then_some(address);
+            }
+            (Ok(CoroutineResult::Return(sum)), Order::End) => {
+                assert_eq!(sum, facts.sum);
+                let (home, _) = self.all.swap_remove(which);
+                assert!(matches!(home, Home::Pool(..)) || matches!(home, Home::None(life) if life.done()));
+            }
+            (Ok(result), _) => panic!("{result:?} to {order:?}"),
+            (Err(payload), _) if !failed => resume_unwind(payload),
+            (Err(payload), _) => {
+                assert!(says_that_it_is_frozen(&*payload));
+                assert!(self.life(which).is_frozen());
+            }
+        }
+    }
+
+    /// Looks at the locals of every coroutine that has run: it looks itself, when it is resumed. Those that are frozen
+    /// are, if `wake` says so, and frozen again.
+    fn check_locals(&mut self, wake: bool) {
+        for which in 0..self.all.len() {
+            let frozen = self.life(which).is_frozen();
+            if self.life(which).started() && (wake || !frozen) {
+                self.resume(which, Order::Add(1), None);
+                if frozen {
+                    self.take_step(&Step::Freeze(which, None));
+                }
+            }
+        }
+    }
+
+    /// No slot is lost and none handed out twice; every block is that of a coroutine that is frozen.
+    fn check_memory(&self) {
+        let frozen = |moves: bool| {
+            let is = |which: &usize| self.all[*which].1.kind.moves == moves && self.life(*which).is_frozen();
+            (0..self.all.len()).filter(is).count()
+        };
+        let slots = slots();
+        assert_eq!(slots.twice, 0, "{slots:?}");
+        assert_eq!(slots.in_use, self.all.len() - frozen(true), "{slots:?}");
+        let stats = |which: usize| self.life(which).stats();
+        let moves: u64 = (0..self.all.len()).map(|which| stats(which).growths + stats(which).shrinks).sum();
+        assert!(slots.old as u64 <= moves, "{slots:?}, {moves} moves");
+
+        // One block for each, and one for its record if there is more to it.
+        let frozen = (frozen(true) + frozen(false)) as isize;
+        let blocks = BLOCKS.get();
+        assert!((frozen..=2 * frozen).contains(&blocks), "{blocks} blocks of {frozen} frozen coroutines");
+        assert_eq!(live(), self.all.len() as isize);
+    }
+}
+
+/// Does something with a call of it failing.
+fn with<R>(failure: Failure, f: impl FnOnce() -> R) -> R {
+    let (number, persists) = failure.unwrap_or((-1, false));
+    failing(number, persists, f).0
+}
+
+/// The panic of a resume for which there was no memory.
+fn says_that_it_is_frozen(payload: &(dyn Any + Send)) -> bool {
+    payload.downcast_ref::<String>().is_some_and(|said| said.starts_with("cannot resume a frozen coroutine"))
+}
+
+/// Has the process allocate what it keeps for good, and keeps the panics quiet that are meant: their backtraces would
+/// leave allocations behind, too.
+fn prepare() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        support::run(&support::relocating(), || support::frame::<9000>(1)); // unwind tables
+        let usual = take_hook();
+        set_hook(Box::new(move |panic| {
+            if !says_that_it_is_frozen(panic.payload()) {
+                usual(panic);
+            }
+        }));
+    });
+}
+
+/// Frees the blocks of stacks that the fault handler has thawed: freezing does.
+fn free_thawed() {
+    if freezes_in_place() {
+        let mut coroutine = Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+        coroutine.resume(());
+        assert!(coroutine.freeze().is_ok_and(|frozen| frozen));
+    }
+}
+
+/// Counts what is aligned as nothing but blocks of frozen coroutines and records are.
+struct Counting;
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+thread_local! {
+    /// How many blocks this thread has.
+    static BLOCKS: Cell<isize> = const { Cell::new(0) };
+}
+
+impl Counting {
+    fn count(layout: Layout, number: isize) {
+        if layout.align() >= 16 {
+            BLOCKS.set(BLOCKS.get() + number);
+        }
+    }
+}
+
+// SAFETY: all of it is the system's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::count(layout, 1);
+        // SAFETY: by the caller's word.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        Self::count(layout, -1);
+        // SAFETY: by the caller's word.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        fork: true,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("proptest-regressions/random_lives.txt"))),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn nothing_is_lost(steps in vec(steps(), 1..120), wake in any::<bool>()) {
+        prepare();
+        let blocks = BLOCKS.replace(0);
+        let mut world = World { pools: [Pool::new(5 * 4096), Pool::new(40 * 4096)], all: Vec::new() };
+        for step in &steps {
+            world.take_step(step);
+            free_thawed();
+            world.check_memory();
+            world.check_locals(wake);
+            world.check_memory();
+        }
+        drop(world);
+        let slots = slots();
+        prop_assert_eq!((slots.in_use, slots.old, slots.twice), (0, 0, 0));
+        prop_assert_eq!((BLOCKS.replace(blocks), live()), (0, 0));
+        regrow::trim();
+        prop_assert_eq!(regrow::slots(), Slots { free: slots.free + slots.cached, cached: 0, ..slots });
     }
 }

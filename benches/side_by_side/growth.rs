@@ -114,9 +114,10 @@ pub fn corosensei_cold() -> Run<'static> {
         kept.reserve(count as usize);
         timed(count, || {
             let stack = DefaultStack::new(128 << 10).expect("a stack");
-            let mut coroutine = corosensei::Coroutine::<(), usize, (), _>::with_stack(stack, |yielder, ()| {
-                yielder.suspend(descent(DESCENT));
-            });
+            let mut coroutine =
+                corosensei::Coroutine::<(), usize, (), _>::with_stack(stack, |yielder, ()| {
+                    yielder.suspend(descent(DESCENT));
+                });
             _ = black_box(coroutine.resume(()).as_yield());
             kept.push(coroutine);
         })
