@@ -147,13 +147,15 @@ struct Kind {
     first_log: u8,
     shrink: u8,
     named: bool,
+    learn: bool,
     seed: u64,
 }
 
 impl Kind {
     fn builder(self) -> Builder {
         let shrink = [Shrink::Off, Shrink::Default, Shrink::Eager][usize::from(self.shrink)];
-        let builder = Builder::new().first_size(1 << self.first_log).maximum(1 << 20).shrink(shrink);
+        let builder = Builder::new().first_size(1 << self.first_log).maximum(1 << 20);
+        let builder = builder.shrink(shrink).learn(self.learn);
         let builder = if self.named { builder.name("somebody") } else { builder };
         // SAFETY: the address of a sum that leaves the stack is used for stacks that stay only.
         if self.moves { unsafe { builder.relocating() } } else { builder }
@@ -188,15 +190,18 @@ const POOLS: usize = 2;
 const MOST: usize = 10;
 
 fn kinds() -> impl Strategy<Value = Kind> {
-    let numbers = (0..4u8, any::<bool>(), 11..15u8, 0..3u8, any::<bool>(), 0..1000u64);
-    numbers.prop_map(|(site, moves, first_log, shrink, named, seed)| Kind {
-        site,
-        moves,
-        first_log,
-        shrink,
-        named,
-        seed,
-    })
+    let flags = any::<[bool; 3]>();
+    (0..4u8, 11..15u8, 0..3u8, flags, 0..1000u64).prop_map(
+        |(site, first_log, shrink, [moves, named, learn], seed)| Kind {
+            site,
+            moves,
+            first_log,
+            shrink,
+            named,
+            learn,
+            seed,
+        },
+    )
 }
 
 fn steps() -> impl Strategy<Value = Step> {
@@ -205,7 +210,7 @@ fn steps() -> impl Strategy<Value = Step> {
     prop_oneof![
         5 => (kinds(), failure()).prop_map(|(kind, failure)| Step::Spawn(kind, failure)),
         4 => (which.clone(), 1..1000u64, failure()).prop_map(|(which, number, f)| Step::Add(which, number, f)),
-        5 => (which.clone(), 0..40u64, failure()).prop_map(|(which, kib, f)| Step::Deep(which, kib, f)),
+        5 => (which.clone(), 0..60u64, failure()).prop_map(|(which, kib, f)| Step::Deep(which, kib, f)),
         3 => (which.clone(), failure()).prop_map(|(which, failure)| Step::Shrink(which, failure)),
         6 => (which.clone(), failure()).prop_map(|(which, failure)| Step::Freeze(which, failure)),
         4 => (which.clone(), failure()).prop_map(|(which, failure)| Step::Thaw(which, failure)),

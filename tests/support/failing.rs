@@ -1,6 +1,7 @@
 //! A kernel that refuses memory when it is told to. Whoever has this module has its own `mmap`, `mprotect` and `madvise`, in
 //! front of the C library's: on a thread that asks for it the call of a given number fails with `ENOMEM`, or all from
 //! that one on.
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_long, c_void};
