@@ -31,7 +31,7 @@ pub struct Slots {
 
 /// Counts all slots of this process. Exact while no other thread makes, grows or ends coroutines.
 ///
-/// ```
+/// ```standalone_crate
 /// let before = regrow::slots();
 /// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
 /// assert_eq!(regrow::slots().in_use, before.in_use + 1);
@@ -44,7 +44,6 @@ pub fn slots() -> Slots {
     let mut census = Census::new();
     let mut slots = Slots::default();
     for list in &FREE {
-        let next = |slot: Slot| slot.meta().next.load(Ordering::Acquire);
         let mut link = list.load(Ordering::Acquire) as Link;
         while let Some(slot) = Slot::from_link(link) {
             if !census.meet(slot) {
@@ -52,7 +51,7 @@ pub fn slots() -> Slots {
                 break; // from here on the list is a ring
             }
             slots.free += 1;
-            link = next(slot);
+            link = slot.meta().next.load(Ordering::Acquire);
         }
     }
     cache::visit(|slot| {
