@@ -105,6 +105,9 @@ impl Builder {
     /// When the stack becomes smaller by itself. Looked at when a coroutine that has grown is resumed; costs nothing
     /// before it has.
     ///
+    /// So one that is parked for long keeps what it has come to. [`Coroutine::shrink`] gives that back at any time, and so does
+    /// freezing, by hand or by a [`Pool`](crate::Pool), in whose budget it counts.
+    ///
     /// ```
     /// use regrow::{Builder, Shrink, Yielder};
     ///

@@ -66,5 +66,7 @@ pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
 pub use pool::{Key, Pool, PoolStats};
 pub use site::{SpawnSite, spawn_sites};
 pub use stack::class::{MAX_SIZE, MIN_SIZE};
+#[doc(hidden)]
+pub use stack::{Slots, slots};
 pub use stats::{Growth, LastGrowth, Stats, Totals, WordsByMap, totals};
 pub use thread::{cached_bytes, prepare_thread, signals_on_coroutine_stacks, trim};

@@ -146,7 +146,8 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// Resumes a coroutine; `None` if it has ended or was removed. When it ends it is no longer in the pool.
     ///
     /// # Panics
-    /// If the coroutine does, or if it is frozen and there is no memory to thaw it.
+    /// If the coroutine does; it is no longer in the pool then. And if it is frozen and there is no memory to thaw it; it
+    /// stays as it is then, and may be resumed later.
     ///
     /// ```
     /// let mut pool = regrow::Pool::new(0); // all are frozen whenever they suspend
@@ -158,9 +159,10 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     pub fn resume(&mut self, key: Key, input: In) -> Option<CoroutineResult<Out, Ret>> {
         let mut coroutine = self.take(key)?;
         let result = catch_unwind(AssertUnwindSafe(|| coroutine.resume(input)));
-        match result {
-            Ok(CoroutineResult::Yield(_)) => self.put(key, coroutine),
-            _ => self.forget(key),
+        if coroutine.done() {
+            self.forget(key);
+        } else {
+            self.put(key, coroutine);
         }
         Some(result.unwrap_or_else(|payload| resume_unwind(payload)))
     }

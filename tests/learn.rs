@@ -36,6 +36,59 @@ fn a_site_that_always_needs_much_stops_growing() {
     }
 }
 
+/// Calls itself until it has taken so many bytes of stack below `top`.
+#[inline(never)]
+fn descend(top: usize, bytes: usize) -> usize {
+    let frame = black_box([top; 20]);
+    let here = (&raw const frame) as usize;
+    // `top` is a number that moves with the stack, as any pointer to it.
+    let deeper = if top - here < bytes { descend(top, bytes) } else { 0 };
+    deeper + black_box(&frame)[7] % 2
+}
+
+/// The first coroutine of a site recurses, overflowing at each size, and ends. No later one overflows, whether they
+/// live one after the other or all at once, each on a stack of its own.
+#[test]
+fn after_the_first_no_coroutine_of_a_site_overflows() {
+    // Well within the size that is learned, wherever in its page the first frame comes to lie.
+    const DEPTH: usize = 44 << 10;
+    #[inline(never)]
+    fn in_place(builder: &Builder) -> Coroutine<(), Stats, ()> {
+        builder.spawn(|yielder: &Yielder<(), Stats>, ()| {
+            let here = 0u8;
+            descend((&raw const here) as usize, DEPTH);
+            yielder.suspend(current_stats().unwrap());
+        })
+    }
+    #[inline(never)]
+    fn moving(builder: &Builder) -> Coroutine<(), Stats, ()> {
+        builder.spawn(|yielder: &Yielder<(), Stats>, ()| {
+            let here = 0u8;
+            descend((&raw const here) as usize, DEPTH);
+            yielder.suspend(current_stats().unwrap());
+        })
+    }
+    type Site = fn(&Builder) -> Coroutine<(), Stats, ()>;
+    for (growth, site) in [(Growth::InPlace, in_place as Site), (Growth::Relocate, moving)] {
+        let builder = builder(growth);
+        let mut first = site(&builder);
+        let stats = first.resume(()).yielded().unwrap();
+        assert!(stats.growths >= 4 && stats.size == 64 << 10, "{growth:?}: {stats:?}");
+        first.resume(());
+        let mut kept = Vec::new();
+        for round in 0..500 {
+            let mut later = site(&builder);
+            let stats = later.resume(()).yielded().unwrap();
+            assert_eq!((stats.growths, stats.size), (0, 64 << 10), "{growth:?}, round {round}");
+            if round % 2 == 0 {
+                kept.push(later);
+            } else {
+                later.resume(()); // a scout, at times
+            }
+        }
+    }
+}
+
 #[test]
 fn two_sites_do_not_share_an_average() {
     let builder = builder(Growth::Relocate);

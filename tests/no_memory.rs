@@ -1,81 +1,15 @@
 //! The kernel refuses memory: at each mapping call in turn there is an error, or it goes on without, and nothing is lost.
-//!
-//! This test binary has its own `mmap`, `mprotect` and `madvise`, in front of the C library's: on a thread that asks for it
-//! the call of a given number fails with `ENOMEM`, or all from that one on.
 #![cfg(target_env = "gnu")]
 
-use std::cell::Cell;
-use std::ffi::{c_int, c_long, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use regrow::{Builder, Coroutine, Error, Yielder};
+use regrow::{Builder, Coroutine, Error, Pool, Yielder};
 
+#[path = "support/failing.rs"]
+mod failing;
 mod support;
-use support::{Counted, both_ways, frame, live, variant};
-
-thread_local! {
-    /// After how many more calls one fails; negative: none does.
-    static FAILS_AFTER: Cell<i32> = const { Cell::new(-1) };
-    /// Those after it fail as well.
-    static PERSISTS: Cell<bool> = const { Cell::new(false) };
-    /// One has failed.
-    static FAILED: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `f`, in which the mapping call with this number, from 0, fails, and if it `persists` all later ones. True if there
-/// were so many.
-fn failing<R>(number: i32, persists: bool, f: impl FnOnce() -> R) -> (R, bool) {
-    FAILED.set(false);
-    PERSISTS.set(persists);
-    FAILS_AFTER.set(number);
-    let result = f();
-    FAILS_AFTER.set(-1);
-    (result, FAILED.get())
-}
-
-/// One mapping call, or its failure.
-fn call(number: c_long, arguments: [usize; 6]) -> c_long {
-    let left = FAILS_AFTER.get();
-    if left >= 0 {
-        FAILS_AFTER.set(if left == 0 && PERSISTS.get() { 0 } else { left - 1 });
-        if left == 0 {
-            FAILED.set(true);
-            // SAFETY: errno is this thread's.
-            unsafe { *libc::__errno_location() = libc::ENOMEM };
-            return -1;
-        }
-    }
-    let [a, b, c, d, e, f] = arguments;
-    // SAFETY: passed on as it came.
-    unsafe { libc::syscall(number, a, b, c, d, e, f) }
-}
-
-/// The C functions by which this process changes its mappings, but for `munmap`, which gives some back.
-mod interposed {
-    use super::*;
-
-    #[unsafe(no_mangle)]
-    extern "C" fn mmap(
-        at: *mut c_void,
-        bytes: usize,
-        protection: c_int,
-        flags: c_int,
-        file: c_int,
-        offset: libc::off_t,
-    ) -> *mut c_void {
-        let rest = [protection as usize, flags as usize, file as usize, offset as usize];
-        call(libc::SYS_mmap, [at as usize, bytes, rest[0], rest[1], rest[2], rest[3]]) as *mut c_void
-    }
-
-    #[unsafe(no_mangle)]
-    extern "C" fn mprotect(at: *mut c_void, bytes: usize, protection: c_int) -> c_int {
-        call(libc::SYS_mprotect, [at as usize, bytes, protection as usize, 0, 0, 0]) as c_int
-    }
-
-    #[unsafe(no_mangle)]
-    extern "C" fn madvise(at: *mut c_void, bytes: usize, advice: c_int) -> c_int {
-        call(libc::SYS_madvise, [at as usize, bytes, advice as usize, 0, 0, 0]) as c_int
-    }
-}
+use failing::failing;
+use support::{Counted, both_that_freeze, both_ways, frame, live, variant};
 
 /// Keeps values and pointers to them across a suspend, after it has grown; answers with their sum.
 fn sleeper(builder: &Builder) -> Result<Coroutine<u64, u64, u64>, Error> {
@@ -90,6 +24,11 @@ fn sleeper(builder: &Builder) -> Result<Coroutine<u64, u64, u64>, Error> {
             }
         }
     })
+}
+
+/// True for the errors that say that the kernel refused memory or, where guards are page protection, one more mapping.
+fn refused(error: &Error) -> bool {
+    matches!(error, Error::Memory { .. } | Error::Mappings { .. })
 }
 
 /// Runs `step` with its first mapping call failing, then with the second, until it has no more; returns how many it had.
@@ -116,7 +55,7 @@ fn spawning_says_so_and_loses_nothing() {
                 with_failure(&mut || spawned = Some(sleeper(&builder)));
                 match spawned.unwrap() {
                     Ok(mut coroutine) => assert_eq!(coroutine.resume(3).yielded(), Some(3)),
-                    Err(error) => assert!(matches!(error, Error::Memory { .. }), "{error}"),
+                    Err(error) => assert!(refused(&error), "{error}"),
                 }
                 assert_eq!(live(), 0);
             });
@@ -140,7 +79,7 @@ fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
         let (spawned, failed) = failing(number, false, || sleeper(&builder));
         assert!(failed || spawned.is_ok());
         if let Err(error) = spawned {
-            assert!(matches!(error, Error::Memory { .. } | Error::Mappings { .. }), "{error}");
+            assert!(refused(&error), "{error}");
         }
         assert_eq!(sleeper(&builder).unwrap().resume(3).yielded(), Some(3));
     }
@@ -155,7 +94,7 @@ fn parked_coroutines_stay_what_they_are() {
         ("shrink", |coroutine| coroutine.shrink().map(drop)),
         ("thaw", |coroutine| coroutine.thaw()),
     ];
-    for (builder, persists) in both_ways().iter().flat_map(|it| [(it, false), (it, true)]) {
+    for (builder, persists) in both_that_freeze().iter().flat_map(|it| [(it, false), (it, true)]) {
         for (name, step) in steps {
             let calls = each_call(persists, |with_failure| {
                 let mut coroutine = sleeper(builder).unwrap();
@@ -167,7 +106,7 @@ fn parked_coroutines_stay_what_they_are() {
                 let mut outcome = Ok(());
                 with_failure(&mut || outcome = step(&mut coroutine));
                 if let Err(error) = &outcome {
-                    assert!(matches!(error, Error::Memory { .. }), "{name}: {error}");
+                    assert!(refused(error), "{name}: {error}");
                     assert!(name != "thaw" || coroutine.is_frozen());
                 }
                 assert_eq!(coroutine.resume(4).yielded(), Some(7), "after {name}: {outcome:?}");
@@ -176,6 +115,26 @@ fn parked_coroutines_stay_what_they_are() {
             });
             assert!(calls > 0 || name == "freeze", "{name}");
         }
+    }
+}
+
+/// A resume that cannot thaw for want of memory panics, and the coroutine is in its pool as before.
+#[test]
+fn a_pool_keeps_whom_it_cannot_thaw() {
+    for builder in both_that_freeze() {
+        let calls = each_call(false, |with_failure| {
+            let mut coroutine = sleeper(&builder).unwrap();
+            assert_eq!(coroutine.resume(3).yielded(), Some(3));
+            let mut pool = Pool::new(0);
+            let key = pool.insert(coroutine);
+            assert_eq!(pool.stats().frozen, 1);
+            regrow::trim();
+            let mut outcome = None;
+            with_failure(&mut || outcome = catch_unwind(AssertUnwindSafe(|| pool.resume(key, 4))).ok());
+            let sum = if outcome.is_some() { 7 } else { 3 };
+            assert_eq!(pool.resume(key, 1).unwrap().yielded(), Some(sum + 1));
+        });
+        assert!(calls > 0);
     }
 }
 

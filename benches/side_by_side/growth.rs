@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use corosensei::stack::DefaultStack;
-use regrow::{Builder, Maps, Yielder, current_stats};
+use regrow::{Builder, Maps, Yielder, current_stats, totals};
 
 use super::kernel;
 use super::measure::{Run, timed};
@@ -62,6 +62,64 @@ pub fn corosensei(new: bool) -> Run<'static> {
                 corosensei::Coroutine::<(), (), usize, _>::with_stack(own, |_, ()| descent(DESCENT));
             _ = black_box(coroutine.resume(()).as_return());
             stack = Some(coroutine.into_stack());
+        })
+    })
+}
+
+/// The shapes with cold memory: every coroutine has a stack that nobody used before, and keeps it, suspended after
+/// its recursion, until the shape is done with. That it ends is not timed.
+fn regrow_cold(builder: Builder) -> Run<'static> {
+    let mut kept = Vec::new();
+    Box::new(move |count| {
+        kept.reserve(count as usize);
+        timed(count, || kept.push(suspended_after_descent(&builder)))
+    })
+}
+
+/// One spawn site for all that learn.
+#[inline(never)]
+fn suspended_after_descent(builder: &Builder) -> regrow::Coroutine<(), usize, ()> {
+    let mut coroutine = builder.spawn(|yielder: &Yielder<(), usize>, ()| yielder.suspend(descent(DESCENT)));
+    _ = black_box(coroutine.resume(()));
+    coroutine
+}
+
+pub fn moving_cold() -> Run<'static> {
+    regrow_cold(relocating())
+}
+
+pub fn in_place_cold() -> Run<'static> {
+    regrow_cold(Builder::new().learn(false))
+}
+
+/// As the two above where the spawn site has learned, from a first coroutine that has ended, what it takes: no
+/// stack overflows.
+pub fn learned_cold(by_moving: bool) -> Run<'static> {
+    let builder = if by_moving { relocating() } else { Builder::new() }.learn(true);
+    suspended_after_descent(&builder).resume(());
+    let mut run = regrow_cold(builder);
+    Box::new(move |count| {
+        let growths = || totals().moves + totals().in_place;
+        let before = growths();
+        let time = run(count);
+        assert_eq!(growths(), before, "a stack of a site that has learned has overflown");
+        time
+    })
+}
+
+/// The same recursion on a plain, lazily committed stack, new each time and kept.
+pub fn corosensei_cold() -> Run<'static> {
+    let mut kept = Vec::new();
+    Box::new(move |count| {
+        kept.reserve(count as usize);
+        timed(count, || {
+            let stack = DefaultStack::new(128 << 10).expect("a stack");
+            let mut coroutine =
+                corosensei::Coroutine::<(), usize, (), _>::with_stack(stack, |yielder, ()| {
+                    yielder.suspend(descent(DESCENT));
+                });
+            _ = black_box(coroutine.resume(()).as_yield());
+            kept.push(coroutine);
         })
     })
 }

@@ -33,7 +33,7 @@ const ROUNDS: usize = 15;
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
-const SHAPES: [Shape; 22] = [
+const SHAPES: [Shape; 26] = [
     ("loop at the root, ()", || {
         with_root(four(
             shapes::root_loop::<_, ()>(Regrow),
@@ -141,6 +141,10 @@ const SHAPES: [Shape; 22] = [
         all.extend(plain_stacks());
         all
     }),
+    ("2 to 64 KiB by moving, memory cold", || cold(growth::moving_cold())),
+    ("2 to 64 KiB in place, memory cold", || cold(growth::in_place_cold())),
+    ("to 64 KiB at a site that has learned, moving, memory cold", || cold(growth::learned_cold(true))),
+    ("to 64 KiB at a site that has learned, in place, memory cold", || cold(growth::learned_cold(false))),
     ("a KiB moved, of 1 MiB", || per(growth::MOVED as u64 >> 10, relocations())),
     ("a frame moved, of 1 MiB", || per(growth::FRAMES, relocations())),
 ];
@@ -233,6 +237,19 @@ fn plain_stacks() -> [Contestant<'static>; 2] {
         Contestant::new("a used stack", growth::corosensei(false)),
         Contestant::new("a new stack of 128 KiB", growth::corosensei(true)),
     ]
+}
+
+/// Growth where neither stacks nor their memory were used before.
+fn cold(ours: Run<'static>) -> Vec<Contestant<'static>> {
+    let mut all = vec![
+        Contestant::new("regrow", ours),
+        Contestant::new("a new stack of 128 KiB, kept", growth::corosensei_cold()),
+    ];
+    for (name, shape) in [("Go, every stack new", "grow_all_new"), ("Go, the last one new", "grow_cold")] {
+        let go = peers::run("go", shape, growth::DESCENT as u64);
+        all.extend(go.map(|run| Contestant::new(name, run)));
+    }
+    all
 }
 
 fn relocations() -> Vec<Contestant<'static>> {

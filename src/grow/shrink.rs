@@ -23,7 +23,8 @@
 //! doubles: a coroutine that always comes back is left alone soon.
 
 use crate::error::Error;
-use crate::stack::{Record, cache, class};
+use crate::stack::class::PAGE;
+use crate::stack::{Record, cache, class, guard};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
@@ -157,6 +158,7 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
         let record = match (*record).growth {
             Growth::InPlace => {
                 cache::resize(record, class::open_bytes(size))?;
+                discard_unused(handle, record);
                 record
             }
             Growth::Relocate if (*record).is_pinned() => return Ok(false),
@@ -172,6 +174,20 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
         (*record).shrinks += 1;
         stats::count_shrink();
         Ok(true)
+    }
+}
+
+/// Gives back the memory of the pages below what a stack in place uses: it was touched when the stack was used further down.
+///
+/// # Safety
+/// The handle is that of a suspended coroutine, not marked; `record` is its record.
+unsafe fn discard_unused(handle: &Handle, record: *const Record) {
+    // SAFETY: by the caller's word.
+    let bottom = Record::end(record) - unsafe { (*record).open };
+    let used = (handle.sp - RED_ZONE) / PAGE * PAGE;
+    if used > bottom {
+        // SAFETY: accessible pages of the coroutine's own slot, in which nothing is needed.
+        unsafe { guard::discard(bottom, used - bottom) };
     }
 }
 

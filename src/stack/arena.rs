@@ -12,6 +12,10 @@
 //! Free slots hang on one lock-free list a class; fresh ones are taken in batches. All of it may be
 //! called by the fault handler, also when it interrupted any of it: nothing waits for anyone.
 
+mod census;
+
+pub use census::{Slots, slots};
+
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::class::{CLASSES, Class, PAGE, arena_places, next_place};

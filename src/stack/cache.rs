@@ -180,6 +180,21 @@ pub(crate) fn bytes() -> usize {
     CACHE.with(|cache| cache.bytes.get())
 }
 
+/// Shows the slots of this thread's stock to `each`, which returns false to see no more of their class.
+pub(crate) fn visit(mut each: impl FnMut(Slot) -> bool) {
+    CACHE.with(|cache| {
+        for first in &cache.first {
+            let mut record = first.get();
+            while let Some(slot) = Record::slot(record)
+                && each(slot)
+            {
+                // SAFETY: cached slots are accessible and belong to this thread.
+                record = unsafe { (*record).next_cached };
+            }
+        }
+    });
+}
+
 /// Gives all slots of this thread's stock back.
 pub(crate) fn flush() {
     CACHE.with(|cache| {

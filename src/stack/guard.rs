@@ -141,17 +141,19 @@ pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
 /// Makes pages inaccessible and gives their memory back.
 ///
 /// # Safety
-/// As for [`open`]; the contents are lost.
+/// As for [`open`]; the contents are lost unless there is an error.
 pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
     if by_madvise() {
         // SAFETY: the caller vouches for the range.
         return unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) };
     }
+    // In this order: after an error the contents are what they were.
     // SAFETY: the same.
     unsafe {
+        protect(start, bytes, region::Protection::NONE)?;
         discard(start, bytes);
-        protect(start, bytes, region::Protection::NONE)
     }
+    Ok(())
 }
 
 /// Takes the access to pages away, guards or not, and leaves their contents.

@@ -8,6 +8,7 @@ pub(crate) mod own_memory;
 mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};
+pub use arena::{Slots, slots};
 pub(crate) use record::{INLINE_CLOSURE, Record};
 
 use core::sync::atomic::Ordering;

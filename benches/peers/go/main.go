@@ -109,6 +109,29 @@ func grow(bytes int, count int64) int64 {
 	return now() - start
 }
 
+// The same, where all of them stay alive, parked with the stack they have come to. The smaller stacks that one has left on
+// its way are used by the next, unless allNew: then others take them before, which is not timed.
+func growCold(bytes int, allNew bool, count int64) int64 {
+	var time int64
+	for i := int64(0); i < count; i++ {
+		start := now()
+		descendAndPark(bytes)
+		time += now() - start
+		for smaller := bytes / 2; allNew && smaller > 512; smaller /= 2 {
+			descendAndPark(smaller)
+		}
+	}
+	return time
+}
+
+func descendAndPark(bytes int) {
+	go func() {
+		finished += descend(bytes)
+		select {}
+	}()
+	runtime.Gosched()
+}
+
 func main() {
 	runtime.GOMAXPROCS(1)
 	debug.SetGCPercent(-1)
@@ -133,6 +156,10 @@ func main() {
 			time = fresh(argument, count)
 		case "grow":
 			time = grow(argument, count)
+		case "grow_cold":
+			time = growCold(argument, false, count)
+		case "grow_all_new":
+			time = growCold(argument, true, count)
 		}
 		fmt.Println(time)
 	}
