@@ -5,7 +5,7 @@
 //!
 //!  slot    start                                                               end
 //!          | guard 16 KiB | slack: guard pages that may be opened | stack | head |
-//!                                             (a stack that stays: its window)
+//!                                             (a stack that stays: its window; src/stack/pages.rs)
 //! ```
 //!
 //! An address is resolved to its slot by arithmetic on a small table of arenas, without a lock.
@@ -16,6 +16,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 
 use super::class::{ALIGN, CLASSES, Class, PAGE, looks_like_integers};
 use super::guard;
+use super::pages::Pages;
 use crate::error::Error;
 
 /// A slot's number: which arena, which slot in it, plus one so that 0 is "none".
@@ -126,6 +127,10 @@ impl Slot {
         self.start() + self.class().stride()
     }
 
+    pub(crate) fn pages(self) -> Pages {
+        Pages::new(self.class(), self.end())
+    }
+
     pub(crate) fn meta(self) -> &'static Meta {
         // SAFETY: an arena's table has an entry for each of its slots and is never unmapped.
         unsafe { &*self.arena().meta.load(Ordering::Relaxed).add(self.index as usize) }
@@ -154,7 +159,7 @@ impl Slot {
         let _undisturbed = crate::torture::undisturbed();
         let slot = match Self::pop(class) {
             Some(slot) => slot,
-            None => Self::take_fresh(class)?,
+            None => Self::take_fresh(class, open)?,
         };
         match slot.make_ready(open) {
             Ok(now_open) => Ok((slot, now_open)),
@@ -180,21 +185,35 @@ impl Slot {
         if now >= open && flags & GUARDED != 0 {
             return Ok(now);
         }
-        // SAFETY: the slot was just taken off the list or out of the arena: it is ours. One that is not
-        // guarded yet was never used, so no stack is in it.
+        // SAFETY: the slot was just taken off the list or out of the arena: it is ours, and no stack is in it.
         unsafe {
             if flags & USABLE == 0 {
                 guard::make_usable(self.start(), self.class().stride())?;
             }
             if flags & GUARDED == 0 {
-                guard::install(self.start(), self.class().stride(), open)?;
+                self.make_guarded(open)?;
             } else {
-                guard::open(self.end() - open, open - now)?;
+                self.pages().open(now, open, 0)?;
             }
         }
         meta.flags.store(USABLE | GUARDED, Ordering::Relaxed);
         meta.open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         Ok(open)
+    }
+
+    /// Guards all that is not to be accessible.
+    ///
+    /// # Safety
+    /// The slot is usable, was never used, and is the caller's.
+    unsafe fn make_guarded(self, open: usize) -> Result<(), Error> {
+        // SAFETY: by the caller's word.
+        unsafe {
+            if guard::by_madvise() {
+                guard::install(self.pages().guards(open).into_iter())
+            } else {
+                guard::open(self.end() - open, open)
+            }
+        }
     }
 
     fn pop(class: Class) -> Option<Self> {
@@ -227,29 +246,40 @@ impl Slot {
     }
 
     /// Takes fresh slots, a batch at a time: the first is returned, the others go on the free list.
-    fn take_fresh(class: Class) -> Result<Self, Error> {
+    fn take_fresh(class: Class, open: usize) -> Result<Self, Error> {
         loop {
-            if let Some(slot) = Self::take_fresh_batch(class)? {
+            if let Some(slot) = Self::take_fresh_batch(class, open)? {
                 return Ok(slot);
             }
         }
     }
 
     /// `None` if none of the batch may be used.
-    fn take_fresh_batch(class: Class) -> Result<Option<Self>, Error> {
+    fn take_fresh_batch(class: Class, open: usize) -> Result<Option<Self>, Error> {
         let (first, count) = claim_batch(class)?;
-        let start = first.start();
-        // One system call for the batch. If it fails each slot tries on its own when it is taken, so that
+        let slots = (0..count).map(|number| Self { index: first.index + number, ..first });
+        // Two system calls for the batch. If one fails each slot tries on its own when it is taken, so that
         // nothing is lost.
         // SAFETY: these slots were never used, so no stack is in them.
-        let usable = unsafe { guard::make_usable(start, count as usize * class.stride()) }.is_ok();
+        let flags = unsafe {
+            if guard::make_usable(first.start(), count as usize * class.stride()).is_err() {
+                0
+            } else if !guard::by_madvise()
+                || guard::install(slots.clone().flat_map(|slot| slot.pages().guards(open))).is_err()
+            {
+                USABLE
+            } else {
+                USABLE | GUARDED
+            }
+        };
+        let open_pages = if flags & GUARDED == 0 { 0 } else { (open / PAGE) as u32 };
         let mut taken: Option<Self> = None;
-        for index in (first.index..first.index + count).rev() {
-            let slot = Self { arena: first.arena, index };
+        for slot in slots.rev() {
             if looks_like_integers(class, slot.end()) {
                 continue;
             }
-            slot.meta().flags.store(if usable { USABLE } else { 0 }, Ordering::Relaxed);
+            slot.meta().open_pages.store(open_pages, Ordering::Relaxed);
+            slot.meta().flags.store(flags, Ordering::Relaxed);
             if let Some(other) = taken.replace(slot) {
                 other.push();
             }
@@ -264,10 +294,14 @@ impl Arena {
     }
 }
 
-/// How many fresh slots are made usable at a time: up to 2 MiB of address space.
-fn batch(class: Class) -> u32 {
-    ((2 << 20) / class.stride()).clamp(1, 32) as u32
+/// How many fresh slots are made usable at a time, after `used` others: 2 MiB of address space, or a quarter as many. Guards
+/// take page tables, which a program with a few coroutines shall not have for many.
+fn batch(class: Class, used: u32) -> u32 {
+    let few = ((2 << 20) / class.stride()) as u32;
+    few.max(used / 4).clamp(1, MOST_AT_A_TIME)
 }
+
+const MOST_AT_A_TIME: u32 = 32;
 
 fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
     loop {
@@ -275,11 +309,12 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
         if let Some(number) = newest.checked_sub(1) {
             let arena = &ARENAS[number as usize];
             let slots = arena.slots.load(Ordering::Relaxed);
+            let after = |fresh| slots.min(fresh + batch(class, fresh));
             let taken = arena.fresh.fetch_update(Ordering::AcqRel, Ordering::Acquire, |fresh| {
-                (fresh < slots).then(|| slots.min(fresh + batch(class)))
+                (fresh < slots).then(|| after(fresh))
             });
             if let Ok(index) = taken {
-                return Ok((Slot { arena: number, index }, batch(class).min(slots - index)));
+                return Ok((Slot { arena: number, index }, after(index) - index));
             }
         }
         new_arena(class, newest)?;

@@ -5,6 +5,7 @@ pub(crate) mod cache;
 pub(crate) mod class;
 pub(crate) mod guard;
 pub(crate) mod own_memory;
+pub(crate) mod pages;
 mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};
