@@ -36,6 +36,9 @@ const BAND: usize = GUARD;
 /// A new band is as wide as the stack, and that is at least this: growing on to twice the size takes no other.
 const LEAST: usize = 8 * PAGE;
 
+/// A gap of so many pages in the guards of a new slot would cost more than the guards: the kernel takes 0.5 µs a range.
+const NARROW: usize = 16 * PAGE;
+
 /// What was open and is not any more is guarded down to here, and merely given back below it.
 const KEPT: usize = 64 * PAGE;
 
@@ -65,7 +68,7 @@ impl Pages {
     /// The guards of a slot that was never used, with `open` accessible bytes.
     pub(super) fn guards(self, open: usize) -> [Range<usize>; 2] {
         let (start, bottom, top) = (self.bottom() - GUARD, self.bottom(), self.end - open);
-        if self.has_band() && bottom + BAND < top {
+        if self.has_band() && bottom + NARROW + BAND < top {
             [start..bottom, top - BAND..top]
         } else {
             [start..top, top..top]
