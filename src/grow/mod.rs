@@ -16,6 +16,7 @@ mod reason;
 mod relocate;
 mod reserve;
 mod rewrite;
+mod scratch;
 mod shrink;
 
 pub(crate) use context::{Context, NAMES};

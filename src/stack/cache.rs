@@ -113,13 +113,14 @@ fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result
     Ok(record)
 }
 
-/// As [`take`], for the fault handler.
-pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize), Error> {
+/// As [`take`], for the fault handler. Returns the slot, how many bytes of it are accessible, and whether they are warm: were
+/// used before, and not given back.
+pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize, bool), Error> {
     let cached = CACHE.with(|cache| if cache.busy.get() { None } else { cache.pop(class) });
     match cached.and_then(|record| Record::slot(record).map(|slot| (slot, record))) {
         // SAFETY: a slot just taken is ours, its record accessible.
-        Some((slot, record)) => Ok((slot, unsafe { (*record).open })),
-        None => Slot::take(class, open),
+        Some((slot, record)) => Ok((slot, unsafe { (*record).open }, true)),
+        None => Slot::take(class, open).map(|(slot, open)| (slot, open, false)),
     }
 }
 

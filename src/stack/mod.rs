@@ -2,6 +2,7 @@
 
 mod arena;
 pub(crate) mod cache;
+pub(crate) mod carry;
 pub(crate) mod class;
 pub(crate) mod guard;
 pub(crate) mod own_memory;
