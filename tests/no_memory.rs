@@ -1,6 +1,6 @@
 //! The kernel refuses memory: at each mapping call in turn there is an error, or it goes on without, and nothing is lost.
 //!
-//! This test binary has its own `mmap`, `mprotect` and `madvise`, in front of the C library's: on a thread that asks for it
+//! This test binary has its own `mmap`, `mprotect`, `madvise` and `syscall`, in front of the C library's: on a thread that asks for it
 //! the call of a given number fails with `ENOMEM`, or all from that one on.
 #![cfg(target_env = "gnu")]
 
@@ -44,9 +44,28 @@ fn call(number: c_long, arguments: [usize; 6]) -> c_long {
             return -1;
         }
     }
+    pass_on(number, arguments)
+}
+
+/// What the C library's `syscall` does.
+fn pass_on(number: c_long, arguments: [usize; 6]) -> c_long {
     let [a, b, c, d, e, f] = arguments;
-    // SAFETY: passed on as it came.
-    unsafe { libc::syscall(number, a, b, c, d, e, f) }
+    let answer: c_long;
+    // SAFETY: passed on as it came; errno is this thread's.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") number => answer,
+            in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e, in("r9") f,
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+        if !(-4095..0).contains(&answer) {
+            return answer;
+        }
+        *libc::__errno_location() = -answer as c_int;
+    }
+    -1
 }
 
 /// The C functions by which this process changes its mappings, but for `munmap`, which gives some back.
@@ -74,6 +93,24 @@ mod interposed {
     #[unsafe(no_mangle)]
     extern "C" fn madvise(at: *mut c_void, bytes: usize, advice: c_int) -> c_int {
         call(libc::SYS_madvise, [at as usize, bytes, advice as usize, 0, 0, 0]) as c_int
+    }
+
+    /// In C the arguments are variable; they arrive in the same registers.
+    #[unsafe(no_mangle)]
+    extern "C" fn syscall(
+        number: c_long,
+        a: usize,
+        b: usize,
+        c: usize,
+        d: usize,
+        e: usize,
+        f: usize,
+    ) -> c_long {
+        let arguments = [a, b, c, d, e, f];
+        match number {
+            libc::SYS_process_madvise => call(number, arguments),
+            _ => pass_on(number, arguments),
+        }
     }
 }
 
@@ -146,6 +183,10 @@ fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
     }
 }
 
+/// Of [`both_ways`], which is which.
+const MOVING: usize = 0;
+const IN_PLACE: usize = 1;
+
 /// Every step in the life of a parked coroutine, with each of its mapping calls failing.
 #[test]
 fn parked_coroutines_stay_what_they_are() {
@@ -155,7 +196,8 @@ fn parked_coroutines_stay_what_they_are() {
         ("shrink", |coroutine| coroutine.shrink().map(drop)),
         ("thaw", |coroutine| coroutine.thaw()),
     ];
-    for (builder, persists) in both_ways().iter().flat_map(|it| [(it, false), (it, true)]) {
+    for (way, persists) in [(MOVING, false), (MOVING, true), (IN_PLACE, false), (IN_PLACE, true)] {
+        let builder = &both_ways()[way];
         for (name, step) in steps {
             let calls = each_call(persists, |with_failure| {
                 let mut coroutine = sleeper(builder).unwrap();
@@ -174,7 +216,8 @@ fn parked_coroutines_stay_what_they_are() {
                 assert_eq!(coroutine.resume(0).returned(), Some(7));
                 assert_eq!(live(), 0);
             });
-            assert!(calls > 0 || name == "freeze", "{name}");
+            // One that moves may find a slot that is ready.
+            assert!(calls > 0 || way == MOVING && name != "shrink", "{name}");
         }
     }
 }

@@ -108,7 +108,8 @@ impl Pages {
         unsafe {
             guard::close(self.end - kept, kept - open)?;
             if kept < now {
-                guard::discard(self.end - now, now - kept);
+                // With what is below the band, if anything is.
+                guard::discard(self.bottom(), self.end - kept - self.bottom());
                 return Ok(kept);
             }
         }
