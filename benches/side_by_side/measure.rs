@@ -29,6 +29,18 @@ impl<'a> Contestant<'a> {
     pub fn unit(self, unit: u64) -> Self {
         Self { unit, ..self }
     }
+
+    /// Does one operation before its time is taken, in each round. The caches are full of what the others used, and one pass over
+    /// many coroutines may be all that fits into a round: it would be a cold one for some contestants, and one in ten
+    /// for others.
+    pub fn warm(self) -> Self {
+        let mut run = self.run;
+        let warm = move |count| {
+            run(1);
+            run(count)
+        };
+        Self { run: Box::new(warm), ..self }
+    }
 }
 
 /// Times `operation`, `count` times.
@@ -102,9 +114,6 @@ pub fn contest(shape: &str, rounds: usize, mut contestants: Vec<Contestant<'_>>)
                 let index = (place + round) % count;
                 let Contestant { run, unit, .. } = &mut contestants[index];
                 let operations = lengths[index] * *unit;
-                // The caches are full of what the others used. One pass over many coroutines may be all that fits into a
-                // round: without this it would be a cold one for some contestants, and one in ten for others.
-                run(1);
                 let time = lower(round, &mut || run(lengths[index]));
                 times[index] = time.as_nanos() as f64 / operations as f64;
             }
@@ -125,9 +134,8 @@ fn lower(steps: usize, f: &mut dyn FnMut() -> Duration) -> Duration {
     time
 }
 
-/// How many operations take about a round. The first, which touches everything for the first time, says nothing of it.
+/// How many operations take about a round. Warms everything up, too.
 fn calibrate(contestant: &mut Contestant<'_>) -> u64 {
-    (contestant.run)(1);
     let mut count = 1;
     loop {
         let time = (contestant.run)(count);
