@@ -85,6 +85,9 @@ fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
     }
 }
 
+/// Of [`both_that_freeze`], the one whose stacks move.
+const MOVING: usize = 0;
+
 /// Every step in the life of a parked coroutine, with each of its mapping calls failing.
 #[test]
 fn parked_coroutines_stay_what_they_are() {
@@ -94,7 +97,9 @@ fn parked_coroutines_stay_what_they_are() {
         ("shrink", |coroutine| coroutine.shrink().map(drop)),
         ("thaw", |coroutine| coroutine.thaw()),
     ];
-    for (builder, persists) in both_that_freeze().iter().flat_map(|it| [(it, false), (it, true)]) {
+    let builders = both_that_freeze();
+    let ways = builders.iter().enumerate();
+    for ((way, builder), persists) in ways.flat_map(|way| [(way, false), (way, true)]) {
         for (name, step) in steps {
             let calls = each_call(persists, |with_failure| {
                 let mut coroutine = sleeper(builder).unwrap();
@@ -113,7 +118,8 @@ fn parked_coroutines_stay_what_they_are() {
                 assert_eq!(coroutine.resume(0).returned(), Some(7));
                 assert_eq!(live(), 0);
             });
-            assert!(calls > 0 || name == "freeze", "{name}");
+            // One that moves may find a slot that is ready.
+            assert!(calls > 0 || way == MOVING && name != "shrink", "{name}");
         }
     }
 }
@@ -121,9 +127,9 @@ fn parked_coroutines_stay_what_they_are() {
 /// A resume that cannot thaw for want of memory panics, and the coroutine is in its pool as before.
 #[test]
 fn a_pool_keeps_whom_it_cannot_thaw() {
-    for builder in both_that_freeze() {
+    for (way, builder) in both_that_freeze().iter().enumerate() {
         let calls = each_call(false, |with_failure| {
-            let mut coroutine = sleeper(&builder).unwrap();
+            let mut coroutine = sleeper(builder).unwrap();
             assert_eq!(coroutine.resume(3).yielded(), Some(3));
             let mut pool = Pool::new(0);
             let key = pool.insert(coroutine);
@@ -134,7 +140,7 @@ fn a_pool_keeps_whom_it_cannot_thaw() {
             let sum = if outcome.is_some() { 7 } else { 3 };
             assert_eq!(pool.resume(key, 1).unwrap().yielded(), Some(sum + 1));
         });
-        assert!(calls > 0);
+        assert!(calls > 0 || way == MOVING);
     }
 }
 

@@ -228,7 +228,7 @@ fn many(how: Many) -> Vec<Contestant<'static>> {
         let go = peers::run("go", "many", how.count as u64);
         all.extend(go.map(|run| Contestant::new("Go", run)));
     }
-    per(how.count as u64, all)
+    per(how.count as u64, all.into_iter().map(Contestant::warm).collect())
 }
 
 /// The same recursion on stacks that need not grow.

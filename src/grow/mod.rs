@@ -2,7 +2,7 @@
 //!
 //! Invariants, at every instruction of the interrupted program:
 //! 1. A slot belongs to one coroutine, as its stack or as one of its old slots, or to nobody.
-//! 2. `record.open` bytes below a live slot's end are accessible, the rest of the slot is not.
+//! 2. `record.open` bytes below a live slot's end are accessible, and a band of guards is below them (src/stack/pages.rs).
 //! 3. Of an old slot nothing is accessible.
 //! 4. A stack moves only at a growth point, and only if its owner allowed it.
 
@@ -16,6 +16,7 @@ mod reason;
 mod relocate;
 mod reserve;
 mod rewrite;
+mod scratch;
 mod shrink;
 
 pub(crate) use context::{Context, NAMES};
@@ -36,7 +37,7 @@ use relocate::Failure;
 
 use crate::error::Error;
 use crate::report;
-use crate::stack::{Record, Slot, class, class::PAGE, guard};
+use crate::stack::{Record, Slot, cache, class, class::PAGE};
 use crate::stats::{self, Growth, LastGrowth};
 use crate::switch::{self, Handle, RED_ZONE};
 
@@ -77,7 +78,7 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     let outcome = unsafe {
         match growth {
             Growth::Relocate => move_up(context, fault),
-            Growth::InPlace => open_window(fault),
+            Growth::InPlace => open_window(fault, context.rsp()),
         }
     };
     match outcome {
@@ -213,30 +214,28 @@ unsafe fn open_slack(fault: &Fault) -> Result<Done, Refusal> {
     unsafe { open_to(Record::at(fault.slot.end()), open) }.map_err(Refusal::Kernel)
 }
 
-/// Doubles the open part of a stack that never moves.
+/// Doubles the open part of a stack that never moves, and that `sp` is the stack pointer of.
 ///
 /// # Safety
 /// As for [`grow`].
-unsafe fn open_window(fault: &Fault) -> Result<Done, Refusal> {
+unsafe fn open_window(fault: &Fault, sp: usize) -> Result<Done, Refusal> {
     // SAFETY: the running coroutine's record, as in `grow`.
     let (size, maximum) = unsafe {
         let record = Record::at(fault.slot.end());
         ((*record).size(), (*record).maximum)
     };
-    let need = fault.slot.end() - fault.lowest;
-    let size = class::grown(size, need, maximum).ok_or(Refusal::Maximum)?;
+    let (need, used) = (fault.slot.end() - fault.lowest, fault.slot.end() - (sp - RED_ZONE));
+    let size = class::grown_in_place(size, need, used, maximum).ok_or(Refusal::Maximum)?;
     // SAFETY: by the caller's word; the maximum's bytes are within the window of the class.
     unsafe { open_to(Record::at(fault.slot.end()), class::open_bytes(size)) }.map_err(Refusal::Kernel)
 }
 
 /// # Safety
-/// `record` is the running coroutine's; `open` bytes are within its slot's window, and more than are open.
+/// `record` is the running coroutine's; `open` bytes are within its slot's window, more than are open, and nothing below them
+/// is needed.
 unsafe fn open_to(record: *mut Record, open: usize) -> Result<Done, Error> {
-    // SAFETY: guard pages of the running coroutine's own slot, right below what is open.
-    unsafe {
-        guard::open(Record::end(record) - open, open - (*record).open)?;
-        (*record).open = open;
-    }
+    // SAFETY: the running coroutine's own slot. On its own stack this may have faulted, and made it larger already.
+    unsafe { cache::resize(record, open.max((*record).open))? };
     Ok(Done { record, growth: Growth::InPlace, bytes: 0, words: 0 })
 }
 

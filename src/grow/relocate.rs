@@ -12,10 +12,13 @@
 //!         └────────────┘                          │ slack ...  │
 //! ```
 //!
+//! A large stack that goes to memory which was never used takes its pages along (src/grow/scratch.rs).
+//!
 //! Then the registers of the interrupted context, the vector registers among them, and the handle.
 //! The old slot becomes inaccessible at once and stays so until the coroutine has ended: a pointer to it
 //! that was kept where none of this looks is a fault at its first use, not silent corruption.
 
+use core::ops::Range;
 use core::ptr;
 use core::slice;
 use core::sync::atomic::Ordering;
@@ -23,10 +26,12 @@ use core::sync::atomic::Ordering;
 use super::context::{Context, DWARF_PLACE, NAMES};
 use super::obey::{self, Copied, Words};
 use super::rewrite::Window;
+use super::scratch::Scratch;
 use super::{Done, Fault, Reason};
 use crate::error::Error;
 use crate::map::{self, Register, Registers};
-use crate::stack::{Link, OLD, Record, Slot, cache, class::Class, class::open_bytes, guard};
+use crate::stack::class::{Class, PAGE, open_bytes};
+use crate::stack::{Link, OLD, Record, Slot, cache, carry::carry, guard};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
@@ -182,12 +187,15 @@ unsafe fn transfer(
     // no pointers look like one.
     let frames = Window::new(sp.wrapping_sub(RED_ZONE)..end, to.slot.end());
 
+    let scratch = if to.warm { None } else { Scratch::take(end - lowest) };
+    let copy = scratch.as_ref().map_or(window.moved(lowest), Scratch::start);
+
     // SAFETY: both ranges are accessible, the second is ours alone, and `lowest` is aligned to a word.
     let words = unsafe {
-        ptr::copy_nonoverlapping(lowest as *const u8, window.moved(lowest) as *mut u8, end - lowest);
+        ptr::copy_nonoverlapping(lowest as *const u8, copy as *mut u8, end - lowest);
         let length = (record as usize - lowest) / size_of::<usize>();
         let old = slice::from_raw_parts(lowest as *const usize, length);
-        let new = slice::from_raw_parts_mut(window.moved(lowest) as *mut usize, length);
+        let new = slice::from_raw_parts_mut(copy as *mut usize, length);
         obey::rewrite(
             &map::process().read(),
             start,
@@ -197,7 +205,13 @@ unsafe fn transfer(
     };
     let closed = words.map_err(|(reason, frame)| Failure::Frame(reason, frame)).and_then(|words| {
         // SAFETY: nothing in the old slot is needed once it is closed, which is the last that can fail.
-        unsafe { guard::close(end - open, open) }.map(|()| words).map_err(Failure::Kernel)
+        let closed = unsafe {
+            match &scratch {
+                Some(scratch) => close_carrying(end - open..end, lowest, window, scratch),
+                None => guard::close(end - open, open),
+            }
+        };
+        closed.map(|()| words).map_err(Failure::Kernel)
     });
     let new = Record::at(to.slot.end());
     // SAFETY: the new slot is ours, and its record a copy; after an error the old record is still there.
@@ -219,12 +233,39 @@ unsafe fn transfer(
     }
 }
 
+/// Closes the `open` pages of the old slot, of which those from the one of `lowest` on go to the new slot, and fills them with
+/// what is in the scratch. After an error nothing has changed in the old slot.
+///
+/// # Safety
+/// The old slot's stack is in the scratch, from `lowest` on. The new one, where `window` moves it, is the caller's.
+unsafe fn close_carrying(
+    open: Range<usize>,
+    lowest: usize,
+    window: Window,
+    scratch: &Scratch,
+) -> Result<(), Error> {
+    let first = lowest / PAGE * PAGE;
+    // SAFETY: by the caller's word. As far as pages were carried they have the old contents until the scratch's are written
+    // over them.
+    unsafe {
+        let carried = carry(first, window.moved(first), open.end - first);
+        guard::close(open.start, open.len()).inspect_err(|_| {
+            ptr::copy_nonoverlapping(window.moved(first) as *const u8, first as *mut u8, carried);
+        })?;
+        let (from, to) = (scratch.start() as *const u8, window.moved(lowest) as *mut u8);
+        ptr::copy_nonoverlapping(from, to, open.end - lowest);
+    }
+    Ok(())
+}
+
 /// A slot to move to.
 struct Destination {
     slot: Slot,
     open: usize,
     /// The stack has been there before.
     former: bool,
+    /// There is memory in it.
+    warm: bool,
 }
 
 impl Destination {
@@ -246,12 +287,12 @@ impl Destination {
                     Some(previous) => previous.meta().next.store(link, Ordering::Relaxed),
                     None => *old = link,
                 }
-                return Ok(Self { slot, open, former: true });
+                return Ok(Self { slot, open, former: true, warm: false });
             }
             previous = Some(slot);
         }
-        let (slot, open) = cache::take_in_handler(class, open)?;
-        Ok(Self { slot, open, former: false })
+        let (slot, open, warm) = cache::take_in_handler(class, open)?;
+        Ok(Self { slot, open, former: false, warm })
     }
 
     /// Puts it back, with nothing in it.

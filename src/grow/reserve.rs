@@ -47,11 +47,13 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
         return Ok(());
     }
     let room = Error::Room { bytes, maximum };
-    let Some(size) = class::grown(size, need, maximum) else { return Err(room) };
     if growth == Growth::InPlace {
-        // SAFETY: the bytes of the maximum are within the window of the class.
+        let used = Record::end(record) - here + OWN_FRAMES;
+        let Some(size) = class::grown_in_place(size, need, used, maximum) else { return Err(room) };
+        // SAFETY: the bytes of the maximum are within the window of the class, and nothing is below them.
         return unsafe { open_now(record, class::open_bytes(size)) };
     }
+    let Some(size) = class::grown(size, need, maximum) else { return Err(room) };
     if let Some(stack) = thread::signal_stack_end() {
         // SAFETY: nothing else runs on the signal stack as long as no signal is handled, and one that comes meanwhile is
         // handled further down on it. The function moves this stack as that of a suspended coroutine is moved.
@@ -71,8 +73,11 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     }
 }
 
+/// More than what [`reserve`] calls takes of the stack while it makes it larger in place.
+const OWN_FRAMES: usize = PAGE;
+
 /// # Safety
-/// `record` is the running coroutine's; `open` bytes are within its slot's window.
+/// `record` is the running coroutine's; `open` bytes are within its slot's window, and nothing below them is needed.
 unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
     let start = now();
     // SAFETY: by the caller's word.

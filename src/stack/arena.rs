@@ -5,7 +5,7 @@
 //!
 //!  slot    start                                                               end
 //!          | guard 16 KiB | slack: guard pages that may be opened | stack | head |
-//!                                             (a stack that stays: its window)
+//!                                             (a stack that stays: its window; src/stack/pages.rs)
 //! ```
 //!
 //! An address is resolved to its slot by arithmetic on a small table of arenas, without a lock.
@@ -20,6 +20,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 
 use super::class::{CLASSES, Class, PAGE, arena_places, next_place};
 use super::guard;
+use super::pages::Pages;
 use crate::error::Error;
 
 /// A slot's number: which arena, which slot in it, plus one so that 0 is "none".
@@ -130,6 +131,10 @@ impl Slot {
         self.start() + self.class().stride()
     }
 
+    pub(crate) fn pages(self) -> Pages {
+        Pages::new(self.class(), self.end())
+    }
+
     pub(crate) fn meta(self) -> &'static Meta {
         // SAFETY: an arena's table has an entry for each of its slots and is never unmapped.
         unsafe { &*self.arena().meta.load(Ordering::Relaxed).add(self.index as usize) }
@@ -158,7 +163,7 @@ impl Slot {
         let _undisturbed = crate::torture::undisturbed();
         let slot = match Self::pop(class) {
             Some(slot) => slot,
-            None => Self::take_fresh(class)?,
+            None => Self::take_fresh(class, open)?,
         };
         match slot.make_ready(open) {
             Ok(now_open) => Ok((slot, now_open)),
@@ -184,21 +189,35 @@ impl Slot {
         if now >= open && flags & GUARDED != 0 {
             return Ok(now);
         }
-        // SAFETY: the slot was just taken off the list or out of the arena: it is ours. One that is not
-        // guarded yet was never used, so no stack is in it.
+        // SAFETY: the slot was just taken off the list or out of the arena: it is ours, and no stack is in it.
         unsafe {
             if flags & USABLE == 0 {
                 guard::make_usable(self.start(), self.class().stride())?;
             }
             if flags & GUARDED == 0 {
-                guard::install(self.start(), self.class().stride(), open)?;
+                self.make_guarded(open)?;
             } else {
-                guard::open(self.end() - open, open - now)?;
+                self.pages().open(now, open, 0)?;
             }
         }
         meta.flags.store(USABLE | GUARDED, Ordering::Relaxed);
         meta.open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         Ok(open)
+    }
+
+    /// Guards all that is not to be accessible.
+    ///
+    /// # Safety
+    /// The slot is usable, was never used, and is the caller's.
+    unsafe fn make_guarded(self, open: usize) -> Result<(), Error> {
+        // SAFETY: by the caller's word.
+        unsafe {
+            if guard::by_madvise() {
+                guard::install(self.pages().guards(open).into_iter())
+            } else {
+                guard::open(self.end() - open, open)
+            }
+        }
     }
 
     fn pop(class: Class) -> Option<Self> {
@@ -231,33 +250,45 @@ impl Slot {
     }
 
     /// Takes fresh slots, a batch at a time: the first is returned, the others go on the free list.
-    fn take_fresh(class: Class) -> Result<Self, Error> {
+    fn take_fresh(class: Class, open: usize) -> Result<Self, Error> {
         loop {
-            if let Some(slot) = Self::take_fresh_batch(class)? {
+            if let Some(slot) = Self::take_fresh_batch(class, open)? {
                 return Ok(slot);
             }
         }
     }
 
+    /// It lies where no stack is to be.
+    fn is_left_out(self) -> bool {
+        next_place(self.class(), self.start()) != self.start()
+    }
+
     /// `None` if none of the batch may be used.
-    fn take_fresh_batch(class: Class) -> Result<Option<Self>, Error> {
+    fn take_fresh_batch(class: Class, open: usize) -> Result<Option<Self>, Error> {
         let (first, count) = claim_batch(class)?;
-        let start = first.start();
-        let left_out = next_place(class, start) != start;
-        // One system call for the batch. If it fails each slot tries on its own when it is taken, so that
+        let slots = (0..count).map(|number| Self { index: first.index + number, ..first });
+        let slots = slots.filter(|slot| !slot.is_left_out());
+        // Two system calls for the batch. If one fails each slot tries on its own when it is taken, so that
         // nothing is lost.
         // SAFETY: these slots were never used, so no stack is in them.
-        let usable = unsafe { guard::make_usable(start, count as usize * class.stride()) }.is_ok();
-        if left_out {
-            return Ok(None); // usable all the same, so that what lies on both sides is one mapping
-        }
-        let mut taken: Option<Self> = None;
-        for index in (first.index..first.index + count).rev() {
-            let slot = Self { arena: first.arena, index };
-            if next_place(class, slot.start()) != slot.start() {
-                continue;
+        let flags = unsafe {
+            if guard::make_usable(first.start(), count as usize * class.stride()).is_err() {
+                0
+            } else if first.is_left_out() {
+                return Ok(None); // usable all the same, so that what lies on both sides is one mapping
+            } else if !guard::by_madvise()
+                || guard::install(slots.clone().flat_map(|slot| slot.pages().guards(open))).is_err()
+            {
+                USABLE
+            } else {
+                USABLE | GUARDED
             }
-            slot.meta().flags.store(if usable { USABLE } else { 0 }, Ordering::Relaxed);
+        };
+        let open_pages = if flags & GUARDED == 0 { 0 } else { (open / PAGE) as u32 };
+        let mut taken: Option<Self> = None;
+        for slot in slots.rev() {
+            slot.meta().open_pages.store(open_pages, Ordering::Relaxed);
+            slot.meta().flags.store(flags, Ordering::Relaxed);
             if let Some(other) = taken.replace(slot) {
                 other.push();
             }
@@ -272,13 +303,16 @@ impl Arena {
     }
 }
 
-/// How many fresh slots are taken at a time from `start` on: up to 2 MiB of address space, or all that are left out there.
-fn batch(class: Class, start: usize) -> u32 {
+/// How many fresh slots are taken at a time from `start` on, after `used` others: 2 MiB of address space, or a quarter as many.
+/// Guards take page tables, which a program with a few coroutines shall not have for many. Or all that are left out there.
+fn batch(class: Class, start: usize, used: u32) -> u32 {
     match next_place(class, start) - start {
-        0 => ((2 << 20) / class.stride()).clamp(1, 32) as u32,
+        0 => (((2 << 20) / class.stride()) as u32).max(used / 4).clamp(1, MOST_AT_A_TIME),
         left_out => left_out.div_ceil(class.stride()) as u32,
     }
 }
+
+const MOST_AT_A_TIME: u32 = 32;
 
 fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
     loop {
@@ -288,7 +322,7 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
             let slots = arena.slots.load(Ordering::Relaxed);
             let after = |fresh| {
                 let start = Slot { arena: number, index: fresh }.start();
-                slots.min(fresh + batch(class, start))
+                slots.min(fresh + batch(class, start, fresh))
             };
             let taken = arena.fresh.fetch_update(Ordering::AcqRel, Ordering::Acquire, |fresh| {
                 (fresh < slots).then(|| after(fresh))

@@ -7,11 +7,12 @@
 //! interrupted `take` or `put` (they run on coroutine stacks too): `busy` tells it to leave the stock alone.
 
 use core::cell::Cell;
+use core::cmp::Ordering::{Equal, Greater, Less};
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::arena::Slot;
 use super::class::{CLASSES, Class};
-use super::guard;
+use super::pages::Pages;
 use super::record::Record;
 use crate::error::Error;
 use crate::thread;
@@ -103,6 +104,7 @@ fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result
     // SAFETY: the slot is ours and its top page accessible.
     unsafe {
         (*record).open = now_open;
+        (*record).guarded = 0;
         (*record).class = class;
         if now_open > open {
             resize(record, open).inspect_err(|_| slot.give(now_open))?;
@@ -111,30 +113,31 @@ fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result
     Ok(record)
 }
 
-/// As [`take`], for the fault handler.
-pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize), Error> {
+/// As [`take`], for the fault handler. Returns the slot, how many bytes of it are accessible, and whether they are warm: were
+/// used before, and not given back.
+pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize, bool), Error> {
     let cached = CACHE.with(|cache| if cache.busy.get() { None } else { cache.pop(class) });
     match cached.and_then(|record| Record::slot(record).map(|slot| (slot, record))) {
         // SAFETY: a slot just taken is ours, its record accessible.
-        Some((slot, record)) => Ok((slot, unsafe { (*record).open })),
-        None => Slot::take(class, open),
+        Some((slot, record)) => Ok((slot, unsafe { (*record).open }, true)),
+        None => Slot::take(class, open).map(|(slot, open)| (slot, open, false)),
     }
 }
 
 /// Opens or closes pages so that exactly `open` bytes are accessible.
 ///
 /// # Safety
-/// The slot of `record` is accessible and the caller's; nothing below its head is needed.
+/// The slot of `record` is accessible and the caller's; nothing below the `open` bytes is needed.
 pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Error> {
-    let end = Record::end(record);
-    // SAFETY: by the caller's word; the ranges are inside the slot, below its top page.
+    // SAFETY: by the caller's word.
     unsafe {
-        let now = (*record).open;
-        if now < open {
-            guard::open(end - open, open - now)?;
-        } else if now > open {
-            guard::close(end - now, now - open)?;
-        }
+        let pages = Pages::new((*record).class, Record::end(record));
+        let (now, guarded) = ((*record).open, (*record).guarded);
+        (*record).guarded = match now.cmp(&open) {
+            Less => pages.open(now, open, guarded)?,
+            Equal => guarded,
+            Greater => pages.close(now, open, guarded)?,
+        };
         (*record).open = open;
     }
     Ok(())
@@ -169,8 +172,8 @@ unsafe fn give_back(record: *mut Record) {
     // SAFETY: by the caller's word.
     let open = unsafe { (*record).open };
     if let Some(slot) = Record::slot(record) {
-        // SAFETY: the accessible pages of a slot that is nobody's.
-        unsafe { guard::discard(slot.end() - open, open) };
+        // SAFETY: a slot that is nobody's.
+        unsafe { slot.pages().discard(open) };
         slot.give(open);
     }
 }

@@ -154,6 +154,12 @@ pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     (next <= maximum).then_some(next)
 }
 
+/// As [`grown`], for a stack that stays, of which `used` bytes below the slot's end are in use. They may be more than are
+/// open, and guards go below what is opened: not over them. At the maximum the guards are there already.
+pub(crate) fn grown_in_place(size: usize, need: usize, used: usize, maximum: usize) -> Option<usize> {
+    grown(size, need.max(used.min(open_bytes(maximum))), maximum)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,6 +248,9 @@ mod tests {
         assert_eq!(grown(4096, 4096 + 4096 + 1, 8192), Some(8192));
         assert_eq!(grown(8192, 1, 8192), None);
         assert_eq!(grown(2048, usize::MAX, 1 << 32), None);
+        assert_eq!(grown_in_place(2048, 4097, 40_000, 1 << 20), Some(65_536));
+        assert_eq!(grown_in_place(2048, 4097, 80_000, 65_536), Some(65_536));
+        assert_eq!(grown_in_place(2048, 80_000, 40_000, 65_536), None);
     }
 
     #[test]

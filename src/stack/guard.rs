@@ -9,6 +9,7 @@
 //! All of it is system calls on address ranges: safe to call in the fault handler once [`detect`] ran.
 
 use core::ffi::c_int;
+use core::ops::Range;
 use core::sync::atomic::{AtomicU8, Ordering};
 use std::io;
 
@@ -17,6 +18,8 @@ use crate::error::Error;
 
 const MADV_GUARD_INSTALL: c_int = 102;
 const MADV_GUARD_REMOVE: c_int = 103;
+/// This process, where a descriptor of a process is asked for (Linux 6.15).
+const PIDFD_SELF: c_int = -10000;
 
 const UNKNOWN: u8 = 0;
 const MADVISE: u8 = 1;
@@ -110,20 +113,45 @@ pub(crate) unsafe fn make_usable(start: usize, bytes: usize) -> Result<(), Error
     unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
 }
 
-/// Makes the uppermost `open` bytes of a range accessible and all below them guard pages.
+/// Makes guard markers of ranges, of which there are not very many, by one system call if the kernel allows it. Only where
+/// guards are markers.
 ///
 /// # Safety
-/// As for [`make_usable`], which was called for the range.
-pub(crate) unsafe fn install(start: usize, bytes: usize, open: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
-    unsafe {
-        if by_madvise() {
-            close(start, bytes - open)
-        } else {
-            protect(start + bytes - open, open, region::Protection::READ_WRITE)
-        }
+/// As for [`make_usable`], which was called for the ranges. None of them is needed any more.
+pub(crate) unsafe fn install(ranges: impl Iterator<Item = Range<usize>> + Clone) -> Result<(), Error> {
+    // SAFETY: the caller vouches for the ranges.
+    if unsafe { install_at_once(ranges.clone()) } {
+        return Ok(());
     }
+    for range in ranges.filter(|range| !range.is_empty()) {
+        // SAFETY: the same.
+        unsafe { close(range.start, range.len())? };
+    }
+    Ok(())
 }
+
+/// True if all the ranges are guards now; false if none or some are.
+///
+/// # Safety
+/// As for [`install`].
+unsafe fn install_at_once(ranges: impl Iterator<Item = Range<usize>>) -> bool {
+    let mut list = [libc::iovec { iov_base: core::ptr::null_mut(), iov_len: 0 }; MOST_AT_ONCE];
+    let (mut count, mut bytes) = (0, 0);
+    for range in ranges.filter(|range| !range.is_empty()) {
+        let Some(place) = list.get_mut(count) else { return false };
+        *place = libc::iovec { iov_base: range.start as *mut _, iov_len: range.len() };
+        count += 1;
+        bytes += range.len();
+    }
+    // SAFETY: the caller vouches for the ranges.
+    let done = unsafe {
+        libc::syscall(libc::SYS_process_madvise, PIDFD_SELF, list.as_ptr(), count, MADV_GUARD_INSTALL, 0)
+    };
+    done == bytes as libc::c_long
+}
+
+/// The most ranges that one system call takes.
+const MOST_AT_ONCE: usize = 64;
 
 /// Makes pages accessible.
 ///

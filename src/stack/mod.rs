@@ -2,9 +2,11 @@
 
 mod arena;
 pub(crate) mod cache;
+pub(crate) mod carry;
 pub(crate) mod class;
 pub(crate) mod guard;
 pub(crate) mod own_memory;
+pub(crate) mod pages;
 mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};

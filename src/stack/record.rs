@@ -44,6 +44,9 @@ pub(crate) struct Record {
     pub next_cached: *mut Record,
     /// Bytes below the slot's end that are accessible.
     pub open: usize,
+    /// For a stack that stays, bytes below the slot's end that guards are known to reach down to; less than there are, or 0,
+    /// is right, too (src/stack/pages.rs).
+    pub guarded: usize,
     /// What `open` goes back to when the coroutine has ended.
     pub first_open: usize,
     /// The largest size, in bytes, that the stack may reach.

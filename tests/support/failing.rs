@@ -1,5 +1,5 @@
-//! A kernel that refuses memory when it is told to. Whoever has this module has its own `mmap`, `mprotect` and `madvise`, in
-//! front of the C library's: on a thread that asks for it the call of a given number fails with `ENOMEM`, or all from
+//! A kernel that refuses memory when it is told to. Whoever has this module has its own `mmap`, `mprotect`, `madvise` and `syscall`,
+//! in front of the C library's: on a thread that asks for it the call of a given number fails with `ENOMEM`, or all from
 //! that one on.
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
@@ -49,9 +49,28 @@ fn call(number: c_long, arguments: [usize; 6], opens: bool) -> c_long {
             return -1;
         }
     }
+    pass_on(number, arguments)
+}
+
+/// What the C library's `syscall` does.
+fn pass_on(number: c_long, arguments: [usize; 6]) -> c_long {
     let [a, b, c, d, e, f] = arguments;
-    // SAFETY: passed on as it came.
-    unsafe { libc::syscall(number, a, b, c, d, e, f) }
+    let answer: c_long;
+    // SAFETY: passed on as it came; errno is this thread's.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") number => answer,
+            in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e, in("r9") f,
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+        if !(-4095..0).contains(&answer) {
+            return answer;
+        }
+        *libc::__errno_location() = -answer as c_int;
+    }
+    -1
 }
 
 /// The C functions by which this process changes its mappings, but for `munmap`, which gives some back.
@@ -83,5 +102,23 @@ mod interposed {
     extern "C" fn madvise(at: *mut c_void, bytes: usize, advice: c_int) -> c_int {
         let opens = advice == MADV_GUARD_REMOVE;
         call(libc::SYS_madvise, [at as usize, bytes, advice as usize, 0, 0, 0], opens) as c_int
+    }
+
+    /// In C the arguments are variable; they arrive in the same registers.
+    #[unsafe(no_mangle)]
+    extern "C" fn syscall(
+        number: c_long,
+        a: usize,
+        b: usize,
+        c: usize,
+        d: usize,
+        e: usize,
+        f: usize,
+    ) -> c_long {
+        let arguments = [a, b, c, d, e, f];
+        match number {
+            libc::SYS_process_madvise => call(number, arguments, false),
+            _ => pass_on(number, arguments),
+        }
     }
 }

@@ -11,7 +11,6 @@ use core::sync::atomic::Ordering;
 
 use super::{ARENAS, CLAIMED, FREE, Link, MAX_ARENAS, Slot};
 use crate::stack::cache;
-use crate::stack::class::looks_like_integers;
 
 /// How many slots are used for what; see [`slots`].
 #[doc(hidden)]
@@ -90,6 +89,6 @@ impl Census {
             let unmet = slots.iter().enumerate().filter(|(_, met)| !**met);
             unmet.map(move |(index, _)| Slot { arena: arena as u32, index: index as u32 })
         });
-        all.filter(|slot| !looks_like_integers(slot.class(), slot.end()))
+        all.filter(|slot| !slot.is_left_out())
     }
 }

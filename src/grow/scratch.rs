@@ -1,0 +1,59 @@
+//! A place to rewrite a large stack on, before its pages are carried to where it goes.
+//!
+//! Writing to never used memory costs the kernel's first touch of each page, three times what copying and rewriting cost. A
+//! stack that moves leaves as many pages behind. So (src/stack/carry.rs):
+//!
+//! ```text
+//!   old slot ── copied ──► scratch, rewritten there
+//!      │                      │
+//!      └─ pages carried ──► new slot ◄─ copied
+//! ```
+//!
+//! The scratch stays: its pages are warm. There is one; who finds it in use writes to new memory.
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::stack::class::open_bytes;
+use crate::stack::guard;
+
+/// From so many bytes on a stack's pages are carried: below it the system calls cost as much as they save.
+const LEAST: usize = 128 << 10;
+
+/// The scratch's size, and what it may come to keep of memory.
+const MOST: usize = open_bytes(4 << 20);
+
+static IN_USE: AtomicBool = AtomicBool::new(false);
+
+/// Where it is; 0: not mapped yet.
+static START: AtomicUsize = AtomicUsize::new(0);
+
+/// The scratch, taken until it is dropped.
+pub(super) struct Scratch {
+    start: usize,
+}
+
+impl Scratch {
+    /// Takes it for a stack of so many bytes. `None` if it is not worth while, or not to be had.
+    pub(super) fn take(bytes: usize) -> Option<Self> {
+        if !(LEAST..=MOST).contains(&bytes) || !guard::by_madvise() || IN_USE.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        let mut scratch = Self { start: START.load(Ordering::Relaxed) };
+        if scratch.start == 0 {
+            scratch.start = guard::reserve(MOST, libc::PROT_READ | libc::PROT_WRITE).ok()?;
+            START.store(scratch.start, Ordering::Relaxed);
+        }
+        Some(scratch)
+    }
+
+    /// Its first byte, of [`MOST`].
+    pub(super) fn start(&self) -> usize {
+        self.start
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        IN_USE.store(false, Ordering::Release);
+    }
+}

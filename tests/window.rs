@@ -1,0 +1,277 @@
+//! Stacks that stay: only a band below them is guarded, so what lies further down costs nothing, and a frame that steps over
+//! the band is on memory that is its own.
+
+use std::arch::asm;
+use std::ffi::c_void;
+use std::hint::black_box;
+
+use regrow::{Builder, Coroutine, Yielder, current_stats};
+
+mod support;
+use support::{Outcome, child, child_command, frame, growths, outcome, run, variant};
+
+fn in_place(maximum: usize) -> Builder {
+    Builder::new().learn(false).maximum(maximum)
+}
+
+/// A window of 256 KiB, of which so much is open that nothing here grows by chance.
+fn wide() -> Builder {
+    in_place(256 << 10).first_size(16 << 10)
+}
+
+/// Runs `f` on a stack that no coroutine had before: where one has grown more is guarded.
+fn on_new_slot(mut f: impl FnMut() + 'static) {
+    let mut coroutine = wide().spawn(move |yielder: &Yielder<(), ()>, ()| {
+        f();
+        yielder.suspend(());
+    });
+    coroutine.resume(());
+    std::mem::forget(coroutine);
+}
+
+/// Calls `f` with the stack pointer so many bytes further down, as C code without probes does that has a large frame.
+/// Nothing in between is touched. Nothing can unwind through it.
+fn far_below(bytes: usize, f: &mut dyn FnMut()) {
+    let before = growths();
+    let mut f = || {
+        assert!(growths() == before || !by_markers(), "nothing was stepped over");
+        f();
+    };
+    far_below_by(bytes, &mut f);
+}
+
+fn far_below_by<F: FnMut()>(bytes: usize, f: &mut F) {
+    extern "C" fn call<F: FnMut()>(f: *mut c_void) {
+        // SAFETY: passed below.
+        unsafe { (*f.cast::<F>())() }
+    }
+    // SAFETY: keeps the stack pointer in a register that calls preserve.
+    unsafe {
+        asm!(
+            "mov r12, rsp",
+            "sub rsp, {bytes}",
+            "and rsp, -64",
+            "call {call}",
+            "mov rsp, r12",
+            bytes = in(reg) bytes,
+            call = sym call::<F>,
+            in("rdi") std::ptr::from_mut(f),
+            out("r12") _,
+            clobber_abi("C"),
+        );
+    }
+}
+
+fn passes(outcome: &Outcome) {
+    assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
+}
+
+/// Bytes the kernel says of this process.
+fn status(name: &str) -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.split_whitespace().next().unwrap().parse::<usize>().unwrap() << 10
+}
+
+fn by_markers() -> bool {
+    std::env::var_os("REGROW_GUARD").is_none()
+}
+
+/// Recurses until so many bytes of stack are used; at every level they are no more than the stack has.
+#[inline(never)]
+fn descend(top: usize, bytes: usize) -> u64 {
+    let local = black_box([bytes as u64; 16]);
+    let used = top - local.as_ptr() as usize;
+    assert!(used <= current_stats().unwrap().size + 4096, "{used} bytes");
+    let below = if used < bytes { descend(top, bytes) } else { 0 };
+    assert_eq!(black_box(local), [bytes as u64; 16]);
+    below + 1
+}
+
+/// As [`descend`], from here.
+fn descend_by(bytes: usize) -> u64 {
+    let here = 0u8;
+    descend(black_box(&raw const here as usize), bytes)
+}
+
+#[test]
+fn a_window_that_is_not_used_costs_no_page_tables() {
+    const TEST: &str = "a_window_that_is_not_used_costs_no_page_tables";
+    let Some(variant) = variant() else {
+        for maximum in [64usize << 20, 1 << 30] {
+            passes(&child(TEST, &maximum.to_string()));
+        }
+        return;
+    };
+    let maximum: usize = variant.parse().unwrap();
+    let spawn = || {
+        let mut coroutine = in_place(maximum).spawn(|yielder: &Yielder<(), ()>, ()| yielder.suspend(()));
+        coroutine.resume(());
+        coroutine
+    };
+    run(&in_place(1 << 16), || ()); // the handler, the tables of maps
+    let before = status("VmPTE:");
+    let one = spawn();
+    let after_one = status("VmPTE:");
+    // Both ends of the slot are in a lowest and a middle table of their own, at most.
+    assert!(after_one - before <= 5 * 4096, "{} bytes for one", after_one - before);
+    let many: Vec<_> = (0..32).map(|_| spawn()).collect();
+    let each = (status("VmPTE:") - after_one) / many.len();
+    // The bottom of one is next to the top of the one below it.
+    assert!(each <= 3 * 4096, "{each} bytes each");
+    drop(one);
+}
+
+/// Every size is gone through by faults: nothing below what counts as the stack is used. Also where a slot was used before.
+#[test]
+fn the_band_goes_down_with_the_stack_and_up_again() {
+    for first in [2 << 10, 16 << 10, 512 << 10] {
+        let builder = in_place(32 << 20).first_size(first);
+        for megabytes in [0, 1, 24, 2, 30, 1] {
+            let steps = run(&builder, move || {
+                let steps = descend_by((megabytes << 20) + 100_000);
+                assert_eq!(current_stats().unwrap().highest, current_stats().unwrap().size);
+                steps
+            });
+            assert!(steps > megabytes as u64 * 100);
+        }
+    }
+}
+
+#[test]
+fn what_is_below_the_band_stays_when_the_stack_grows_over_it() {
+    for (below, up) in [(60_000, 30_000), (60_000, 50_000), (100_000, 94_000), (150_000, 145_000)] {
+        for room in [3000, 6000, 19_000] {
+            on_new_slot(move || {
+                let top = 0u8;
+                let top = &raw const top as usize;
+                let (mut sum, mut grown) = (0, 0);
+                far_below(below, &mut || {
+                    let deep = black_box([0xa5u8; 3000]);
+                    let before = growths();
+                    // The frame that was stepped over, from below: into the band at last.
+                    let mut at = top - up;
+                    while at < top - room {
+                        // SAFETY: between this frame and that of the coroutine's closure.
+                        unsafe { (at as *mut u8).write_volatile(7) };
+                        at += 512;
+                    }
+                    grown = growths() - before;
+                    sum = deep.iter().map(|&byte| u64::from(byte)).sum();
+                });
+                assert_eq!(sum, 0xa5 * 3000);
+                assert!(grown != 0 || !by_markers(), "the band was not there");
+                assert!(current_stats().unwrap().size <= 256 << 10);
+                descend_by(200_000);
+            });
+        }
+    }
+}
+
+#[test]
+fn a_reserve_below_the_band_keeps_what_is_in_use() {
+    for (bytes, below) in
+        [0, 100, 4000, 30_000].into_iter().flat_map(|b| [60_000, 150_000, 220_000].map(|d| (b, d)))
+    {
+        on_new_slot(move || {
+            let mut right = false;
+            far_below(below, &mut || {
+                let deep = black_box([0x5au8; 2000]);
+                regrow::reserve(bytes).unwrap();
+                right = black_box(deep) == [0x5a; 2000];
+            });
+            assert!(right, "{bytes} bytes reserved {below} bytes down");
+        });
+    }
+}
+
+/// Suspended below the band: it is no smaller, cannot be frozen, goes on, and its slot is as good as another afterwards.
+#[test]
+fn a_coroutine_may_suspend_below_the_band() {
+    for below in [60_000, 90_000, 200_000] {
+        let mut coroutine = wide().spawn(move |yielder: &Yielder<u64, u64>, first| {
+            let mut sum = first;
+            far_below(below, &mut || {
+                let deep = black_box([3u64; 100]);
+                for _ in 0..100 {
+                    sum += yielder.suspend(sum);
+                }
+                sum += deep.iter().sum::<u64>();
+            });
+            sum + frame::<60_000>(1)
+        });
+        let mut answer = coroutine.resume(1);
+        while let Some(sum) = answer.yielded() {
+            assert!(!coroutine.shrink().unwrap(), "after {sum}");
+            if by_markers() {
+                assert!(!coroutine.freeze().unwrap(), "after {sum}");
+            } else {
+                assert!(coroutine.freeze().is_ok());
+            }
+            answer = coroutine.resume(1);
+            if let regrow::CoroutineResult::Return(last) = answer {
+                assert_eq!(last, 101 + 300 + 60_000);
+                break;
+            }
+        }
+        assert!(coroutine.done());
+        // The next one is to have a slot of its own.
+        std::mem::forget(wide().spawn(|_: &Yielder<(), ()>, ()| ()));
+    }
+}
+
+/// What was used below the band goes back with the slot.
+#[test]
+fn memory_below_the_band_is_given_back() {
+    const TEST: &str = "memory_below_the_band_is_given_back";
+    const COUNT: usize = 300;
+    if variant().is_none() {
+        return passes(&child(TEST, ""));
+    }
+    let round = || {
+        let mut all: Vec<Coroutine<(), (), ()>> = (0..COUNT)
+            .map(|_| {
+                wide().spawn(|yielder: &Yielder<(), ()>, ()| {
+                    far_below(50_000, &mut || _ = black_box(frame::<100_000>(1)));
+                    yielder.suspend(());
+                })
+            })
+            .collect();
+        all.iter_mut().for_each(|one| _ = one.resume(()));
+        let most = status("VmRSS:");
+        drop(all);
+        regrow::trim();
+        (most, status("VmRSS:"))
+    };
+    round();
+    let (most, least) = round();
+    assert!(most - least > COUNT * 90_000, "{most} bytes, then {least}");
+}
+
+/// Below the band, too, a stack ends at its maximum.
+#[test]
+fn a_recursion_that_begins_below_the_band_ends_at_the_maximum() {
+    const TEST: &str = "a_recursion_that_begins_below_the_band_ends_at_the_maximum";
+    if variant().is_none() {
+        for guard in ["", "protect"] {
+            let mut command = child_command(TEST, "");
+            if !guard.is_empty() {
+                command.env("REGROW_GUARD", guard);
+            }
+            let outcome = outcome(&mut command);
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+            assert!(outcome.stderr.contains("exceeds its 262144-byte stack limit"), "{outcome}");
+        }
+        return;
+    }
+    let neighbours: Vec<_> =
+        (0..20).map(|_| wide().spawn(|yielder: &Yielder<(), ()>, ()| yielder.suspend(()))).collect();
+    on_new_slot(|| far_below(50_000, &mut || _ = black_box(descend_for_ever(1))));
+    drop(neighbours);
+}
+
+#[expect(unconditional_recursion, reason = "that is the point")]
+fn descend_for_ever(number: u64) -> u64 {
+    let local = black_box([number; 50]);
+    descend_for_ever(number + 1) + local[7]
+}
