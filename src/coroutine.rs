@@ -411,8 +411,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Safety
     /// The list in `told` lives as long as the coroutine is frozen, or until [`tell`](Self::tell) names another.
     pub(crate) unsafe fn freeze_telling(&mut self, told: Told) -> Result<bool, Error> {
-        if self.done() || self.is_frozen() {
-            return Ok(self.is_frozen());
+        let frozen = self.is_frozen(); // until somebody touches it
+        if self.done() || frozen {
+            return Ok(frozen);
         }
         let watched = self.handle.sp & switch::WATCHED;
         self.handle.sp = self.suspended_at();

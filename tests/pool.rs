@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Key, Pool, Yielder, pin};
@@ -76,6 +77,60 @@ fn who_cannot_be_frozen_stays_and_is_counted() {
     assert_eq!((pool.stats().live, pool.stats().frozen), (1, 0));
     pool.resume(key, ());
     assert_eq!((pool.stats().live, pool.stats().frozen), (0, 1));
+}
+
+/// A stack that is touched thaws, on whatever thread: it is counted as live at once, and frozen again by the next change.
+#[test]
+fn who_is_touched_counts_as_live() {
+    let mut pool = Pool::new(0);
+    let keys: Vec<_> = (0..6)
+        .map(|_| {
+            pool.insert(Builder::new().spawn(|yielder: &Yielder<(), usize>, ()| {
+                let counter = AtomicU64::new(0);
+                loop {
+                    yielder.suspend(&raw const counter as usize);
+                }
+            }))
+        })
+        .collect();
+    let counters: Vec<usize> =
+        keys.iter().map(|&key| pool.resume(key, ()).unwrap().yielded().unwrap()).collect();
+    // SAFETY: these coroutines are suspended, where they stay in place, and not dropped before the end.
+    let touch = |at: usize| unsafe { &*(counters[at] as *const AtomicU64) }.fetch_add(1, Ordering::Relaxed);
+    let all = |pool: &Pool<(), usize, ()>| (pool.stats().live, pool.stats().live_bytes, pool.stats().frozen);
+    let frozen_bytes = pool.stats().frozen_bytes / 6;
+    assert_eq!(all(&pool), (0, 0, 6));
+
+    touch(1);
+    touch(1);
+    std::thread::scope(|scope| drop(scope.spawn(|| touch(4)).join()));
+    assert_eq!(all(&pool), (2, 8192, 4));
+    assert_eq!(pool.stats().frozen_bytes, 4 * frozen_bytes);
+    assert_eq!(pool.trim(), 2 * (4096 - frozen_bytes));
+    assert_eq!(all(&pool), (0, 0, 6));
+
+    // The one touched was used last: others are frozen first.
+    pool.set_budget(2 * 4096);
+    pool.resume(keys[0], ());
+    touch(2);
+    touch(3);
+    assert_eq!(all(&pool), (3, 3 * 4096, 3));
+    pool.set_budget(2 * 4096);
+    assert_eq!(all(&pool), (2, 2 * 4096, 4));
+    assert!(pool.get(keys[0]).unwrap().is_frozen());
+
+    // Whoever has left the pool is not its any more, and what was frozen before it came is.
+    pool.set_budget(0);
+    let [mut one, two] = [0, 1].map(|at| pool.remove(keys[at]).unwrap());
+    touch(0);
+    assert_eq!(all(&pool), (0, 0, 4));
+    assert!(!one.is_frozen() && two.is_frozen());
+    pool.set_budget(usize::MAX);
+    pool.insert(two);
+    touch(1);
+    assert_eq!(all(&pool), (1, 4096, 5 - 1));
+    drop(pool);
+    one.resume(());
 }
 
 #[test]
