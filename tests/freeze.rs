@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
 mod support;
-use support::{Counted, both_ways, child, child_command, frame, live, outcome, variant};
+use support::{Counted, below, both_ways, child, child_command, frame, live, outcome, random, variant};
 
 /// A coroutine that keeps pointers between its frames, `depth` of them, and adds up what it is given.
 fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
@@ -305,6 +305,7 @@ fn a_signal_handler_may_touch_what_it_interrupts_the_freezing_of() {
     COUNTER.store(ptr::from_ref(counter).cast_mut(), Ordering::Relaxed);
     // SAFETY: system calls on local values; the handler may interrupt anything of this thread, to which the timer's signals go.
     let timer = unsafe {
+        libc::alarm(30);
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = count as *const () as usize;
         action.sa_flags = libc::SA_ONSTACK | libc::SA_RESTART;
@@ -339,22 +340,38 @@ fn a_signal_handler_may_touch_what_it_interrupts_the_freezing_of() {
     assert_eq!(coroutine.resume(()).returned(), Some(ENOUGH + signals));
 }
 
-/// Many threads count on a stack that is frozen, thawed and resumed all the time: no count is lost.
+/// Many threads count on a stack that is frozen, thawed and resumed all the time: no count is lost, however many others are
+/// frozen.
 #[test]
 fn no_access_falls_between_the_steps() {
+    count_in_many_threads();
+    let mut others: Vec<_> = (0..1100).map(|_| adder(&Builder::new(), 0)).collect();
+    for other in &mut others {
+        other.resume(1);
+        assert!(other.freeze().unwrap());
+    }
+    count_in_many_threads();
+    for mut other in others {
+        assert_eq!(other.resume(2).yielded(), Some(3));
+        assert!(other.freeze().unwrap());
+    }
+}
+
+fn count_in_many_threads() {
     const THREADS: u64 = 4;
-    const EACH: u64 = 20_000;
+    const EACH: u64 = 5000;
     let (mut coroutine, counter) = with_counter();
     let threads: Vec<_> = (0..THREADS)
-        .map(|_| {
-            std::thread::spawn(|| {
+        .map(|mut seed| {
+            std::thread::spawn(move || {
                 let mut last = 0;
-                for count in 0..EACH {
+                for _ in 0..EACH {
                     let now = counter.fetch_add(1, Ordering::Relaxed) + 1;
                     assert!(now > last, "the counter went back from {last} to {now}");
                     last = now;
-                    if count % 64 == 0 {
-                        std::thread::yield_now();
+                    // Many come while it is frozen, some while it is being frozen or thawed.
+                    for _ in 0..random(&mut seed) % 2000 {
+                        std::hint::spin_loop();
                     }
                 }
             })
@@ -363,8 +380,10 @@ fn no_access_falls_between_the_steps() {
     let mut frozen = 0;
     while threads.iter().any(|thread| !thread.is_finished()) {
         frozen += u32::from(coroutine.freeze().unwrap());
-        if frozen % 3 == 0 {
-            assert!(coroutine.resume(()).yielded().is_some());
+        match frozen % 3 {
+            0 => assert!(coroutine.resume(()).yielded().is_some()),
+            1 => coroutine.thaw().unwrap(),
+            _ => {}
         }
     }
     assert!(threads.into_iter().all(|thread| thread.join().is_ok()));
@@ -374,24 +393,32 @@ fn no_access_falls_between_the_steps() {
     assert_eq!(coroutine.resume(()).returned(), Some(ENOUGH + THREADS * EACH));
 }
 
-/// A coroutine that runs, and grows, while the handle it was resumed through is on a stack that has been frozen meanwhile.
+/// A coroutine that runs, and grows, while the handle it was resumed through is on a stack that has been frozen meanwhile, or
+/// is just being frozen.
 #[test]
 fn a_handle_on_a_frozen_stack_is_found() {
     let mut holder = Builder::new().spawn(|yielder: &Yielder<usize, usize>, _| {
         let mut inner = Builder::new().learn(false).spawn(|_: &Yielder<(), ()>, ()| {
             let holder = HOLDER.get() as *mut Coroutine<usize, usize, ()>;
             // SAFETY: its owner waits for this coroutine.
-            assert!(unsafe { (*holder).freeze() }.unwrap());
-            frame::<20_000>(1);
+            let mut freeze = || assert!(unsafe { (*holder).freeze() }.unwrap());
+            for depth in 0..200 {
+                below(depth, &mut freeze);
+            }
+            frame::<50_000>(1);
         });
         yielder.suspend(&raw mut inner as usize);
     });
+    // SAFETY: a system call; the process ends if somebody waits for himself.
+    unsafe { libc::alarm(60) };
     let inner = holder.resume(0).yielded().unwrap() as *mut Coroutine<(), (), ()>;
     thread_local!(static HOLDER: Cell<usize> = const { Cell::new(0) });
     HOLDER.set(&raw mut holder as usize);
     // SAFETY: a local of a suspended coroutine, which stays where it is.
     assert!(unsafe { (*inner).resume(()) }.returned().is_some());
     assert!(holder.resume(0).returned().is_some());
+    // SAFETY: as above.
+    unsafe { libc::alarm(0) };
 }
 
 /// The kernel does not thaw: it says `EFAULT`, and the stack is as it was.

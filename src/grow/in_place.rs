@@ -28,8 +28,8 @@
 //! there another way to take a page from all threads at once: moving it (`mremap`) leaves a hole that any `mmap` may fill,
 //! or (`MREMAP_DONTUNMAP`, `UFFDIO_MOVE`) a page of zeros again; `UFFDIO_WRITEPROTECT` stops writers only.
 //!
-//! Where guards cannot be installed without access (before Linux 6.15, or with guards by page protection) the frozen pages
-//! stay without access instead; up to two mappings each.
+//! The first [`FEW`] that are frozen among threads stay without access instead, which saves half of that for two mappings
+//! each; so do all where guards cannot be installed without access (before Linux 6.15, or with guards by page protection).
 //!
 //! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
 //! are blocked, and it has room on its stack. The handler does not free blocks: it hangs them on a list.
@@ -52,6 +52,12 @@ use crate::switch::{self, Base, Handle};
 
 /// `Meta::frozen` of a slot that is being frozen or thawed.
 const BUSY: usize = 1;
+
+/// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.
+const FEW: usize = 1000;
+
+/// How many are.
+static FORBIDDEN: AtomicUsize = AtomicUsize::new(0);
 
 /// How often a stack was frozen or thawed.
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
@@ -243,7 +249,9 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         let frozen = block.as_mut();
         if alone() {
             ptr::copy_nonoverlapping(lowest as *const usize, words, frozen.words());
-            frozen.forbidden = !guard::by_madvise();
+            if !guard::by_madvise() {
+                set_forbidden(frozen, true);
+            }
             // Part of it may be gone after an error. If it cannot be brought back it is frozen, without gain.
             return match guard::close(start, open) {
                 Err(error) if bring_back(slot, block).is_ok() => Err(error),
@@ -252,7 +260,6 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         }
         let memory = OwnMemory::open()?;
         guard::forbid(start, open)?;
-        frozen.forbidden = true;
         if let Err(error) = memory.read(lowest, words.cast(), frozen.words() * size_of::<usize>()) {
             // The mapping becomes what it was: if the kernel lacks memory for that it is short of it for a moment.
             while guard::allow(start, open).is_err() {
@@ -260,11 +267,14 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
             }
             return Err(error);
         }
-        if guard::by_madvise() && guard::close(start, open).is_ok() {
-            // With access the guarded pages are one mapping with their neighbours. If this fails they are not.
-            frozen.forbidden = guard::allow(start, open).is_err();
-        } else {
+        let guarded = guard::by_madvise()
+            && FORBIDDEN.load(Ordering::Relaxed) >= FEW
+            && guard::close(start, open).is_ok()
+            // With access they are one mapping with their neighbours.
+            && guard::allow(start, open).is_ok();
+        if !guarded {
             guard::discard(start, open);
+            set_forbidden(frozen, true);
         }
         Ok(())
     }
@@ -285,6 +295,7 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
             remove_guard(start, open)?;
             if frozen.forbidden {
                 guard::allow(start, open)?;
+                set_forbidden(frozen, false);
             }
             let (lowest, bytes) = frozen.place_in_place(slot, open, Record::at(slot.end()));
             ptr::copy_nonoverlapping(words.cast::<u8>(), lowest as *mut u8, bytes);
@@ -293,14 +304,26 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
         let memory = OwnMemory::open()?;
         if !frozen.forbidden {
             guard::forbid(start, open)?;
-            frozen.forbidden = true;
+            set_forbidden(frozen, true);
         }
         remove_guard(start, open)?;
         let mut record = MaybeUninit::<Record>::zeroed();
         let (lowest, bytes) = frozen.place_in_place(slot, open, record.as_mut_ptr());
         memory.write(lowest, words.cast(), bytes)?;
         memory.write(Record::at(slot.end()) as usize, record.as_ptr().cast(), size_of::<Record>())?;
-        guard::allow(start, open)
+        guard::allow(start, open)?;
+        set_forbidden(frozen, false);
+        Ok(())
+    }
+}
+
+/// Notes whether the pages of a stack are without access; counts those that are.
+fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
+    frozen.forbidden = forbidden;
+    if forbidden {
+        FORBIDDEN.fetch_add(1, Ordering::Relaxed);
+    } else {
+        FORBIDDEN.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
