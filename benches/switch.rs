@@ -81,5 +81,31 @@ fn growth(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, switches, lives, growth);
+/// Freezing and thawing, the pair. Last: the thread that is started here changes what the others cost.
+fn freezing(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("freeze and thaw");
+    // SAFETY: the coroutine keeps nothing outside its stack.
+    let relocating = unsafe { Builder::new().relocating() };
+    let mut bench = |name, builder: &Builder| {
+        let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
+            let locals = black_box([1u64; 16]);
+            yielder.suspend(());
+            assert_eq!(black_box(locals), [1; 16]);
+        });
+        coroutine.resume(());
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                assert!(coroutine.freeze().is_ok_and(|frozen| frozen));
+                coroutine.thaw()
+            });
+        });
+        coroutine.resume(());
+    };
+    bench("moving", &relocating);
+    bench("in place", &Builder::new());
+    std::thread::spawn(std::thread::park);
+    bench("in place, among threads", &Builder::new());
+}
+
+criterion_group!(benches, switches, lives, growth, freezing);
 criterion_main!(benches);

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use crate::builder;
 use crate::error::Error;
 use crate::frames::Frames;
-use crate::grow::{self, NotMoved};
+use crate::grow::{self, NotMoved, Told};
 use crate::stack::{self, Record};
 use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base, Handle, PANICKED, RESUME, RETURNED, UNWIND, Word, YIELDED};
@@ -372,11 +372,15 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// A stack that grows in place keeps its address, and its slot. It may be touched while it is frozen, by any code on any
     /// thread: the fault handler thaws it then. But a system call that is given memory on a frozen stack fails with
     /// `EFAULT`, and what the kernel does to such memory on its own, like completing a read that another thread
-    /// or an `io_uring` has begun, is lost: pin the stack for as long. This takes Linux 6.15 and `/proc/self/mem`; without
-    /// them it is `false`.
+    /// or an `io_uring` has begun, is lost: pin the stack for as long.
+    ///
+    /// Freezing and thawing a stack that grows in place takes some microseconds where the process has one thread, and four
+    /// times as much among several. There it takes `/proc/self/mem`, and before Linux 6.15 one or two
+    /// mappings for each stack that is frozen.
     ///
     /// # Errors
-    /// If there is no memory for the block, or for the mappings; nothing has changed then.
+    /// If there is no memory for the block, or for the mappings, or no `/proc/self/mem` where it is needed; nothing has
+    /// changed then.
     ///
     /// ```
     /// // SAFETY: nothing is kept outside the stack.
@@ -398,17 +402,36 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Ok::<(), regrow::Error>(())
     /// ```
     pub fn freeze(&mut self) -> Result<bool, Error> {
-        if self.done() || self.is_frozen() {
-            return Ok(self.is_frozen());
+        // SAFETY: that list lives forever.
+        unsafe { self.freeze_telling(Told::NOBODY) }
+    }
+
+    /// As [`freeze`](Self::freeze), saying whom to tell when the stack is touched.
+    ///
+    /// # Safety
+    /// The list in `told` lives as long as the coroutine is frozen, or until [`tell`](Self::tell) names another.
+    pub(crate) unsafe fn freeze_telling(&mut self, told: Told) -> Result<bool, Error> {
+        let frozen = self.is_frozen(); // until somebody touches it
+        if self.done() || frozen {
+            return Ok(frozen);
         }
         let watched = self.handle.sp & switch::WATCHED;
         self.handle.sp = self.suspended_at();
-        // SAFETY: it has neither ended nor been frozen, so it is suspended.
-        let outcome = unsafe { grow::freeze(&mut self.handle) };
+        // SAFETY: it has neither ended nor been frozen, so it is suspended; by the caller's word.
+        let outcome = unsafe { grow::freeze(&mut self.handle, told) };
         if !self.is_frozen() {
             self.handle.sp |= watched;
         }
         outcome
+    }
+
+    /// Says whom to tell when the stack is touched, if it is frozen in place now.
+    ///
+    /// # Safety
+    /// As for [`freeze_telling`](Self::freeze_telling).
+    pub(crate) unsafe fn tell(&self, told: Told) {
+        // SAFETY: by the caller's word.
+        unsafe { grow::tell(&self.handle, told) };
     }
 
     /// Brings a frozen coroutine back onto a stack now; a resume does it, too.
@@ -546,6 +569,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[cold]
     fn drop_unfinished(&mut self) {
         if self.thaw().is_err() {
+            // SAFETY: that list lives forever.
+            unsafe { self.tell(Told::NOBODY) };
             return; // without memory to unwind it on it is leaked, like a coroutine that is forgotten
         }
         self.handle.sp &= !switch::WATCHED;

@@ -51,6 +51,12 @@ pub enum Error {
         /// Its maximum, in bytes.
         maximum: usize,
     },
+    /// `/proc/self/mem` could not be opened, read or written. In a process with several threads a stack that grows in place
+    /// is frozen and thawed through it, see [`Coroutine::freeze`](crate::Coroutine::freeze).
+    OwnMemory {
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
     /// The fault handler could not be installed.
     Handler {
         /// The kernel's answer.
@@ -88,6 +94,11 @@ impl fmt::Display for Error {
                 "no room for {bytes} more bytes of stack (maximum {maximum}): raise Builder::maximum, or, if the stack is \
                  pinned or has a frame that may not move, start it larger with Builder::first_size"
             ),
+            Self::OwnMemory { source } => write!(
+                f,
+                "cannot use /proc/self/mem ({source}): among several threads, a stack that grows in place is frozen and \
+                 thawed through it; mount /proc, allow openat, pread64 and pwrite64 in the sandbox, or use a stack that moves"
+            ),
             Self::Handler { source } => write!(
                 f,
                 "cannot install the SIGSEGV handler or its alternate stack ({source}): stacks cannot grow without it; \
@@ -101,9 +112,10 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Memory { source, .. } | Self::Mappings { source } | Self::Handler { source } => {
-                Some(source)
-            }
+            Self::Memory { source, .. }
+            | Self::Mappings { source }
+            | Self::OwnMemory { source }
+            | Self::Handler { source } => Some(source),
             _ => None,
         }
     }

@@ -8,10 +8,16 @@
 //!
 //! What is above the budget is frozen from the oldest end. One that is frozen, or cannot be, is not in the order until it
 //! is resumed again: so each resume freezes at most as much as it has thawed or grown, and looks at nothing twice.
+//!
+//! A stack that grows in place thaws when it is touched, at any time and on any thread. The fault handler then leaves the
+//! number of its entry on a list. Whatever changes the pool takes them off first; to look at the pool, they are added up.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 
 use crate::coroutine::{Coroutine, CoroutineResult};
+use crate::error::Error;
+use crate::grow::{Told, Touched};
 
 /// A coroutine in a [`Pool`]. It stays the same until the coroutine has ended or was removed, and is not used again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -27,7 +33,7 @@ pub struct PoolStats {
     pub live: usize,
     /// Bytes of these stacks that are accessible.
     pub live_bytes: usize,
-    /// How many were frozen by the pool and not resumed since.
+    /// How many are frozen.
     pub frozen: usize,
     /// Bytes of the blocks they are in.
     pub frozen_bytes: usize,
@@ -58,7 +64,10 @@ pub struct PoolStats {
 /// ```
 #[derive(Debug)]
 pub struct Pool<In, Out, Ret> {
+    /// Dropped first: what is frozen names `touched`.
     entries: Vec<Entry<In, Out, Ret>>,
+    /// Which entries have thawed because they were touched; from the first frozen coroutine on.
+    touched: Option<Arc<Touched>>,
     /// Indices of entries without a coroutine.
     free: Vec<u32>,
     oldest: Option<u32>,
@@ -89,7 +98,15 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     #[must_use]
     pub const fn new(budget: usize) -> Self {
         let stats = PoolStats { live: 0, live_bytes: 0, frozen: 0, frozen_bytes: 0 };
-        Self { entries: Vec::new(), free: Vec::new(), oldest: None, newest: None, budget, stats }
+        Self {
+            entries: Vec::new(),
+            touched: None,
+            free: Vec::new(),
+            oldest: None,
+            newest: None,
+            budget,
+            stats,
+        }
     }
 
     /// The budget, in bytes.
@@ -111,6 +128,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// ```
     pub fn set_budget(&mut self, bytes: usize) {
         self.budget = bytes;
+        self.notice_touched();
         self.freeze_down_to(bytes);
     }
 
@@ -139,6 +157,9 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
             index
         });
         let key = Key { index, generation: self.entries[index as usize].generation };
+        let told = self.told(index);
+        // SAFETY: the list lives as long as the entries, and what leaves them is told another.
+        unsafe { coroutine.tell(told) };
         self.put(key, coroutine);
         key
     }
@@ -176,6 +197,8 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// assert!(pool.remove(key).is_none());
     /// ```
     pub fn remove(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
+        // SAFETY: that list lives forever.
+        unsafe { self.get(key)?.tell(Told::NOBODY) };
         let coroutine = self.take(key)?;
         self.forget(key);
         Some(coroutine)
@@ -203,13 +226,16 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// ```
     pub fn trim(&mut self) -> usize {
         let bytes = |stats: &PoolStats| stats.live_bytes + stats.frozen_bytes;
+        self.notice_touched();
         let before = bytes(&self.stats);
         self.freeze_down_to(0);
         before.saturating_sub(bytes(&self.stats))
     }
 
-    /// How many coroutines are in it, and how many bytes they take. One that was frozen, and thawed because somebody
-    /// touched its stack, counts as frozen until it is resumed.
+    /// How many coroutines are in it, and how many bytes they take.
+    ///
+    /// One that grows in place, and has thawed because somebody touched its stack, counts as live. It may be frozen
+    /// again by whatever changes the pool next, since it is among those resumed most recently then.
     ///
     /// ```
     /// let mut pool = regrow::Pool::new(1 << 20);
@@ -217,8 +243,17 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// assert_eq!(pool.stats().live_bytes, 4096);
     /// ```
     #[must_use]
-    pub const fn stats(&self) -> PoolStats {
-        self.stats
+    pub fn stats(&self) -> PoolStats {
+        let mut stats = self.stats;
+        // Since the pool was changed last nothing in it was frozen: each of them was touched once.
+        for index in self.touched.iter().flat_map(|touched| touched.entries()) {
+            let entry = &self.entries[index as usize];
+            if entry.frozen {
+                stats.remove(true, entry.bytes);
+                stats.add(false, entry.coroutine.as_ref().map_or(0, Coroutine::bytes));
+            }
+        }
+        stats
     }
 
     /// How many coroutines are in it.
@@ -243,26 +278,21 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
 
     /// Puts a coroutine into its entry, as the newest, and freezes what is above the budget.
     fn put(&mut self, key: Key, coroutine: Coroutine<In, Out, Ret>) {
-        let entry = &mut self.entries[key.index as usize];
-        entry.frozen = coroutine.is_frozen();
-        entry.bytes = coroutine.bytes();
-        entry.coroutine = Some(coroutine);
+        self.notice_touched(); // while it was out, too
+        self.entries[key.index as usize].coroutine = Some(coroutine);
         self.count(key.index);
-        if !self.entries[key.index as usize].frozen {
-            self.make_newest(key.index);
-        }
         self.freeze_down_to(self.budget);
     }
 
     /// Takes a coroutine out of its entry, which stays its own.
     fn take(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
+        self.notice_touched();
         let entry = self.entries.get_mut(key.index as usize)?;
         if entry.generation != key.generation {
             return None;
         }
         let coroutine = entry.coroutine.take()?;
         self.uncount(key.index);
-        self.leave_order(key.index);
         Some(coroutine)
     }
 
@@ -275,38 +305,65 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         }
     }
 
-    /// Freezes, oldest first, until at most `budget` bytes are live.
-    fn freeze_down_to(&mut self, budget: usize) {
-        while self.stats.live_bytes > budget
-            && let Some(index) = self.oldest
-        {
-            let entry = &mut self.entries[index as usize];
-            let Some(Ok(frozen)) = entry.coroutine.as_mut().map(Coroutine::freeze) else {
-                return; // no memory for its block: the next resume tries again
-            };
-            self.leave_order(index);
-            if frozen {
+    /// Counts those as live that have thawed because they were touched.
+    fn notice_touched(&mut self) {
+        let Some(touched) = &self.touched else { return };
+        for index in touched.take() {
+            if self.entries[index as usize].coroutine.is_some() {
                 self.uncount(index);
-                let entry = &mut self.entries[index as usize];
-                entry.bytes = entry.coroutine.as_ref().map_or(0, Coroutine::bytes);
-                entry.frozen = true;
                 self.count(index);
             }
         }
     }
 
-    fn count(&mut self, index: u32) {
-        let Entry { frozen, bytes, .. } = self.entries[index as usize];
-        let (number, sum) = self.stats.of(frozen);
-        *number += 1;
-        *sum += bytes;
+    /// Freezes, oldest first, until at most `budget` bytes are live.
+    fn freeze_down_to(&mut self, budget: usize) {
+        // Not further, should one be touched as soon as it is frozen.
+        let newest = self.newest;
+        let mut done = false;
+        while self.stats.live_bytes > budget
+            && !done
+            && let Some(index) = self.oldest
+        {
+            done = Some(index) == newest;
+            let told = self.told(index);
+            let Some(coroutine) = &mut self.entries[index as usize].coroutine else { return };
+            // SAFETY: the list lives as long as the entries, and what leaves them is told another.
+            match unsafe { coroutine.freeze_telling(told) } {
+                Ok(true) => {
+                    self.uncount(index);
+                    self.count(index);
+                }
+                // No memory for its block: the next resume tries again.
+                Err(Error::Memory { .. } | Error::Mappings { .. }) => return,
+                // It cannot be frozen.
+                Ok(false) | Err(_) => self.leave_order(index),
+            }
+        }
     }
 
+    /// Whom the handler tells when the coroutine of an entry is touched.
+    fn told(&mut self, entry: u32) -> Told {
+        let list = Arc::as_ptr(self.touched.get_or_insert_with(|| Arc::new(Touched::new())));
+        Told { list, entry }
+    }
+
+    /// Counts the coroutine of an entry for what it is now; one that is not frozen is the newest in the order.
+    fn count(&mut self, index: u32) {
+        let entry = &mut self.entries[index as usize];
+        let Some(coroutine) = &entry.coroutine else { return };
+        (entry.frozen, entry.bytes) = (coroutine.is_frozen(), coroutine.bytes());
+        self.stats.add(entry.frozen, entry.bytes);
+        if !entry.frozen {
+            self.make_newest(index);
+        }
+    }
+
+    /// Counts the coroutine of an entry no more, and takes it out of the order.
     fn uncount(&mut self, index: u32) {
         let Entry { frozen, bytes, .. } = self.entries[index as usize];
-        let (number, sum) = self.stats.of(frozen);
-        *number -= 1;
-        *sum -= bytes;
+        self.stats.remove(frozen, bytes);
+        self.leave_order(index);
     }
 
     fn make_newest(&mut self, index: u32) {
@@ -337,6 +394,20 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
 }
 
 impl PoolStats {
+    /// Counts one more that takes so many bytes.
+    const fn add(&mut self, frozen: bool, bytes: usize) {
+        let (number, sum) = self.of(frozen);
+        *number += 1;
+        *sum += bytes;
+    }
+
+    /// Counts one that takes so many bytes no more.
+    const fn remove(&mut self, frozen: bool, bytes: usize) {
+        let (number, sum) = self.of(frozen);
+        *number -= 1;
+        *sum -= bytes;
+    }
+
     /// The counters of those that are frozen, or of those that are not.
     const fn of(&mut self, frozen: bool) -> (&mut usize, &mut usize) {
         if frozen {

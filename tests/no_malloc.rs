@@ -208,9 +208,6 @@ fn switching_and_reusing_stacks_calls_no_malloc() {
 /// Nor does the handler when it thaws a stack that grows in place, also one that has grown and has a name.
 #[test]
 fn thawing_a_touched_stack_calls_no_malloc() {
-    if !support::freezes_in_place() {
-        return;
-    }
     for builder in [Builder::new().learn(false), Builder::new().learn(false).name("sleeper")] {
         let mut coroutine = builder.spawn(|yielder: &Yielder<(), usize>, ()| {
             let local = black_box(5u64);

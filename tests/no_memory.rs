@@ -9,7 +9,7 @@ use regrow::{Builder, Coroutine, Error, Pool, Yielder};
 mod failing;
 mod support;
 use failing::failing;
-use support::{Counted, both_that_freeze, both_ways, frame, live, variant};
+use support::{Counted, both_ways, frame, live, variant};
 
 /// Keeps values and pointers to them across a suspend, after it has grown; answers with their sum.
 fn sleeper(builder: &Builder) -> Result<Coroutine<u64, u64, u64>, Error> {
@@ -85,7 +85,7 @@ fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
     }
 }
 
-/// Of [`both_that_freeze`], the one whose stacks move.
+/// Of [`both_ways`], the one whose stacks move.
 const MOVING: usize = 0;
 
 /// Every step in the life of a parked coroutine, with each of its mapping calls failing.
@@ -97,7 +97,7 @@ fn parked_coroutines_stay_what_they_are() {
         ("shrink", |coroutine| coroutine.shrink().map(drop)),
         ("thaw", |coroutine| coroutine.thaw()),
     ];
-    let builders = both_that_freeze();
+    let builders = both_ways();
     let ways = builders.iter().enumerate();
     for ((way, builder), persists) in ways.flat_map(|way| [(way, false), (way, true)]) {
         for (name, step) in steps {
@@ -127,7 +127,7 @@ fn parked_coroutines_stay_what_they_are() {
 /// A resume that cannot thaw for want of memory panics, and the coroutine is in its pool as before.
 #[test]
 fn a_pool_keeps_whom_it_cannot_thaw() {
-    for (way, builder) in both_that_freeze().iter().enumerate() {
+    for (way, builder) in both_ways().iter().enumerate() {
         let calls = each_call(false, |with_failure| {
             let mut coroutine = sleeper(builder).unwrap();
             assert_eq!(coroutine.resume(3).yielded(), Some(3));

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Key, Pool, Yielder, pin};
 
 mod support;
-use support::{Counted, both_that_freeze, frame, freezes_in_place, live};
+use support::{Counted, both_ways, frame, live};
 
 /// Adds up what it is given until that is 0; grows at some sums.
 fn adder(builder: &Builder) -> Coroutine<u64, u64, u64> {
@@ -40,7 +41,7 @@ fn pool_of(builder: &Builder, count: u64, budget: usize) -> (Pool<u64, u64, u64>
 
 #[test]
 fn the_least_recently_resumed_are_frozen() {
-    for builder in both_that_freeze() {
+    for builder in both_ways() {
         let (mut pool, keys) = pool_of(&builder, 10, 4 * 4096);
         // Of those ordered by their latest resume, so many of the first are frozen as is needed, and no more.
         let frozen = |pool: &Pool<u64, u64, u64>, order: [usize; 10]| {
@@ -65,9 +66,6 @@ fn the_least_recently_resumed_are_frozen() {
 
 #[test]
 fn who_cannot_be_frozen_stays_and_is_counted() {
-    if !freezes_in_place() {
-        return;
-    }
     let mut pool = Pool::new(0);
     let key = pool.insert(Coroutine::<(), (), ()>::new(|yielder, ()| {
         let pin = pin();
@@ -79,6 +77,60 @@ fn who_cannot_be_frozen_stays_and_is_counted() {
     assert_eq!((pool.stats().live, pool.stats().frozen), (1, 0));
     pool.resume(key, ());
     assert_eq!((pool.stats().live, pool.stats().frozen), (0, 1));
+}
+
+/// A stack that is touched thaws, on whatever thread: it is counted as live at once, and frozen again by the next change.
+#[test]
+fn who_is_touched_counts_as_live() {
+    let mut pool = Pool::new(0);
+    let keys: Vec<_> = (0..6)
+        .map(|_| {
+            pool.insert(Builder::new().spawn(|yielder: &Yielder<(), usize>, ()| {
+                let counter = AtomicU64::new(0);
+                loop {
+                    yielder.suspend(&raw const counter as usize);
+                }
+            }))
+        })
+        .collect();
+    let counters: Vec<usize> =
+        keys.iter().map(|&key| pool.resume(key, ()).unwrap().yielded().unwrap()).collect();
+    // SAFETY: these coroutines are suspended, where they stay in place, and not dropped before the end.
+    let touch = |at: usize| unsafe { &*(counters[at] as *const AtomicU64) }.fetch_add(1, Ordering::Relaxed);
+    let all = |pool: &Pool<(), usize, ()>| (pool.stats().live, pool.stats().live_bytes, pool.stats().frozen);
+    let frozen_bytes = pool.stats().frozen_bytes / 6;
+    assert_eq!(all(&pool), (0, 0, 6));
+
+    touch(1);
+    touch(1);
+    std::thread::scope(|scope| drop(scope.spawn(|| touch(4)).join()));
+    assert_eq!(all(&pool), (2, 8192, 4));
+    assert_eq!(pool.stats().frozen_bytes, 4 * frozen_bytes);
+    assert_eq!(pool.trim(), 2 * (4096 - frozen_bytes));
+    assert_eq!(all(&pool), (0, 0, 6));
+
+    // The one touched was used last: others are frozen first.
+    pool.set_budget(2 * 4096);
+    pool.resume(keys[0], ());
+    touch(2);
+    touch(3);
+    assert_eq!(all(&pool), (3, 3 * 4096, 3));
+    pool.set_budget(2 * 4096);
+    assert_eq!(all(&pool), (2, 2 * 4096, 4));
+    assert!(pool.get(keys[0]).unwrap().is_frozen());
+
+    // Whoever has left the pool is not its any more, and what was frozen before it came is.
+    pool.set_budget(0);
+    let [mut one, two] = [0, 1].map(|at| pool.remove(keys[at]).unwrap());
+    touch(0);
+    assert_eq!(all(&pool), (0, 0, 4));
+    assert!(!one.is_frozen() && two.is_frozen());
+    pool.set_budget(usize::MAX);
+    pool.insert(two);
+    touch(1);
+    assert_eq!(all(&pool), (1, 4096, 5 - 1));
+    drop(pool);
+    one.resume(());
 }
 
 #[test]
@@ -97,7 +149,7 @@ proptest! {
     /// the budget is kept.
     #[test]
     fn any_order_of_operations(steps in prop::collection::vec((0..7u8, 1..1000u64), 1..150)) {
-        let builders = both_that_freeze();
+        let builders = both_ways();
         let mut pool = Pool::new(usize::MAX);
         let mut sums: HashMap<Key, u64> = HashMap::new();
         for (operation, number) in steps {

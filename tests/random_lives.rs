@@ -22,7 +22,7 @@ use regrow::{Builder, Coroutine, CoroutineResult, Error, Key, Pool, Shrink, Slot
 mod failing;
 mod support;
 use failing::{failing, failing_but_open};
-use support::{Counted, freezes_in_place, live};
+use support::{Counted, live};
 
 /// What a coroutine is resumed with.
 #[derive(Clone, Copy, Debug)]
@@ -262,8 +262,8 @@ impl World {
                 let shrunk = with(failure, || life.shrink());
                 assert!(failure.is_some() || shrunk.is_ok());
             }),
-            Step::Freeze(which, failure) => self.by_hand(which, |life, kind| {
-                let can = life.started() && (kind.moves || freezes_in_place());
+            Step::Freeze(which, failure) => self.by_hand(which, |life, _| {
+                let can = life.started();
                 let frozen = with(failure, || life.freeze());
                 assert!(failure.is_some() || frozen.is_ok_and(|it| it == can), "{:?}", life.last_not_moved());
             }),
@@ -425,12 +425,13 @@ fn prepare() {
     });
 }
 
-/// Frees the blocks of stacks that the fault handler has thawed: freezing does.
-fn free_thawed() {
-    if freezes_in_place() {
-        let mut coroutine = Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
-        coroutine.resume(());
-        assert!(coroutine.freeze().is_ok_and(|frozen| frozen));
+/// Frees the blocks of stacks that the fault handler has thawed: freezing does, and what changes a pool.
+fn free_thawed(pools: &mut [Pool<Order, Answer, u64>]) {
+    let mut coroutine = Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+    coroutine.resume(());
+    assert!(coroutine.freeze().is_ok_and(|frozen| frozen));
+    for pool in pools {
+        pool.set_budget(pool.budget());
     }
 }
 
@@ -483,7 +484,7 @@ proptest! {
         let mut world = World { pools: [Pool::new(5 * 4096), Pool::new(40 * 4096)], all: Vec::new() };
         for step in &steps {
             world.take_step(step);
-            free_thawed();
+            free_thawed(&mut world.pools);
             world.check_memory();
             world.check_locals(wake);
             world.check_memory();

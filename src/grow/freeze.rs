@@ -27,6 +27,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use super::obey::{self, Copied};
 use super::relocate::suspended_registers;
 use super::rewrite::Window;
+use super::touched::{Told, Touched};
 use super::{Maps, Shrink, Watch, in_place, shrink};
 use crate::error::Error;
 use crate::map;
@@ -48,18 +49,32 @@ const WORD: usize = size_of::<usize>();
 pub(crate) struct Frozen {
     /// The bytes of the record, if there is more to it than the following. To be moved out, not dropped.
     record: Option<Box<MaybeUninit<Record>>>,
-    /// While the block waits to be freed: the next one that does.
-    pub(super) next: *mut Frozen,
+    /// In place only; with the entry: whom to tell when the stack is touched.
+    pub(super) chain: Chain,
     site: *const Site,
     maximum: usize,
     /// Words that follow: from what the suspend saved to the first word of the base.
     words: u32,
+    pub(super) entry: u32,
     base_offset: u16,
     first_log: u8,
     maps: Maps,
     shrink: Shrink,
     growth: Growth,
     raw: bool,
+    /// In place only: its pages are without access, not guarded.
+    pub(super) forbidden: bool,
+}
+
+const _: () = assert!(size_of::<Frozen>() == 48);
+
+/// What links a block to others.
+#[derive(Clone, Copy)]
+pub(super) union Chain {
+    /// While the stack is frozen: the list to which its block goes when it is touched.
+    pub told: *const Touched,
+    /// On the list: the next block.
+    pub next: *mut Frozen,
 }
 
 impl Frozen {
@@ -70,6 +85,17 @@ impl Frozen {
     /// Bytes of the block.
     pub(crate) fn bytes(&self) -> usize {
         size_of::<Self>() + self.words as usize * WORD
+    }
+
+    /// Words of the stack that are in the block.
+    pub(super) fn words(&self) -> usize {
+        self.words as usize
+    }
+
+    /// Says whom to tell when the stack, frozen in place, is touched.
+    pub(crate) fn tell(&mut self, told: Told) {
+        self.chain = Chain { told: told.list };
+        self.entry = told.entry;
     }
 
     /// The record, if it is kept as a whole.
@@ -126,16 +152,26 @@ pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Optio
     match block(handle) {
         // SAFETY: a block without a slot is the coroutine's as long as the handle says so.
         Some(block) => Some(look(unsafe { block.as_ref() })),
-        None => in_place::peek(handle.base, look),
+        None => in_place::peek(handle.base, |frozen| look(frozen)),
+    }
+}
+
+/// Says whom to tell when the stack is touched, if it is frozen in place.
+///
+/// # Safety
+/// The list lives as long as it is frozen.
+pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
+    if handle.sp & switch::FROZEN != 0 && block(handle).is_none() {
+        in_place::peek(handle.base, |frozen| frozen.tell(told));
     }
 }
 
 /// Puts a suspended coroutine into a block, and gives its slot or its pages back. `false` if it must stay as it is: it
-/// never ran, is pinned, a frame cannot be moved, or the system lacks something for it.
+/// never ran, is pinned, or a frame cannot be moved.
 ///
 /// # Safety
-/// The handle is that of a suspended coroutine, not marked.
-pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
+/// The handle is that of a suspended coroutine, not marked; the list in `told` lives as long as it is frozen.
+pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
     // SAFETY: by the caller's word.
     unsafe {
         let record = (*handle.base).record();
@@ -143,7 +179,7 @@ pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
             return Ok(false);
         }
         if (*record).growth == Growth::InPlace {
-            return in_place::freeze(handle);
+            return in_place::freeze(handle, told);
         }
         let lowest = handle.sp - SAVED;
         let count = (handle.base as usize - lowest) / WORD + 1;
@@ -270,16 +306,18 @@ impl Frozen {
             let more = (*record).tidy || (*record).open != (*record).first_open;
             Self {
                 record: more.then(|| Box::new(record.cast::<MaybeUninit<Record>>().read())),
-                next: ptr::null_mut(),
+                chain: Chain { next: ptr::null_mut() },
                 site: (*record).site,
                 maximum: (*record).maximum,
                 words: words as u32,
+                entry: 0,
                 base_offset: (*record).base_offset,
                 first_log: (*record).first_log,
                 maps: (*record).maps,
                 shrink: (*record).watch.policy(),
                 growth: (*record).growth,
                 raw: (*record).raw,
+                forbidden: false,
             }
         }
     }

@@ -1,25 +1,48 @@
 //! Freezing a stack that stays where it is: its pages go back to the kernel, its slot and address remain its own.
 //!
 //! Any code may hold pointers into such a stack, on any thread, and use them at any time. So a frozen stack is guarded, and
-//! whoever touches it faults, and the handler thaws it. No access falls between two steps: around each change the pages
-//! are without access, and their bytes are read and written through `/proc/self/mem`, which asks for none.
+//! whoever touches it faults, and the handler thaws it. No access falls between two steps. In a process with one thread
+//! there is nobody who could make one:
 //!
 //! ```text
 //!             meta.frozen    pages
+//!  suspended  0              accessible
+//!             BUSY           accessible       freeze: bytes read          thaw: bytes written
+//!             BUSY           │ memory given   │                           ▲
+//!  frozen     the block      ▼ back, guard    ▼                           │ guard removed
+//! ```
+//!
+//! With other threads the pages are without access around each change, and their bytes are read and written through
+//! `/proc/self/mem`, which asks for none:
+//!
+//! ```text
 //!  suspended  0              accessible
 //!             BUSY           no access        freeze: bytes read          thaw: bytes written
 //!             BUSY           guard, no access │ memory given back         ▲ guard removed
 //!  frozen     the block      guard            ▼                           │
 //! ```
 //!
-//! Whoever faults while it is `BUSY` waits. The handler does not free blocks: it hangs them on a list.
+//! That costs four times as much, nearly all of it in `mprotect`, which cuts the pages out of their mapping and puts them in
+//! again, twice. It cannot be left out: `MADV_GUARD_INSTALL` on a page in use first frees it and then guards it, and
+//! removing a guard leaves a page of zeros; a thread that comes between would read zeros, or write what is lost. Nor is
+//! there another way to take a page from all threads at once: moving it (`mremap`) leaves a hole that any `mmap` may fill,
+//! or (`MREMAP_DONTUNMAP`, `UFFDIO_MOVE`) a page of zeros again; `UFFDIO_WRITEPROTECT` stops writers only.
+//!
+//! The first [`FEW`] that are frozen among threads stay without access instead, which saves half of that for two mappings
+//! each; so do all where guards cannot be installed without access (before Linux 6.15, or with guards by page protection).
+//!
+//! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
+//! are blocked, and it has room on its stack. The handler does not free blocks: it hangs them on a list.
 
 use core::cell::Cell;
+use core::ffi::c_int;
 use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicUsize, Ordering};
 
+use super::alone::{alone, look_for_flag};
 use super::freeze::{Frozen, SAVED};
+use super::touched::{TOUCHED, Told, Touched};
 use crate::error::Error;
 use crate::report;
 use crate::stack::class::PAGE;
@@ -30,62 +53,55 @@ use crate::switch::{self, Base, Handle};
 /// `Meta::frozen` of a slot that is being frozen or thawed.
 const BUSY: usize = 1;
 
+/// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.
+const FEW: usize = 1000;
+
+/// How many are.
+static FORBIDDEN: AtomicUsize = AtomicUsize::new(0);
+
 /// How often a stack was frozen or thawed.
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
-
-/// Blocks of stacks that the handler has thawed.
-static THAWED: AtomicPtr<Frozen> = AtomicPtr::new(ptr::null_mut());
 
 thread_local! {
     /// Address and [`CHANGES`] at this thread's latest fault that had no reason any more.
     static MISSED: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
-/// Freezes a suspended coroutine that grows in place, and has run. `false` if the system lacks something for it.
+/// Freezes a suspended coroutine that grows in place, and has run. `false` if it uses stack that is not counted as its own.
+/// After an error nothing has changed.
 ///
 /// # Safety
-/// The handle is that of such a coroutine, not marked.
-pub(super) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
-    free_thawed();
+/// The handle is that of such a coroutine, not marked; the list in `told` lives as long as it is frozen.
+pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
+    TOUCHED.free();
+    look_for_flag();
     // SAFETY: by the caller's word; the block is nobody else's until it is in the slot's entry.
     unsafe {
         let record = (*handle.base).record();
-        let (Some(slot), Some(memory)) = (Record::slot(record), OwnMemory::open()) else { return Ok(false) };
-        if !guard::by_madvise() {
-            return Ok(false);
-        }
+        let Some(slot) = Record::slot(record) else { return Ok(false) };
         let lowest = handle.sp - SAVED;
+        if lowest < slot.end() - (*record).open {
+            return Ok(false); // suspended below the band of guards (src/stack/pages.rs)
+        }
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
-        let block = Frozen::allocate(words)?;
+        let mut block = Frozen::allocate(words)?;
         block.write(Frozen::of(record, words));
+        block.as_mut().tell(told);
 
         let meta = slot.meta();
-        let open = (*record).open;
-        let start = slot.end() - open;
-        meta.open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
-        meta.frozen.store(BUSY, Ordering::SeqCst);
-        CHANGES.fetch_add(1, Ordering::SeqCst);
-        let give_up = || {
-            meta.frozen.store(0, Ordering::Release);
+        meta.open_pages.store(((*record).open / PAGE) as u32, Ordering::Relaxed);
+        let outcome = undisturbed(|| {
+            meta.frozen.store(BUSY, Ordering::SeqCst);
+            CHANGES.fetch_add(1, Ordering::SeqCst);
+            let outcome = put_away(slot, lowest, block);
+            let frozen = if outcome.is_ok() { block.as_ptr() as usize } else { 0 };
+            meta.frozen.store(frozen, Ordering::Release);
+            outcome
+        });
+        if let Err(error) = outcome {
             Frozen::free(block);
-        };
-        guard::forbid(start, open).inspect_err(|_| give_up())?;
-        if !memory.read(lowest, Frozen::words_of(block).cast(), words * size_of::<usize>()) {
-            // The mapping becomes what it was: if the kernel lacks memory for that it is short of it for a moment.
-            while guard::allow(start, open).is_err() {
-                libc::sched_yield();
-            }
-            give_up();
-            return Ok(false);
+            return Err(error);
         }
-        // Part of it may be gone after an error: all is written back. If that fails it is frozen, without gain.
-        if guard::close(start, open).is_err() && restore(slot, block).is_ok() {
-            give_up();
-            return Ok(false);
-        }
-        // With access the guarded pages are one mapping with their neighbours. If this fails they are not.
-        let _ = guard::allow(start, open);
-        meta.frozen.store(block.as_ptr() as usize, Ordering::Release);
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
@@ -94,12 +110,12 @@ pub(super) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
 /// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.
 pub(super) fn thaw(handle: &mut Handle) -> Result<(), Error> {
     if let Some(slot) = Slot::containing(handle.base as usize)
-        && let Some(block) = thaw_slot(slot)?
+        && let Some(block) = undisturbed(|| thaw_slot(slot))?
     {
         // SAFETY: its stack is thawed: nobody knows of the block any more.
         unsafe { Frozen::free(block) };
     }
-    free_thawed();
+    TOUCHED.free();
     handle.sp &= !switch::FROZEN;
     Ok(())
 }
@@ -110,13 +126,15 @@ pub(super) fn is_frozen(base: *const Base) -> bool {
 }
 
 /// Lets `look` see the block of the stack with this base, if it is frozen.
-pub(super) fn peek<R>(base: *const Base, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
+pub(super) fn peek<R>(base: *const Base, look: impl FnOnce(&mut Frozen) -> R) -> Option<R> {
     let slot = Slot::containing(base as usize)?;
-    let block = take_block(slot)?;
-    // SAFETY: whoever has taken the block has it alone.
-    let seen = look(unsafe { block.as_ref() });
-    slot.meta().frozen.store(block.as_ptr() as usize, Ordering::Release);
-    Some(seen)
+    undisturbed(|| {
+        let mut block = take_block(slot)?;
+        // SAFETY: whoever has taken the block has it alone.
+        let seen = look(unsafe { block.as_mut() });
+        slot.meta().frozen.store(block.as_ptr() as usize, Ordering::Release);
+        Some(seen)
+    })
 }
 
 /// In the handler: true if the fault was at a frozen stack, which is thawed now.
@@ -126,7 +144,8 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     }
     match thaw_slot(slot) {
         Ok(None) => {}
-        Ok(Some(block)) => push_thawed(block),
+        // SAFETY: a block that was just taken, of a stack that was frozen until now.
+        Ok(Some(block)) => unsafe { Touched::leave(block) },
         Err(error) => report::cannot_thaw(slot, &error),
     }
     true
@@ -143,7 +162,12 @@ pub(super) fn thaw_at(address: usize) {
 
 /// True if the address is in the pages that were accessible when the slot's stack was frozen.
 fn was_open(slot: Slot, address: usize) -> bool {
-    address >= slot.end() - slot.meta().open_pages.load(Ordering::Relaxed) as usize * PAGE
+    address >= slot.end() - open_bytes(slot)
+}
+
+/// Bytes of the slot that were accessible when its stack was frozen.
+fn open_bytes(slot: Slot) -> usize {
+    slot.meta().open_pages.load(Ordering::Relaxed) as usize * PAGE
 }
 
 /// In the handler, of a fault that nothing explains: true if a stack was frozen or thawed since this thread last asked about
@@ -151,6 +175,35 @@ fn was_open(slot: Slot, address: usize) -> bool {
 pub(super) fn came_too_early(slot: Slot, address: usize) -> bool {
     let changes = CHANGES.load(Ordering::SeqCst);
     changes != 0 && was_open(slot, address) && MISSED.replace((address, changes)) != (address, changes)
+}
+
+/// Does something during which a slot is `BUSY`, outside the handler. Signals are blocked: a handler of the program's that
+/// touched the stack would wait for the thread that it interrupted. Those that tell of what this thread itself does are not,
+/// since its own stack may have to grow; but not now, when growing might have to wait for the same slot, so there is room.
+fn undisturbed<R>(work: impl FnOnce() -> R) -> R {
+    const OWN_DOING: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGTRAP, libc::SIGILL, libc::SIGFPE];
+    make_room();
+    // SAFETY: signal sets are plain data, and the mask becomes what it was.
+    unsafe {
+        let mut mask = MaybeUninit::uninit();
+        let mut before = MaybeUninit::uninit();
+        libc::sigfillset(mask.as_mut_ptr());
+        for signal in OWN_DOING {
+            libc::sigdelset(mask.as_mut_ptr(), signal);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, mask.as_ptr(), before.as_mut_ptr());
+        let result = work();
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
+        result
+    }
+}
+
+/// Touches the stack as far down as what is done undisturbed needs it.
+#[inline(never)]
+fn make_room() {
+    let mut room = MaybeUninit::<[u8; 4096]>::uninit();
+    // SAFETY: a local variable.
+    unsafe { room.as_mut_ptr().cast::<u8>().write_volatile(0) };
 }
 
 /// Takes the block of a frozen stack, whose entry then is `BUSY`. `None` if it is not frozen.
@@ -181,66 +234,108 @@ fn thaw_slot(slot: Slot) -> Result<Option<NonNull<Frozen>>, Error> {
     let Some(block) = take_block(slot) else { return Ok(None) };
     CHANGES.fetch_add(1, Ordering::SeqCst);
     // SAFETY: whoever has taken the block has block and stack alone.
-    let outcome = unsafe { restore(slot, block) };
+    let outcome = unsafe { bring_back(slot, block) };
     let left = if outcome.is_ok() { 0 } else { block.as_ptr() as usize };
     slot.meta().frozen.store(left, Ordering::Release);
     outcome.map(|()| Some(block))
 }
 
+/// Copies a stack from `lowest` on into its block, gives its pages back and guards them. After an error nothing has changed.
+///
+/// # Safety
+/// A suspended stack, `BUSY` by the caller; the block is for it, its head initialised.
+unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Result<(), Error> {
+    let open = open_bytes(slot);
+    let start = slot.end() - open;
+    // SAFETY: by the caller's word nobody else uses the stack, but for those that have no access to it, or do not exist.
+    unsafe {
+        let words = Frozen::words_of(block);
+        let frozen = block.as_mut();
+        if alone() {
+            ptr::copy_nonoverlapping(lowest as *const usize, words, frozen.words());
+            if !guard::by_madvise() {
+                set_forbidden(frozen, true);
+            }
+            // Part of it may be gone after an error. If it cannot be brought back it is frozen, without gain.
+            return match guard::close(start, open) {
+                Err(error) if bring_back(slot, block).is_ok() => Err(error),
+                _ => Ok(()),
+            };
+        }
+        let memory = OwnMemory::open()?;
+        guard::forbid(start, open)?;
+        if let Err(error) = memory.read(lowest, words.cast(), frozen.words() * size_of::<usize>()) {
+            // The mapping becomes what it was: if the kernel lacks memory for that it is short of it for a moment.
+            while guard::allow(start, open).is_err() {
+                libc::sched_yield();
+            }
+            return Err(error);
+        }
+        let guarded = guard::by_madvise()
+            && FORBIDDEN.load(Ordering::Relaxed) >= FEW
+            && guard::close(start, open).is_ok()
+            // With access they are one mapping with their neighbours.
+            && guard::allow(start, open).is_ok();
+        if !guarded {
+            guard::discard(start, open);
+            set_forbidden(frozen, true);
+        }
+        Ok(())
+    }
+}
+
 /// Writes a stack back from its block and makes it accessible. After an error nothing of it is accessible.
 ///
 /// # Safety
-/// The slot's stack was frozen into this block, and is `BUSY` by the caller.
-unsafe fn restore(slot: Slot, block: NonNull<Frozen>) -> Result<(), Error> {
-    let open = slot.meta().open_pages.load(Ordering::Relaxed) as usize * PAGE;
+/// The slot's stack was put away into this block, and is `BUSY` by the caller.
+unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error> {
+    let open = open_bytes(slot);
     let start = slot.end() - open;
-    let no_memory = |bytes| Error::Memory {
-        doing: "thawing a coroutine",
-        bytes,
-        source: std::io::Error::from_raw_os_error(libc::ENOMEM),
-    };
-    // SAFETY: by the caller's word; nobody has access to these pages until the last line.
+    // SAFETY: by the caller's word nobody else uses the stack, but for those that have no access to it, or do not exist.
     unsafe {
-        let memory = OwnMemory::open().ok_or_else(|| no_memory(open))?;
+        let words = Frozen::words_of(block);
+        let frozen = block.as_mut();
+        if alone() {
+            remove_guard(start, open)?;
+            if frozen.forbidden {
+                guard::allow(start, open)?;
+                set_forbidden(frozen, false);
+            }
+            let (lowest, bytes) = frozen.place_in_place(slot, open, Record::at(slot.end()));
+            ptr::copy_nonoverlapping(words.cast::<u8>(), lowest as *mut u8, bytes);
+            return Ok(());
+        }
+        let memory = OwnMemory::open()?;
+        if !frozen.forbidden {
+            guard::forbid(start, open)?;
+            set_forbidden(frozen, true);
+        }
+        remove_guard(start, open)?;
         let mut record = MaybeUninit::<Record>::zeroed();
-        let (lowest, bytes) = block.as_ref().place_in_place(slot, open, record.as_mut_ptr());
-        guard::forbid(start, open)?;
-        guard::open(start, open)?;
-        let at = Record::at(slot.end()) as usize;
-        let written = memory.write(lowest, Frozen::words_of(block).cast(), bytes)
-            && memory.write(at, record.as_ptr().cast(), size_of::<Record>());
-        if !written {
-            let _ = guard::close(start, open);
-            let _ = guard::allow(start, open);
-            return Err(no_memory(open));
-        }
-        guard::allow(start, open)
+        let (lowest, bytes) = frozen.place_in_place(slot, open, record.as_mut_ptr());
+        memory.write(lowest, words.cast(), bytes)?;
+        memory.write(Record::at(slot.end()) as usize, record.as_ptr().cast(), size_of::<Record>())?;
+        guard::allow(start, open)?;
+        set_forbidden(frozen, false);
+        Ok(())
     }
 }
 
-fn push_thawed(block: NonNull<Frozen>) {
-    let mut head = THAWED.load(Ordering::Relaxed);
-    loop {
-        // SAFETY: the block is this thread's until it is on the list.
-        unsafe { (*block.as_ptr()).next = head };
-        match THAWED.compare_exchange_weak(head, block.as_ptr(), Ordering::Release, Ordering::Relaxed) {
-            Ok(_) => return,
-            Err(seen) => head = seen,
-        }
+/// Notes whether the pages of a stack are without access; counts those that are.
+fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
+    frozen.forbidden = forbidden;
+    if forbidden {
+        FORBIDDEN.fetch_add(1, Ordering::Relaxed);
+    } else {
+        FORBIDDEN.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Frees the blocks of stacks that the handler has thawed.
-fn free_thawed() {
-    if THAWED.load(Ordering::Relaxed).is_null() {
-        return;
-    }
-    let mut next = THAWED.swap(ptr::null_mut(), Ordering::Acquire);
-    while let Some(block) = NonNull::new(next) {
-        // SAFETY: the list, taken whole, is this thread's.
-        unsafe {
-            next = block.as_ref().next;
-            Frozen::free(block);
-        }
-    }
+/// Removes guard markers, if that is what guards are, and leaves the protection.
+///
+/// # Safety
+/// As for [`guard::open`].
+unsafe fn remove_guard(start: usize, bytes: usize) -> Result<(), Error> {
+    // SAFETY: by the caller's word.
+    if guard::by_madvise() { unsafe { guard::open(start, bytes) } } else { Ok(()) }
 }

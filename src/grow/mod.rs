@@ -6,6 +6,7 @@
 //! 3. Of an old slot nothing is accessible.
 //! 4. A stack moves only at a growth point, and only if its owner allowed it.
 
+mod alone;
 mod context;
 mod fault;
 mod freeze;
@@ -18,18 +19,20 @@ mod reserve;
 mod rewrite;
 mod scratch;
 mod shrink;
+mod touched;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
-pub(crate) use freeze::{Frozen, freeze, is_frozen, peek, thaw};
+pub(crate) use freeze::{Frozen, freeze, is_frozen, peek, tell, thaw};
 pub use obey::Maps;
 pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};
 pub use reserve::reserve;
 pub use shrink::Shrink;
 pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
+pub(crate) use touched::{Told, Touched};
 #[cfg(feature = "torture")]
 pub(crate) use {context::PLACE, point::probe_loop_end};
 

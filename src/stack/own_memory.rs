@@ -6,6 +6,9 @@
 
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicU64, Ordering};
+use std::io;
+
+use crate::error::Error;
 
 /// The open file: process id, descriptor, and bits of the inode's number. 0: not opened yet.
 static FILE: AtomicU64 = AtomicU64::new(0);
@@ -17,48 +20,49 @@ const DESCRIPTOR_BITS: u32 = 20;
 pub(crate) struct OwnMemory(c_int);
 
 impl OwnMemory {
-    /// `None` where there is no such file, or it may not be opened.
-    pub(crate) fn open() -> Option<Self> {
+    /// An error where there is no such file, or it may not be opened.
+    pub(crate) fn open() -> Result<Self, Error> {
         let known = FILE.load(Ordering::Acquire);
         if known != 0 && describe(descriptor(known)) == Some(known) {
-            return Some(Self(descriptor(known)));
+            return Ok(Self(descriptor(known)));
         }
         // SAFETY: a constant path; the descriptor is ours until it is published.
         unsafe {
             let file = libc::open(c"/proc/self/mem".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
             if file < 0 {
-                return None;
+                return Err(failed());
             }
             let new = describe(file);
             let published = new.is_some_and(|new| {
                 FILE.compare_exchange(known, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
             });
             if published {
-                return Some(Self(file));
+                return Ok(Self(file));
             }
             libc::close(file);
         }
         // Another thread was faster; or the descriptor is too large to be kept, then it still is `known`.
         let other = FILE.load(Ordering::Acquire);
-        (other != known).then(|| Self(descriptor(other)))
+        let too_large = || Error::OwnMemory { source: io::Error::from_raw_os_error(libc::EMFILE) };
+        (other != known).then(|| Self(descriptor(other))).ok_or_else(too_large)
     }
 
-    /// Reads `bytes` at the address `from`, with or without access to it. False if it could not read all.
+    /// Reads `bytes` at the address `from`, with or without access to it. An error if it could not read all.
     ///
     /// # Safety
     /// `to` is valid for writes of `bytes`.
-    pub(crate) unsafe fn read(&self, from: usize, to: *mut u8, bytes: usize) -> bool {
+    pub(crate) unsafe fn read(&self, from: usize, to: *mut u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: by the caller's word.
         all(bytes, |done| unsafe {
             libc::pread(self.0, to.add(done).cast(), bytes - done, (from + done) as libc::off_t)
         })
     }
 
-    /// Writes `bytes` to the address `to`, with or without access to it. False if it could not write all.
+    /// Writes `bytes` to the address `to`, with or without access to it. An error if it could not write all.
     ///
     /// # Safety
     /// `from` is valid for reads of `bytes`; what is at `to` is the caller's to change.
-    pub(crate) unsafe fn write(&self, to: usize, from: *const u8, bytes: usize) -> bool {
+    pub(crate) unsafe fn write(&self, to: usize, from: *const u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: by the caller's word.
         all(bytes, |done| unsafe {
             libc::pwrite(self.0, from.add(done).cast(), bytes - done, (to + done) as libc::off_t)
@@ -67,17 +71,21 @@ impl OwnMemory {
 }
 
 /// Repeats a transfer until all bytes are through.
-fn all(bytes: usize, mut transfer: impl FnMut(usize) -> isize) -> bool {
+fn all(bytes: usize, mut transfer: impl FnMut(usize) -> isize) -> Result<(), Error> {
     let mut done = 0;
     while done < bytes {
         match transfer(done) {
             moved @ 1.. => done += moved as usize,
             // SAFETY: errno is this thread's.
             -1 if unsafe { *libc::__errno_location() } == libc::EINTR => {}
-            _ => return false,
+            _ => return Err(failed()),
         }
     }
-    true
+    Ok(())
+}
+
+fn failed() -> Error {
+    Error::OwnMemory { source: io::Error::last_os_error() }
 }
 
 const fn descriptor(file: u64) -> c_int {

@@ -6,7 +6,6 @@ use std::fmt;
 use std::hint::black_box;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 
 use regrow::{Builder, Yielder, current_stats};
 
@@ -20,28 +19,6 @@ pub fn relocating() -> Builder {
 /// A builder for each way of growing.
 pub fn both_ways() -> [Builder; 2] {
     [relocating(), Builder::new().learn(false).maximum(64 << 20)]
-}
-
-/// Whether this system has what freezing a stack that stays takes; says so if it has not.
-pub fn freezes_in_place() -> bool {
-    static CAN: OnceLock<bool> = OnceLock::new();
-    *CAN.get_or_init(|| {
-        let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
-        coroutine.resume(());
-        let can = coroutine.freeze().is_ok_and(|frozen| frozen);
-        if !can {
-            println!(
-                "skipped for stacks that grow in place: freezing them takes Linux 6.15 and /proc/self/mem"
-            );
-        }
-        can
-    })
-}
-
-/// As [`both_ways`], without what cannot be frozen here.
-pub fn both_that_freeze() -> Vec<Builder> {
-    let [moving, staying] = both_ways();
-    if freezes_in_place() { vec![moving, staying] } else { vec![moving] }
 }
 
 /// Runs `f` in a coroutine of its own, to its end.
