@@ -16,12 +16,40 @@ use crate::switch::{self, Entry, Handle};
 /// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
 ///
 /// So much address space is reserved for each such coroutine; page tables for it take 560 bytes.
+///
+/// ```
+/// use regrow::{Coroutine, DEFAULT_MAXIMUM_IN_PLACE, Error, Yielder, reserve};
+/// let mut coroutine = Coroutine::new(|_: &Yielder<(), ()>, ()| reserve(2 * DEFAULT_MAXIMUM_IN_PLACE));
+/// let error = coroutine.resume(()).returned().unwrap().unwrap_err();
+/// assert!(matches!(error, Error::Room { maximum: DEFAULT_MAXIMUM_IN_PLACE, .. }), "{error}");
+/// ```
 pub const DEFAULT_MAXIMUM_IN_PLACE: usize = 256 << 10;
 
 /// The largest size of a stack that moves, unless the builder says otherwise: 256 MiB.
+///
+/// ```
+/// use regrow::{Builder, DEFAULT_MAXIMUM_RELOCATE, Error, Yielder, reserve};
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|_: &Yielder<(), ()>, ()| reserve(2 * DEFAULT_MAXIMUM_RELOCATE));
+/// let error = coroutine.resume(()).returned().unwrap().unwrap_err();
+/// assert!(matches!(error, Error::Room { maximum: DEFAULT_MAXIMUM_RELOCATE, .. }), "{error}");
+/// ```
 pub const DEFAULT_MAXIMUM_RELOCATE: usize = 256 << 20;
 
 /// What [`Builder::spawn_raw`] starts: gets the yielder and the first value, returns the last.
+///
+/// ```
+/// use regrow::{Builder, RawFunction, Yielder};
+/// unsafe extern "C" fn doubles(_: &Yielder<usize, usize>, argument: usize) -> usize {
+///     argument * 2
+/// }
+/// let compiled: RawFunction = doubles;
+/// // SAFETY: it does not unwind, and is not dropped while it is suspended.
+/// let mut coroutine = unsafe { Builder::new().spawn_raw(compiled)? };
+/// assert_eq!(coroutine.resume(21).returned(), Some(42));
+/// # Ok::<(), regrow::Error>(())
+/// ```
 pub type RawFunction = unsafe extern "C" fn(yielder: &Yielder<usize, usize>, argument: usize) -> usize;
 
 /// Makes coroutines with other than the default properties.
@@ -58,8 +86,9 @@ impl Builder {
     /// A first size of 2 KiB, growth in place, no name.
     ///
     /// ```
-    /// let builder = regrow::Builder::new();
-    /// # let _ = builder;
+    /// use regrow::{Builder, Growth, Yielder};
+    /// let coroutine = Builder::new().spawn(|_: &Yielder<(), ()>, ()| ());
+    /// assert_eq!((coroutine.stats().size, coroutine.growth(), coroutine.name()), (2048, Growth::InPlace, None));
     /// ```
     #[must_use]
     pub const fn new() -> Self {
@@ -93,8 +122,10 @@ impl Builder {
     /// By default [`DEFAULT_MAXIMUM_IN_PLACE`] or [`DEFAULT_MAXIMUM_RELOCATE`], or the first size if that is larger.
     ///
     /// ```
-    /// let builder = regrow::Builder::new().maximum(64 << 20);
-    /// # let _ = builder;
+    /// use regrow::{Builder, Error, Yielder, reserve};
+    /// let builder = Builder::new().maximum(64 << 20);
+    /// let mut coroutine = builder.spawn(|_: &Yielder<(), ()>, ()| reserve(100 << 20));
+    /// assert!(matches!(coroutine.resume(()).returned(), Some(Err(Error::Room { maximum: 0x400_0000, .. }))));
     /// ```
     #[must_use]
     pub const fn maximum(mut self, bytes: usize) -> Self {
@@ -137,10 +168,20 @@ impl Builder {
     /// no stack map speaks for are judged by their value.
     ///
     /// ```
-    /// use regrow::{Builder, Maps};
+    /// use regrow::{Builder, Maps, Yielder, current_stats};
+    /// # #[inline(never)]
+    /// # fn deeper() {
+    /// #     std::hint::black_box([0u8; 10_000]);
+    /// # }
     /// // SAFETY: the code started from this builder keeps nothing outside its stack.
     /// let builder = unsafe { Builder::new().relocating() }.maps(Maps::Precise);
-    /// # let _ = builder;
+    /// let mut coroutine = builder.spawn(|_: &Yielder<(), ()>, ()| {
+    ///     deeper();
+    ///     current_stats().unwrap()
+    /// });
+    /// // Nobody has recorded the pointers of this code: its stack grows, but in place.
+    /// let stats = coroutine.resume(()).returned().unwrap();
+    /// assert!(stats.growths > 0 && stats.bytes_copied == 0);
     /// ```
     #[must_use]
     pub const fn maps(mut self, maps: Maps) -> Self {
@@ -152,8 +193,21 @@ impl Builder {
     /// than the first size. By default they do. [`spawn_sites`](crate::spawn_sites) reads what was learned.
     ///
     /// ```
-    /// let builder = regrow::Builder::new().learn(false);
-    /// # let _ = builder;
+    /// use regrow::{Builder, Yielder};
+    /// # #[inline(never)]
+    /// # fn deeper() {
+    /// #     std::hint::black_box([0u8; 10_000]);
+    /// # }
+    /// let first_sizes = |builder: Builder| {
+    ///     [(); 3].map(|()| {
+    ///         let mut coroutine = builder.spawn(|_: &Yielder<(), ()>, ()| deeper()); // 10,000 bytes
+    ///         let first_size = coroutine.stats().size;
+    ///         coroutine.resume(());
+    ///         first_size
+    ///     })
+    /// };
+    /// assert_eq!(first_sizes(Builder::new().learn(false)), [2048; 3]);
+    /// assert!(first_sizes(Builder::new())[2] > 10_000);
     /// ```
     #[must_use]
     pub const fn learn(mut self, learn: bool) -> Self {

@@ -73,6 +73,16 @@ pub struct Frames {
 }
 
 /// Where in its life a coroutine is.
+///
+/// ```
+/// use regrow::frames::State;
+/// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// assert_eq!(coroutine.frames().state, State::NotStarted);
+/// coroutine.resume(());
+/// assert_eq!(coroutine.frames().state, State::Suspended);
+/// coroutine.resume(());
+/// assert_eq!(coroutine.frames().state, State::Finished);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum State {
     /// It was never resumed: its stack is empty.
@@ -86,6 +96,24 @@ pub enum State {
 }
 
 /// One frame.
+///
+/// ```
+/// use regrow::frames::Frame;
+/// # use regrow::{Coroutine, Yielder};
+/// # #[inline(never)]
+/// # fn reads(yielder: &Yielder<(), ()>) {
+/// #     let buffer = std::hint::black_box([0u8; 1000]);
+/// #     yielder.suspend(());
+/// #     std::hint::black_box(buffer);
+/// # }
+/// # let mut coroutine = Coroutine::new(|yielder: &Yielder<(), ()>, ()| reads(yielder));
+/// # coroutine.resume(());
+/// // Suspended in `reads`, which has a buffer of 1000 bytes.
+/// let frames = coroutine.frames();
+/// let largest: &Frame = frames.frames.iter().max_by_key(|frame| frame.size).unwrap();
+/// assert!(largest.size > 1000 && largest.depth <= frames.used);
+/// assert!(largest.function().is_some_and(|function| function.name.ends_with("reads")));
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Frame {
@@ -107,6 +135,22 @@ pub struct Frame {
 }
 
 /// A function, and where in it.
+///
+/// ```
+/// use regrow::frames::Function;
+/// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// coroutine.resume(());
+/// // The name, where it is in the source if that is known, and what was inlined into it.
+/// for frame in coroutine.frames().frames {
+///     let mut functions = frame.functions.iter().rev().map(Function::to_string);
+///     println!("{}", functions.next().unwrap_or("?".to_owned()));
+///     functions.for_each(|inlined| println!("    inlined: {inlined}"));
+/// #   for function in &frame.functions {
+/// #       assert!(function.to_string().starts_with(&function.name));
+/// #       assert!(function.line.is_none_or(|line| line > 0));
+/// #   }
+/// }
+/// ```
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
 pub struct Function {
@@ -119,6 +163,25 @@ pub struct Function {
 }
 
 /// One word of a frame.
+///
+/// ```
+/// use regrow::frames::Cell;
+/// use regrow::map::{Verdict, Word};
+/// # use regrow::{Coroutine, Yielder};
+/// # let mut coroutine = Coroutine::new(|yielder: &Yielder<(), ()>, ()| {
+/// #     let number = std::hint::black_box(1);
+/// #     let references = [&number; 4];
+/// #     let references = std::hint::black_box(&references);
+/// #     yielder.suspend(());
+/// #     *references[0]
+/// # });
+/// # coroutine.resume(());
+/// // What a move would rewrite although no map says that it is a pointer.
+/// let by_value = |cell: &&Cell| cell.inside && cell.word == Word::Own(Verdict::Ambiguous);
+/// let frames = coroutine.frames();
+/// let count = frames.frames.iter().flat_map(|frame| &frame.cells).filter(by_value).count();
+/// assert!((4..=frames.words().ambiguous).contains(&count));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cell {
     /// Whose it is, and the verdict on it.
@@ -128,6 +191,17 @@ pub struct Cell {
 }
 
 /// How many words there are of each kind.
+///
+/// ```
+/// use regrow::frames::Words;
+/// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// coroutine.resume(());
+/// let frames = coroutine.frames();
+/// // Compilers' unwind tables know where registers and return addresses are, and nothing of the rest.
+/// let Words { pointers, ambiguous, return_addresses, .. } = frames.words();
+/// assert_eq!(return_addresses, frames.frames.len());
+/// assert!(ambiguous > pointers);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Words {
     /// Pointers, by their map.
@@ -144,8 +218,30 @@ pub struct Words {
     pub inside: usize,
 }
 
+/// Counts of parts are added up with `+`.
+///
+/// ```
+/// use regrow::frames::{Frame, Words};
+/// # let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// # coroutine.resume(());
+/// let frames = coroutine.frames();
+/// let (inner, outer) = frames.frames.split_at(frames.frames.len() / 2);
+/// let sum = |part: &[Frame]| part.iter().map(Frame::words).fold(Words::default(), |sum, words| sum + words);
+/// assert_eq!(sum(inner) + sum(outer), frames.words());
+/// ```
 impl Words {
     /// Counts `cells`.
+    ///
+    /// ```
+    /// use regrow::frames::{Cell, Words};
+    /// use regrow::map::{Verdict, Word};
+    /// let cells = [
+    ///     Cell { word: Word::Own(Verdict::Pointer), inside: true },
+    ///     Cell { word: Word::ReturnAddress, inside: false },
+    /// ];
+    /// let expected = Words { pointers: 1, return_addresses: 1, inside: 1, ..Words::default() };
+    /// assert_eq!(Words::of(&cells), expected);
+    /// ```
     #[must_use]
     pub fn of(cells: &[Cell]) -> Self {
         let mut words = Self::default();
@@ -193,20 +289,54 @@ impl Add for Words {
     }
 }
 
+/// ```
+/// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// coroutine.resume(());
+/// for frame in coroutine.frames().frames {
+///     let name = frame.function().map_or("?", |function| &function.name);
+///     println!("{name}: {} words, {} of them ambiguous", frame.words().total(), frame.words().ambiguous);
+/// #   assert_eq!(frame.words().total() * 8, frame.size);
+/// }
+/// ```
 impl Frame {
     /// The function whose frame it is. What was inlined into it lies in the same frame.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+    /// coroutine.resume(());
+    /// let frames = coroutine.frames();
+    /// // Whatever was inlined, the outermost frame is the one that every coroutine begins with.
+    /// let outermost = frames.frames.last().and_then(|frame| frame.function()).unwrap();
+    /// assert!(outermost.name.ends_with("entry"), "{outermost}");
+    /// ```
     #[must_use]
     pub fn function(&self) -> Option<&Function> {
         self.functions.last()
     }
 
     /// Its words, counted.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+    /// coroutine.resume(());
+    /// let frame = &coroutine.frames().frames[0];
+    /// assert_eq!(frame.words().total(), frame.size / 8);
+    /// assert_eq!(frame.words().return_addresses, 1);
+    /// ```
     #[must_use]
     pub fn words(&self) -> Words {
         Words::of(&self.cells)
     }
 }
 
+/// The frames lie end to end.
+///
+/// ```
+/// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// coroutine.resume(());
+/// let frames = coroutine.frames();
+/// assert_eq!(frames.frames.iter().map(|frame| frame.size).sum::<usize>(), frames.used);
+/// ```
 impl Frames {
     /// All words, counted.
     ///
@@ -436,6 +566,16 @@ impl fmt::Display for Frames {
     }
 }
 
+/// Printed, they are a table.
+///
+/// ```
+/// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
+/// coroutine.resume(());
+/// let frames = coroutine.frames();
+/// print!("{frames:#}"); // with inlined functions
+/// // A line above, the titles, a line for each frame, and the sums.
+/// assert_eq!(frames.to_string().lines().count(), frames.frames.len() + 3);
+/// ```
 impl Frames {
     fn write_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let frames = self.frames.iter().map(|frame| Line::of(frame, f.alternate()));

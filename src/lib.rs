@@ -18,26 +18,51 @@
 //! a few inlined instructions. A call too deep touches the guard: SIGSEGV, handled on a stack of
 //! the thread's own. What the handler does is the coroutine's [`Growth`]:
 //!
-//! - [`Growth::InPlace`], the default: it opens guard pages below, inside a window reserved for this stack.
-//!   Safe for any code. A builder's [`maximum`](Builder::maximum) sets the window.
+//! - [`Growth::InPlace`], the default: it opens guard pages below, inside a window of address space reserved for this
+//!   stack. Safe for any code. A builder's [`maximum`](Builder::maximum) sets the window; it is
+//!   [256 KiB](DEFAULT_MAXIMUM_IN_PLACE) otherwise.
 //! - [`Growth::Relocate`]: it copies the stack to a slot twice the size, rewrites every word in frames and
 //!   registers that pointed into the old one, and makes the old one inaccessible. Nothing needs to be
-//!   reserved. [`Builder::relocating`] is unsafe: it takes a promise that
+//!   reserved for the [maximum](DEFAULT_MAXIMUM_RELOCATE). [`Builder::relocating`] is unsafe: it takes a promise that
 //!   nothing outside the stack points into it.
 //!
 //! Then the interrupted instruction runs again and never knows. When the coroutine ends its slot is reused by
-//! the next one on the same thread.
+//! the next one on the same thread; [`trim`] gives what is kept for that back to the kernel.
+//!
+//! # What it takes from the process
+//!
+//! The first coroutine installs a handler for SIGSEGV and SIGBUS, once; the first of each thread replaces the thread's alternate
+//! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. The first coroutine
+//! that may move reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]).
 //!
 //! # When something goes wrong
 //!
 //! [`Error`] says what to do when a coroutine cannot be created. A stack at its maximum, and a pointer to where
 //! a stack no longer is, end the process with a report on standard error. Any other fault goes to
-//! the handler that was there before.
+//! the handler that was there before. A panic comes out of [`resume`](Coroutine::resume).
+//!
+//! # Where to look
+//!
+//! | for | see |
+//! | --- | --- |
+//! | sizes, names, the way to grow | [`Builder`] |
+//! | what a stack did, and why it did not move | [`Stats`], [`totals`], [`Coroutine::last_not_moved`], [`not_moved`] |
+//! | code that must not be moved, or must not fault | [`pin()`], [`pin_code`], [`reserve`] |
+//! | many parked coroutines | [`Coroutine::freeze`], [`Pool`] |
+//! | the frames of a suspended coroutine | [`frames`]; files and lines with the feature `backtrace` |
+//! | compilers and hand-written assembly | [`map`]; Cranelift's maps with the feature `cranelift` |
+//! | does my code keep the promise? | the module `torture`, with the feature of that name |
+//!
+//! No feature is on by default.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!(
     "regrow is for x86-64 Linux: its switch, its fault handler and its guard pages are made for that"
 );
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
 
 mod builder;
 mod coroutine;

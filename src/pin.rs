@@ -105,6 +105,18 @@ static CODE: [[AtomicUsize; 2]; MOST_CODE] =
 static CODE_USED: AtomicUsize = AtomicUsize::new(0);
 
 /// While it lives, no stack moves that has a frame of some code on it; see [`pin_code`].
+///
+/// ```
+/// use regrow::PinnedCode;
+/// /// A C library that keeps pointers to its locals in its own structures; loaded, and pinned.
+/// struct Library {
+///     code: PinnedCode,
+/// }
+/// # let start = regrow::pin_code as *const () as usize;
+/// # let range = start..start + 64;
+/// let library = Library { code: regrow::pin_code(range).expect("fewer than 64 ranges are pinned") };
+/// # drop(library);
+/// ```
 #[must_use = "the code is pinned while this value lives"]
 #[derive(Debug)]
 pub struct PinnedCode(Vec<usize>);

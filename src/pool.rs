@@ -20,6 +20,15 @@ use crate::error::Error;
 use crate::grow::{Told, Touched};
 
 /// A coroutine in a [`Pool`]. It stays the same until the coroutine has ended or was removed, and is not used again.
+///
+/// ```
+/// use regrow::{Coroutine, Pool};
+/// let mut pool = Pool::<(), (), u32>::new(1 << 20);
+/// let [one, two] = [1, 2].map(|number| pool.insert(Coroutine::new(move |_, ()| number)));
+/// assert_ne!(one, two);
+/// assert_eq!(pool.resume(two, ()).unwrap().returned(), Some(2));
+/// assert!(pool.get(two).is_none() && pool.get(one).is_some());
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Key {
     index: u32,
@@ -27,6 +36,14 @@ pub struct Key {
 }
 
 /// What a [`Pool`] holds; see [`Pool::stats`].
+///
+/// ```
+/// use regrow::{Coroutine, Pool, PoolStats};
+/// let mut pool = Pool::<(), (), ()>::new(1 << 20);
+/// pool.insert(Coroutine::new(|_, ()| ()));
+/// let PoolStats { live, live_bytes, frozen, .. } = pool.stats();
+/// assert_eq!((live, live_bytes, frozen), (1, 4096, 0));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PoolStats {
     /// How many coroutines have a stack.

@@ -132,6 +132,21 @@ pub(crate) unsafe fn used_by_scout(record: *const Record) -> usize {
 }
 
 /// What a spawn site has learned; see [`spawn_sites`].
+///
+/// ```
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+///
+/// use regrow::{Coroutine, SpawnSite, Yielder};
+/// for _ in 0..10 {
+///     Coroutine::new(|_: &Yielder<(), ()>, ()| deeper()).resume(()); // 10,000 bytes
+/// }
+/// let sites: Vec<SpawnSite> = regrow::spawn_sites();
+/// assert_eq!(sites.len(), 1);
+/// assert!(sites[0].first_size > 10_000);
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SpawnSite {
     /// The type of the coroutines' closure, which says where it is written.

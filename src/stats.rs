@@ -3,6 +3,15 @@
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// What happens when a stack runs into its guard page.
+///
+/// ```
+/// use regrow::{Builder, Growth, Yielder};
+/// let coroutine = Builder::new().spawn(|_: &Yielder<(), ()>, ()| ());
+/// assert_eq!(coroutine.growth(), Growth::InPlace);
+/// // SAFETY: nothing is kept outside the stack.
+/// let coroutine = unsafe { Builder::new().relocating() }.spawn(|_: &Yielder<(), ()>, ()| ());
+/// assert_eq!(coroutine.growth(), Growth::Relocate);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[repr(u8)]
 pub enum Growth {
@@ -13,6 +22,23 @@ pub enum Growth {
 }
 
 /// One growth of one stack.
+///
+/// ```
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+///
+/// use regrow::{Coroutine, LastGrowth, Yielder};
+/// let mut coroutine = Coroutine::new(|yielder: &Yielder<(), ()>, ()| {
+///     deeper(); // 10,000 bytes
+///     yielder.suspend(());
+/// });
+/// coroutine.resume(());
+/// let LastGrowth { from, to, bytes, .. } = coroutine.stats().last.unwrap();
+/// assert!(from < to && to > 10_000);
+/// assert_eq!(bytes, 0); // it grew in place
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LastGrowth {
     /// Size before, in bytes.
@@ -96,6 +122,18 @@ impl WordsByMap {
 }
 
 /// Counters of the process since it started; see [`totals`].
+///
+/// ```
+/// use regrow::{Coroutine, Totals, Yielder, totals};
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+/// Coroutine::new(|_: &Yielder<(), ()>, ()| deeper()).resume(()); // 10,000 bytes
+/// let Totals { moves, in_place, highest, .. } = totals();
+/// println!("{} growths, {moves} of them by moving; the largest stack has had {highest} bytes", moves + in_place);
+/// assert!(in_place > 0 && highest > 10_000);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Totals {
     /// Growths by moving.

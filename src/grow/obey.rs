@@ -24,6 +24,25 @@ use crate::pin;
 use crate::stats::WordsByMap;
 
 /// Which words of a stack that moves may be judged by their value; see [`Builder::maps`](crate::Builder::maps).
+///
+/// ```
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+///
+/// use regrow::{Builder, Maps, Reason, Yielder};
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { Builder::new().relocating() }.maps(Maps::Precise);
+/// let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
+///     deeper();
+///     yielder.suspend(());
+/// });
+/// coroutine.resume(());
+/// // rustc records no pointers: its frames do not move then, and their stack has grown in place.
+/// assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::Imprecise);
+/// assert!(coroutine.stats().growths > 0);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
 #[repr(u8)]
 pub enum Maps {

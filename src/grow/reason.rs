@@ -6,6 +6,24 @@ use crate::map;
 use crate::symbol;
 
 /// Why a stack whose growth is [`Growth::Relocate`](crate::Growth::Relocate) grew in place instead.
+///
+/// ```
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+/// use regrow::{Builder, Reason, Yielder, pin};
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
+///     let _pin = pin();
+///     deeper();
+///     yielder.suspend(());
+/// });
+/// coroutine.resume(());
+/// assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::Pinned);
+/// assert!(regrow::not_moved().any(|(reason, count)| reason == Reason::Pinned && count > 0));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[repr(u8)]
 #[non_exhaustive]
@@ -39,6 +57,25 @@ const REASONS: [Reason; 7] = [
 ];
 
 /// A time a stack did not move; see [`Coroutine::last_not_moved`](crate::Coroutine::last_not_moved).
+///
+/// ```
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+/// use regrow::{Builder, NotMoved, Yielder, pin};
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
+///     let _pin = pin();
+///     deeper();
+///     yielder.suspend(());
+/// });
+/// coroutine.resume(());
+/// let NotMoved { reason, frame } = coroutine.last_not_moved().unwrap();
+/// println!("grown in place at {frame:#x}: {reason:?}");
+/// # assert_eq!(reason, regrow::Reason::Pinned);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NotMoved {
     /// Why.

@@ -32,6 +32,30 @@ use super::NotMoved;
 use super::relocate::{self, Failure};
 
 /// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
+///
+/// ```
+/// # #[inline(never)]
+/// # fn deeper() {
+/// #     std::hint::black_box([0u8; 10_000]);
+/// # }
+///
+/// use regrow::{Builder, Shrink, Yielder};
+/// let size_after_a_spike = |policy| {
+///     let mut coroutine = Builder::new().learn(false).shrink(policy).spawn(|yielder: &Yielder<(), ()>, ()| {
+///         deeper();
+///         loop {
+///             yielder.suspend(());
+///         }
+///     });
+///     for _ in 0..10 {
+///         coroutine.resume(());
+///     }
+///     coroutine.stats().size
+/// };
+/// assert_eq!(size_after_a_spike(Shrink::Eager), 2048);
+/// assert!(size_after_a_spike(Shrink::Default) > 10_000); // not yet
+/// assert!(size_after_a_spike(Shrink::Off) > 10_000);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
 #[repr(u8)]
 pub enum Shrink {

@@ -151,6 +151,34 @@ pub fn configure(flags: &mut impl Configurable) -> SetResult<()> {
 }
 
 /// Why there are no [`maps`].
+///
+/// ```
+/// # use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
+/// # use cranelift_codegen::{Context, isa, settings};
+/// # use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+/// use regrow::map::{self, Verdict, cranelift};
+/// # let mut flags = settings::builder();
+/// # cranelift::configure(&mut flags)?;
+/// # let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
+/// # let signature = Signature::new(isa::CallConv::SystemV);
+/// # let mut function = Function::with_name_signature(UserFuncName::default(), signature);
+/// # let mut contexts = FunctionBuilderContext::new();
+/// # let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
+/// # let block = builder.create_block();
+/// # builder.switch_to_block(block);
+/// # builder.seal_block(block);
+/// # builder.ins().return_(&[]);
+/// # builder.finalize(isa.frontend_config());
+/// # let mut context = Context::for_function(function);
+/// # let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
+/// # let address = 0x7200_0000;
+/// // Code that was freed, and its registration forgotten; then other code at the same address.
+/// let forgotten = cranelift::register(code, &*isa, address, Verdict::Ambiguous)?;
+/// let error = cranelift::register(code, &*isa, address, Verdict::Ambiguous).unwrap_err();
+/// assert!(matches!(error, cranelift::Error::Refused(map::Error::Overlap { .. })), "{error}");
+/// # drop(forgotten);
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {

@@ -44,6 +44,13 @@ unsafe extern "C" {
 }
 
 /// What recording an object brought; part of a [`Report`].
+///
+/// ```
+/// use regrow::map::ObjectReport;
+/// let report = regrow::map::record_loaded_objects();
+/// let program: &ObjectReport = report.added.iter().find(|object| object.name.is_empty()).unwrap();
+/// assert!(program.functions > 0 && program.error.is_none());
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ObjectReport {
     /// Its path as the loader knows it; empty for the program itself.
@@ -123,18 +130,34 @@ pub struct Report {
 
 impl Report {
     /// Rows in all.
+    ///
+    /// ```
+    /// let report = regrow::map::record_loaded_objects();
+    /// assert!(report.rows() > report.added[0].rows); // there are libraries, too
+    /// ```
     #[must_use]
     pub fn rows(&self) -> usize {
         self.added.iter().map(|object| object.rows).sum()
     }
 
     /// Memory they take, in bytes.
+    ///
+    /// ```
+    /// let report = regrow::map::record_loaded_objects();
+    /// println!("{:.1} MB for the frames of the program and its libraries", report.bytes() as f64 / 1e6);
+    /// # assert!(report.bytes() > 0);
+    /// ```
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.added.iter().map(|object| object.bytes).sum()
     }
 
     /// How long it took.
+    ///
+    /// ```
+    /// let report = regrow::map::record_loaded_objects();
+    /// assert!(report.added.iter().all(|object| object.time <= report.time()));
+    /// ```
     #[must_use]
     pub fn time(&self) -> Duration {
         self.added.iter().map(|object| object.time).sum()

@@ -80,12 +80,24 @@ impl Register {
         [Self::RBX, Self::RBP, Self::R12, Self::R13, Self::R14, Self::R15];
 
     /// The register with this number, if it is a general one.
+    ///
+    /// ```
+    /// use regrow::map::Register;
+    /// assert_eq!(Register::from_dwarf(7), Some(Register::RSP));
+    /// assert_eq!(Register::from_dwarf(17), None); // xmm0
+    /// ```
     #[must_use]
     pub const fn from_dwarf(number: u16) -> Option<Self> {
         if number < 16 { Some(Self(number as u8)) } else { None }
     }
 
     /// Its number, 0 to 15.
+    ///
+    /// ```
+    /// use regrow::map::Register;
+    /// // The order in DWARF is rax, rdx, rcx, rbx; in instructions it is rax, rcx, rdx, rbx.
+    /// assert_eq!([Register::RAX, Register::RDX, Register::RCX].map(Register::dwarf), [0, 1, 2]);
+    /// ```
     #[must_use]
     pub const fn dwarf(self) -> u8 {
         self.0
@@ -159,6 +171,12 @@ impl Place {
     ///
     /// # Panics
     /// If `offset` is 64 MiB or more, either way.
+    ///
+    /// ```
+    /// use regrow::map::Place;
+    /// let return_address = Place::cfa(-8);
+    /// assert_eq!(return_address.to_string(), "[cfa-8]");
+    /// ```
     #[must_use]
     pub fn cfa(offset: i32) -> Self {
         Self::checked(None, offset.into()).expect("an offset within 64 MiB")
@@ -168,6 +186,11 @@ impl Place {
     ///
     /// # Panics
     /// As [`cfa`](Self::cfa).
+    ///
+    /// ```
+    /// use regrow::map::{Place, Register};
+    /// assert_eq!(Place::at(Register::RBP, -24).to_string(), "[rbp-24]");
+    /// ```
     #[must_use]
     pub fn at(register: Register, offset: i32) -> Self {
         Self::checked(Some(register), offset.into()).expect("an offset within 64 MiB")
@@ -253,12 +276,23 @@ pub enum Cfa {
 
 impl Cfa {
     /// `rsp + offset`.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Rules, Register};
+    /// let before_the_prologue = Rules::new(Cfa::rsp(8));
+    /// assert!(before_the_prologue.is_counted_from(Register::RSP));
+    /// ```
     #[must_use]
     pub const fn rsp(offset: i32) -> Self {
         Self::Register(Register::RSP, offset)
     }
 
     /// `rbp + offset`: 16 in a function that has pushed rbp and copied rsp to it.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Register};
+    /// assert_eq!(Cfa::rbp(16), Cfa::Register(Register::RBP, 16));
+    /// ```
     #[must_use]
     pub const fn rbp(offset: i32) -> Self {
         Self::Register(Register::RBP, offset)
@@ -273,7 +307,7 @@ impl Cfa {
 /// let rules = Rules::new(Cfa::Loaded { register: Register::RSP, offset: 160, plus: 0 })
 ///     .return_address(Place::at(Register::RSP, 168))
 ///     .kind(Kind::Signal);
-/// # let _ = rules;
+/// assert!(rules.is_counted_from(Register::RSP));
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
@@ -312,6 +346,12 @@ pub struct Rules {
 
 impl Rules {
     /// A frame that has saved no register, its return address right below the CFA.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Place, Register, Rules};
+    /// let rules = Rules::new(Cfa::rsp(8));
+    /// assert_eq!(rules.place_of(Register::RBP), Some(Place::SAME));
+    /// ```
     #[must_use]
     pub fn new(cfa: Cfa) -> Self {
         Self {
@@ -328,6 +368,12 @@ impl Rules {
     ///
     /// # Panics
     /// If `register` is not one of [`Register::CALLEE_SAVED`].
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Place, Register, Rules};
+    /// let rules = Rules::new(Cfa::rsp(16)).saved(Register::RBX, Place::cfa(-16)); // push rbx
+    /// assert_eq!(rules.place_of(Register::RBX), Some(Place::cfa(-16)));
+    /// ```
     #[must_use]
     pub fn saved(mut self, register: Register, place: Place) -> Self {
         self.saved[register.saved_index().expect("a callee-saved register")] = place;
@@ -335,6 +381,18 @@ impl Rules {
     }
 
     /// Says where the return address lies; [`Place::UNDEFINED`]: nowhere, the walk ends here.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, End, FrameMap, Place, Registers, Rules, StackMaps, Walk};
+    /// let maps = StackMaps::new();
+    /// // Where a thread begins: nobody has called it.
+    /// let rules = Rules::new(Cfa::rsp(8)).return_address(Place::UNDEFINED);
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1010).rules(rules)]);
+    /// let reader = maps.read();
+    /// let mut walk = Walk::new(&reader, &Registers::new(0x1000, 0x8000), |_| Some(0));
+    /// assert_eq!(walk.by_ref().count(), 1);
+    /// assert_eq!(walk.end(), Some(End::Outermost));
+    /// ```
     #[must_use]
     pub fn return_address(mut self, place: Place) -> Self {
         self.return_address = place;
@@ -350,6 +408,16 @@ impl Rules {
     }
 
     /// Says that this is no ordinary frame.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Kind, Registers, Rules, StackMaps, Walk};
+    /// let maps = StackMaps::new();
+    /// let rules = Rules::new(Cfa::rsp(8)).kind(Kind::Base);
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1010).rules(rules)]);
+    /// let reader = maps.read();
+    /// let frame = Walk::new(&reader, &Registers::new(0x1000, 0x8000), |_| Some(0)).next().unwrap();
+    /// assert_eq!(frame.kind(), Kind::Base);
+    /// ```
     #[must_use]
     pub fn kind(mut self, kind: Kind) -> Self {
         self.kind = kind;
@@ -357,6 +425,11 @@ impl Rules {
     }
 
     /// How the frame's end is found.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Rules};
+    /// assert_eq!(Rules::new(Cfa::rbp(16)).cfa(), Cfa::rbp(16));
+    /// ```
     #[must_use]
     pub fn cfa(&self) -> Cfa {
         self.cfa
@@ -375,6 +448,11 @@ impl Rules {
     }
 
     /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, Register, Rules};
+    /// assert_eq!(Rules::new(Cfa::rsp(8)).place_of(Register::RAX), None);
+    /// ```
     #[must_use]
     pub fn place_of(&self, register: Register) -> Option<Place> {
         register.saved_index().map(|index| self.saved[index])
@@ -485,6 +563,15 @@ pub struct FrameMap {
 
 impl FrameMap {
     /// A map that says nothing yet, for code addresses from `range.start` to below `range.end`.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, StackMaps};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1040)])?;
+    /// assert!(maps.read().find(0x103f).unwrap().is_ambiguous());
+    /// assert!(maps.read().find(0x1040).is_none());
+    /// # Ok::<(), regrow::map::Error>(())
+    /// ```
     #[must_use]
     pub fn new(range: Range<usize>) -> Self {
         Self {
@@ -524,6 +611,15 @@ impl FrameMap {
     }
 
     /// Gives the rules for getting to the caller.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
+    /// let maps = StackMaps::new();
+    /// let rules = Rules::new(Cfa::rsp(32));
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1040).rules(rules)])?;
+    /// assert_eq!(maps.read().find(0x1000).unwrap().rules(), Some(Ok(rules)));
+    /// # Ok::<(), regrow::map::Error>(())
+    /// ```
     #[must_use]
     pub fn rules(mut self, rules: Rules) -> Self {
         self.rules = Some(Ok(rules));
@@ -531,6 +627,18 @@ impl FrameMap {
     }
 
     /// Says that a walk ends here, and why.
+    ///
+    /// ```
+    /// use regrow::map::{End, FrameMap, Registers, StackMaps, Stuck, Unwalkable, Walk};
+    /// let maps = StackMaps::new();
+    /// let why = Unwalkable::StackPointer;
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1040).unwalkable(why)])?;
+    /// let reader = maps.read();
+    /// let mut walk = Walk::new(&reader, &Registers::new(0x1000, 0x8000), |_| Some(0));
+    /// assert!(walk.next().is_none());
+    /// assert_eq!(walk.end(), Some(End::Stuck { pc: 0x1000, why: Stuck::Rules(why) }));
+    /// # Ok::<(), regrow::map::Error>(())
+    /// ```
     #[must_use]
     pub fn unwalkable(mut self, reason: Unwalkable) -> Self {
         self.rules = Some(Err(reason));
@@ -541,6 +649,14 @@ impl FrameMap {
     ///
     /// Two places may be the same word, counted from different registers. Then a pointer wins, and
     /// otherwise what is not [`rest`](Self::rest).
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Place, Register, Verdict};
+    ///
+    /// let spill = Place::at(Register::RSP, 16);
+    /// let map = FrameMap::at_return(0x1005).word(spill, Verdict::Pointer).rest(Verdict::Data);
+    /// assert_eq!(map.words(), [(spill, Verdict::Pointer)]);
+    /// ```
     #[must_use]
     pub fn word(mut self, place: Place, verdict: Verdict) -> Self {
         self.words.push((place, verdict));
@@ -549,6 +665,14 @@ impl FrameMap {
 
     /// Gives the verdict for all words of the frame that [`word`](Self::word) was not called for. The return address and
     /// saved registers have their own.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, StackMaps, Verdict};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::at_return(0x1005).rest(Verdict::Data)])?;
+    /// assert_eq!(maps.read().find(0x1004).unwrap().rest(), Verdict::Data);
+    /// # Ok::<(), regrow::map::Error>(())
+    /// ```
     #[must_use]
     pub fn rest(mut self, verdict: Verdict) -> Self {
         self.rest = verdict;
@@ -560,6 +684,13 @@ impl FrameMap {
     ///
     /// # Panics
     /// If `register` is not one of [`Register::CALLEE_SAVED`].
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Register, Verdict};
+    /// let map = FrameMap::at_return(0x1005).register(Register::RBX, Verdict::Pointer);
+    /// assert_eq!(map.verdict_of(Register::RBX), Some(Verdict::Pointer));
+    /// assert_eq!(map.verdict_of(Register::R12), Some(Verdict::Ambiguous));
+    /// ```
     #[must_use]
     pub fn register(mut self, register: Register, verdict: Verdict) -> Self {
         self.registers[register.saved_index().expect("a callee-saved register")] = verdict;
@@ -568,6 +699,13 @@ impl FrameMap {
 
     /// Gives the same verdict for all callee-saved registers. See [`register`](Self::register), of which calls before this
     /// one are forgotten.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Register, Verdict};
+    /// // A call across which no register holds a pointer to the stack.
+    /// let map = FrameMap::at_return(0x1005).registers(Verdict::Data);
+    /// assert!(Register::CALLEE_SAVED.iter().all(|&register| map.verdict_of(register) == Some(Verdict::Data)));
+    /// ```
     #[must_use]
     pub fn registers(mut self, verdict: Verdict) -> Self {
         self.registers = [verdict; SAVED];
@@ -575,6 +713,14 @@ impl FrameMap {
     }
 
     /// Says who recorded this, for reports.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Source, StackMaps};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::at_return(0x1005).source(Source::Llvm)])?;
+    /// assert_eq!(maps.read().find(0x1004).unwrap().source(), Source::Llvm);
+    /// # Ok::<(), regrow::map::Error>(())
+    /// ```
     #[must_use]
     pub fn source(mut self, source: Source) -> Self {
         self.source = source;
@@ -582,12 +728,25 @@ impl FrameMap {
     }
 
     /// The code addresses it is for.
+    ///
+    /// ```
+    /// assert_eq!(regrow::map::FrameMap::at_return(0x1005).range(), 0x1004..0x1005);
+    /// ```
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.range.clone()
     }
 
     /// The verdicts that were given for words, in that order.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, Place, Register, Verdict};
+    ///
+    /// let map = (0..3).fold(FrameMap::at_return(0x1005), |map, word| {
+    ///     map.word(Place::at(Register::RSP, word * 8), Verdict::Pointer)
+    /// });
+    /// assert_eq!(map.words().len(), 3);
+    /// ```
     #[must_use]
     pub fn words(&self) -> &[(Place, Verdict)] {
         &self.words

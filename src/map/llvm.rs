@@ -180,6 +180,20 @@ impl core::error::Error for Error {
 }
 
 /// What [`register`] brought.
+///
+/// ```
+/// use regrow::map::{self, Source, Verdict, llvm};
+/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// let recorded = llvm::register(section, Verdict::Ambiguous)?;
+/// for statepoint in &recorded.unusable {
+///     eprintln!("{statepoint}");
+/// }
+/// // A statepoint returns to byte 45 of the code at 0x400000; the call itself ends there.
+/// assert_eq!(map::process().read().find(0x40_0000 + 45 - 1).unwrap().source(), Source::Llvm);
+/// drop(recorded); // before the code is freed
+/// assert!(map::process().read().find(0x40_0000 + 45 - 1).is_none());
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[must_use = "dropping it removes the maps"]
 #[derive(Debug)]
 pub struct Recorded {
@@ -290,6 +304,20 @@ pub fn tables(section: &[u8]) -> Tables<'_> {
 }
 
 /// The iterator that [`tables`] returns.
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// # let mut section = section.to_vec();
+/// // A table, and then something that is none.
+/// section.extend([9; 16]);
+/// let mut tables = llvm::tables(&section);
+/// assert!(tables.next().is_some_and(|table| table.is_ok()));
+/// let error = tables.next().unwrap().err();
+/// assert_eq!(error, Some(llvm::Error::Version { offset: section.len() - 16, found: 9 }));
+/// assert!(tables.next().is_none());
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Tables<'a> {
     cursor: Cursor<'a>,
@@ -319,6 +347,18 @@ impl<'a> Iterator for Tables<'a> {
 }
 
 /// One table: what one object file contributes.
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// for table in llvm::tables(section) {
+///     let table = table?;
+///     assert_eq!(table.functions().len(), 3);
+///     assert_eq!(table.constants().len(), 1);
+///     assert_eq!(table.records().count(), 3);
+/// }
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct Table<'a> {
     functions: &'a [u8],
@@ -326,6 +366,16 @@ pub struct Table<'a> {
     records: Records<'a>,
 }
 
+/// A table was checked as a whole: nothing here fails.
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let recorded: u64 = table.functions().map(|function| function.records).sum();
+/// assert_eq!(recorded, table.records().count() as u64);
+/// assert_eq!(table.sites().count(), table.records().count());
+/// # Ok::<_, llvm::Error>(())
+/// ```
 impl<'a> Table<'a> {
     /// Reads the whole table and checks it, so that nothing can fail later.
     fn read(cursor: &mut Cursor<'a>) -> Result<Self, Error> {
@@ -350,6 +400,14 @@ impl<'a> Table<'a> {
     }
 
     /// The functions that have records.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let sizes: Vec<Option<u64>> = table.functions().map(|function| function.stack_size).collect();
+    /// assert_eq!(sizes, [Some(56), None, None]);
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn functions(&self) -> impl ExactSizeIterator<Item = Function> + use<'a> {
         self.functions.chunks_exact(FUNCTION).map(|bytes| Function {
             address: number::<8>(bytes, 0),
@@ -359,16 +417,41 @@ impl<'a> Table<'a> {
     }
 
     /// The constants that are too large for a location.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// assert!(table.constants().eq([0x0123_4567_89ab_cdef]));
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn constants(&self) -> impl ExactSizeIterator<Item = u64> + use<'a> {
         self.constants.chunks_exact(CONSTANT).map(|bytes| number::<8>(bytes, 0))
     }
 
     /// All records, those of the first function first.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// assert!(table.records().map(|record| record.id()).eq([7001, 7002, 7003]));
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn records(&self) -> Records<'a> {
         self.records
     }
 
     /// All records, each with its function.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// for (function, record) in table.sites() {
+    ///     println!("{:#x}: record {}", function.address + u64::from(record.offset()), record.id());
+    /// }
+    /// # let addresses = table.sites().map(|(function, record)| function.address + u64::from(record.offset()));
+    /// # assert!(addresses.eq([0x40_002d, 0x40_00a3, 0x40_0112]));
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn sites(&self) -> impl Iterator<Item = (Function, Record<'a>)> + use<'a> {
         self.functions().flat_map(|function| (0..function.records).map(move |_| function)).zip(self.records())
     }
@@ -410,6 +493,14 @@ impl<'a> Table<'a> {
 }
 
 /// A function with records.
+///
+/// ```
+/// use regrow::map::llvm::{self, Function};
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let function: Function = table.functions().next().unwrap();
+/// assert_eq!(function, Function { address: 0x40_0000, stack_size: Some(56), records: 1 });
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Function {
     /// Its address; what the relocation says where it was not applied yet.
@@ -421,6 +512,15 @@ pub struct Function {
 }
 
 /// The records of a [`Table`].
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let mut records = table.records();
+/// assert!(records.any(|record| record.id() == 7002));
+/// assert_eq!(records.count(), 1); // after that one
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct Records<'a> {
     cursor: Cursor<'a>,
@@ -437,6 +537,17 @@ impl<'a> Iterator for Records<'a> {
 }
 
 /// What was recorded at one place in the code.
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let record = table.records().next().unwrap();
+/// assert_eq!((record.id(), record.offset()), (7001, 45));
+/// assert_eq!(record.locations().len(), 17);
+/// assert_eq!(record.live_outs().len(), 0);
+/// assert!(record.statepoint().is_some());
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct Record<'a> {
     start: usize,
@@ -445,6 +556,16 @@ pub struct Record<'a> {
     live_outs: &'a [u8],
 }
 
+/// Which intrinsic it comes from it does not say.
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/patchpoint.bin")).next().unwrap()?;
+/// // A stackmap, a patchpoint, and a stackmap whose values look like the beginning of a statepoint.
+/// let taken_for_a_statepoint = table.records().map(|record| record.statepoint().is_some());
+/// assert!(taken_for_a_statepoint.eq([false, false, true]));
+/// # Ok::<_, llvm::Error>(())
+/// ```
 impl<'a> Record<'a> {
     fn read(cursor: &mut Cursor<'a>) -> Result<Self, Error> {
         let start = cursor.offset;
@@ -471,21 +592,56 @@ impl<'a> Record<'a> {
     }
 
     /// The id given to the intrinsic.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// // A front end that gives its statepoints the ids from 7000 on.
+    /// assert!(table.records().all(|record| record.id() >= 7000));
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn id(&self) -> u64 {
         number::<8>(self.head, 0)
     }
 
     /// Bytes from the function's address to the place in its code.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let (function, record) = table.sites().next().unwrap();
+    /// let return_address = function.address + u64::from(record.offset());
+    /// assert_eq!(return_address, 0x40_002d);
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn offset(&self) -> u32 {
         number::<4>(self.head, 8) as u32
     }
 
     /// Where the recorded values are.
+    ///
+    /// ```
+    /// use regrow::map::llvm::{self, Kind};
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let record = table.records().next().unwrap();
+    /// let in_memory = record.locations().filter(|location| location.kind == Kind::Indirect);
+    /// assert_eq!(in_memory.count(), 8);
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn locations(&self) -> Locations<'a> {
         Locations { bytes: self.locations }
     }
 
     /// The registers that are live after the place. Of patchpoints only.
+    ///
+    /// ```
+    /// use regrow::map::{Register, llvm};
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/patchpoint.bin")).next().unwrap()?;
+    /// let patchpoint = table.records().find(|record| record.id() == 12).unwrap();
+    /// let registers = patchpoint.live_outs().map(|live_out| Register::from_dwarf(live_out.register));
+    /// assert!(registers.eq([Some(Register::RAX), Some(Register::RSP)]));
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn live_outs(&self) -> impl ExactSizeIterator<Item = LiveOut> + use<'a> {
         self.live_outs.chunks_exact(LIVE_OUT).map(|bytes| LiveOut {
             register: number::<2>(bytes, 0) as u16,
@@ -502,6 +658,16 @@ impl<'a> Record<'a> {
     ///   D locations  deopt values
     ///   pairs        base, derived
     ///   Directs      allocas
+    /// ```
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
+    /// assert_eq!(statepoint.deopts().len(), 5);
+    /// assert_eq!(statepoint.pairs().count(), 4);
+    /// assert_eq!(statepoint.allocas().len(), 1);
+    /// # Ok::<_, llvm::Error>(())
     /// ```
     pub fn statepoint(&self) -> Option<Statepoint<'a>> {
         let mut all = self.locations();
@@ -525,6 +691,17 @@ impl<'a> Record<'a> {
 }
 
 /// How a [`Location`] holds its value.
+///
+/// ```
+/// use regrow::map::llvm::{self, Kind};
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let record = table.records().next().unwrap();
+/// let of_kind = |kind| record.locations().filter(|location| location.kind == kind).count();
+/// assert_eq!(of_kind(Kind::Indirect), 8); // pointers, and values in memory
+/// assert_eq!(of_kind(Kind::Direct), 2); // an alloca, listed twice
+/// assert_eq!(of_kind(Kind::Constant) + of_kind(Kind::ConstantIndex), 7);
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Kind {
@@ -540,6 +717,12 @@ pub enum Kind {
     ConstantIndex = 5,
 }
 
+/// The numbers are those of the section.
+///
+/// ```
+/// use regrow::map::llvm::Kind;
+/// assert_eq!(Kind::Indirect as u8, 3);
+/// ```
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
         [Self::Register, Self::Direct, Self::Indirect, Self::Constant, Self::ConstantIndex]
@@ -549,6 +732,18 @@ impl Kind {
 }
 
 /// Where one recorded value is.
+///
+/// ```
+/// use regrow::map::llvm::{self, Kind, Location};
+/// use regrow::map::Register;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// // The word at rsp + 48; 7 is DWARF's number of rsp.
+/// let word = Location { kind: Kind::Indirect, size: 8, register: 7, value: 48 };
+/// let record = table.records().next().unwrap();
+/// assert_eq!(record.locations().nth(4), Some(word));
+/// assert_eq!(Register::from_dwarf(word.register), Some(Register::RSP));
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Location {
     /// How the value is held.
@@ -564,11 +759,30 @@ pub struct Location {
 }
 
 /// The locations of a [`Record`].
+///
+/// ```
+/// use regrow::map::llvm::{self, Kind};
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let mut locations = table.records().next().unwrap().locations();
+/// assert_eq!(locations.next().unwrap().kind, Kind::Constant); // the calling convention
+/// assert_eq!(locations.next_back().unwrap().kind, Kind::Direct); // the alloca
+/// assert_eq!(locations.len(), 15);
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Locations<'a> {
     bytes: &'a [u8],
 }
 
+/// They are counted without being read.
+///
+/// ```
+/// use regrow::map::llvm;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let counts = table.records().map(|record| record.locations().len());
+/// assert!(counts.eq([17, 5, 5]));
+/// # Ok::<_, llvm::Error>(())
+/// ```
 impl Locations<'_> {
     fn decode(bytes: &[u8; LOCATION]) -> Option<Location> {
         Some(Location {
@@ -605,6 +819,16 @@ impl DoubleEndedIterator for Locations<'_> {
 impl ExactSizeIterator for Locations<'_> {}
 
 /// A register that is live after a patchpoint.
+///
+/// ```
+/// use regrow::map::llvm::{self, LiveOut};
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/patchpoint.bin")).next().unwrap()?;
+/// let patchpoint = table.records().find(|record| record.id() == 12).unwrap();
+/// // All of rax and all of rsp.
+/// let live = [LiveOut { register: 0, size: 8 }, LiveOut { register: 7, size: 8 }];
+/// assert!(patchpoint.live_outs().eq(live));
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LiveOut {
     /// Its DWARF number.
@@ -614,6 +838,28 @@ pub struct LiveOut {
 }
 
 /// A [`Record`] read as that of a statepoint.
+///
+/// ```
+/// use regrow::map::llvm::{self, Kind, Location};
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// // How many words hold pointers, across each call?
+/// for record in table.records() {
+///     let Some(statepoint) = record.statepoint() else { continue };
+///     let in_memory = |location: &Location| location.kind == Kind::Indirect;
+///     let mut words: Vec<i32> = statepoint
+///         .pairs()
+///         .flat_map(|(base, derived)| [base, derived])
+///         .filter(in_memory)
+///         .map(|location| location.value)
+///         .collect();
+///     words.sort();
+///     words.dedup();
+/// #   let expected: &[i32] = match record.id() { 7001 => &[24, 32, 40], 7002 => &[-24], _ => &[56] };
+/// #   assert_eq!(words, expected);
+///     println!("{}: {}", record.id(), words.len());
+/// }
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Statepoint<'a> {
     deopts: Locations<'a>,
@@ -621,19 +867,56 @@ pub struct Statepoint<'a> {
     allocas: Locations<'a>,
 }
 
+/// ```
+/// use regrow::map::llvm;
+/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// let record = table.records().next().unwrap();
+/// let statepoint = record.statepoint().unwrap();
+/// // With the three constants in front, that is all of the record.
+/// let locations = 3 + statepoint.deopts().len() + 2 * statepoint.pairs().count() + statepoint.allocas().len();
+/// assert_eq!(locations, record.locations().len());
+/// # Ok::<_, llvm::Error>(())
+/// ```
 impl<'a> Statepoint<'a> {
     /// The deopt values, of any type.
+    ///
+    /// ```
+    /// use regrow::map::llvm::{self, Kind};
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
+    /// let kinds = statepoint.deopts().map(|location| location.kind);
+    /// assert!(kinds.eq([Kind::Constant, Kind::Indirect, Kind::Indirect, Kind::Direct, Kind::ConstantIndex]));
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn deopts(&self) -> Locations<'a> {
         self.deopts.clone()
     }
 
     /// Base and derived pointer of each pointer that is live across the call. Pairs may repeat.
+    ///
+    /// ```
+    /// use regrow::map::llvm;
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
+    /// let (base, derived) = statepoint.pairs().find(|(base, derived)| base != derived).unwrap();
+    /// assert_eq!((base.value, derived.value), (24, 40)); // at rsp + 24 and rsp + 40
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn pairs(&self) -> impl Iterator<Item = (Location, Location)> + use<'a> {
         let mut pairs = self.pairs.clone();
         core::iter::from_fn(move || Some((pairs.next()?, pairs.next()?)))
     }
 
     /// The addresses of the `alloca`s that were listed as live.
+    ///
+    /// ```
+    /// use regrow::map::llvm::{self, Kind};
+    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
+    /// let alloca = statepoint.allocas().next().unwrap();
+    /// assert_eq!((alloca.kind, alloca.value), (Kind::Direct, 8)); // its address is rsp + 8
+    /// # Ok::<_, llvm::Error>(())
+    /// ```
     pub fn allocas(&self) -> Locations<'a> {
         self.allocas.clone()
     }
@@ -700,6 +983,19 @@ impl Words {
 }
 
 /// A statepoint that no frame can obey.
+///
+/// ```
+/// use regrow::map::Verdict;
+/// use regrow::map::llvm::{self, Reason, Unusable};
+/// # let mut section = include_bytes!("../../tests/llvm/statepoint-registers.bin").to_vec();
+/// # section[236] = 0; // of rbx
+/// // A statepoint with a pointer in rax, which the callee may overwrite.
+/// let recorded = llvm::register(&section, Verdict::Ambiguous)?;
+/// let unusable = Unusable { return_address: 0x40_0029, reason: Reason::Register(0) };
+/// assert_eq!(recorded.unusable, [unusable]);
+/// println!("judged by its value: {unusable}");
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unusable {
     /// Where the statepoint's call returns to.
@@ -709,6 +1005,19 @@ pub struct Unusable {
 }
 
 /// Why a statepoint is [`Unusable`].
+///
+/// ```
+/// use regrow::map::Verdict;
+/// use regrow::map::llvm::{self, Reason};
+/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// # let mut section = section.to_vec();
+/// # section[240] = 28; // of 24
+/// // A statepoint with a pointer at rsp + 28.
+/// let table = llvm::tables(&section).next().unwrap()?;
+/// let unusable = table.frame_maps(Verdict::Ambiguous, |_| true).find_map(Result::err).unwrap();
+/// assert_eq!(unusable.reason, Reason::Place { offset: 28, size: 8 });
+/// # Ok::<_, llvm::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Reason {

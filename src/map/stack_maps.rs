@@ -110,6 +110,12 @@ impl Default for StackMaps {
 
 impl StackMaps {
     /// No maps yet.
+    ///
+    /// ```
+    /// use regrow::map::StackMaps;
+    /// static MAPS: StackMaps = StackMaps::new();
+    /// assert!(MAPS.read().find(0x1000).is_none());
+    /// ```
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -131,6 +137,17 @@ impl StackMaps {
     ///
     /// # Errors
     /// If a range is empty or larger than 2 GiB, or two maps overlap, new or old. Nothing is added then.
+    ///
+    /// ```
+    /// use regrow::map::{Error, FrameMap, StackMaps};
+    /// let maps = StackMaps::new();
+    /// let registration = maps.register(vec![FrameMap::new(0x1000..0x1040)])?;
+    /// let error = maps.register(vec![FrameMap::new(0x103f..0x1050)]).unwrap_err();
+    /// assert_eq!(error, Error::Overlap { address: 0x103f });
+    /// drop(registration);
+    /// assert!(maps.register(vec![FrameMap::new(0x103f..0x1050)]).is_ok());
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn register(&self, maps: Vec<FrameMap>) -> Result<Registration<'_>, Error> {
         self.add(LayerName::Registered, maps).map(|(registration, _)| registration)
     }
@@ -165,6 +182,16 @@ impl StackMaps {
     ///
     /// What is registered or removed while the result lives is not seen through it, and memory is
     /// not given back meanwhile; nobody waits for it.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, StackMaps};
+    /// let maps = StackMaps::new();
+    /// let registration = maps.register(vec![FrameMap::new(0x1000..0x1040)]);
+    /// let reader = maps.read();
+    /// drop(registration);
+    /// assert!(reader.find(0x1000).is_some()); // as when it began
+    /// assert!(maps.read().find(0x1000).is_none());
+    /// ```
     #[inline]
     pub fn read(&self) -> Reader<'_> {
         let side = self.epoch.load(SeqCst) & 1;
@@ -296,6 +323,23 @@ pub(super) struct Size {
 /// Maps that were added; dropping it removes them.
 ///
 /// Remove the maps of code *after* its last frame has returned and *before* its memory is used for other code.
+///
+/// ```
+/// use regrow::map::{self, FrameMap, Registration};
+/// /// Compiled code; when it is freed its maps go first.
+/// struct Code {
+///     maps: Registration<'static>,
+///     memory: Vec<u8>,
+/// }
+/// let memory = vec![0xc3]; // ret
+/// let address = memory.as_ptr() as usize;
+/// let maps = map::register(vec![FrameMap::new(address..address + memory.len())])?;
+/// let code = Code { maps, memory };
+/// assert!(map::process().read().find(address).is_some());
+/// drop(code);
+/// assert!(map::process().read().find(address).is_none());
+/// # Ok::<(), map::Error>(())
+/// ```
 #[must_use = "dropping it removes the maps"]
 #[derive(Debug)]
 pub struct Registration<'a> {
@@ -341,6 +385,15 @@ impl fmt::Debug for Reader<'_> {
 impl Reader<'_> {
     /// What is known about a frame whose code is at `address`: where it was interrupted, or the last byte of the call it waits
     /// for, which is one less than its return address. Neither allocates nor panics.
+    ///
+    /// ```
+    /// use regrow::map;
+    /// map::record_loaded_objects();
+    /// let reader = map::process().read();
+    /// let function = map::process as fn() -> _ as usize;
+    /// assert!(reader.find(function).is_some_and(|map| map.rules().is_some()));
+    /// assert!(reader.find(8).is_none());
+    /// ```
     #[inline]
     #[must_use]
     pub fn find(&self, address: usize) -> Option<Map<'_>> {
@@ -403,6 +456,15 @@ pub struct Map<'a> {
 
 impl<'a> Map<'a> {
     /// How to get to the caller, or why that is not possible; `None`: only words are known.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
+    /// let maps = StackMaps::new();
+    /// let rules = Rules::new(Cfa::rsp(16));
+    /// let _registration = maps.register(vec![FrameMap::new(1..5).rules(rules), FrameMap::new(5..9)]);
+    /// assert_eq!(maps.read().find(4).unwrap().rules(), Some(Ok(rules)));
+    /// assert_eq!(maps.read().find(5).unwrap().rules(), None);
+    /// ```
     #[inline]
     #[must_use]
     pub fn rules(&self) -> Option<Result<Rules, Unwalkable>> {
@@ -416,6 +478,14 @@ impl<'a> Map<'a> {
     }
 
     /// Who recorded what is known about its words.
+    ///
+    /// ```
+    /// use regrow::map::{self, Source};
+    /// map::record_loaded_objects();
+    /// let reader = map::process().read();
+    /// let map = reader.find(map::process as fn() -> _ as usize).unwrap();
+    /// assert_eq!(map.source(), Source::EhFrame);
+    /// ```
     #[must_use]
     pub fn source(&self) -> Source {
         self.words.shape.source
@@ -426,6 +496,17 @@ impl<'a> Map<'a> {
     ///
     /// # Panics
     /// Never; [`Verdict::Ambiguous`] if `index` is above 5.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Register, Rules, StackMaps, Verdict};
+    /// let maps = StackMaps::new();
+    /// let map = FrameMap::new(1..9).rules(Rules::new(Cfa::rbp(16))).registers(Verdict::Data);
+    /// let _registration = maps.register(vec![map]);
+    /// let reader = maps.read();
+    /// let verdict = |register: Register| reader.find(1).unwrap().register(register.saved_index().unwrap());
+    /// assert_eq!(verdict(Register::R12), Verdict::Data);
+    /// assert_eq!(verdict(Register::RBP), Verdict::Pointer); // to this very frame
+    /// ```
     #[must_use]
     pub fn register(&self, index: usize) -> Verdict {
         let Some(&register) = Register::CALLEE_SAVED.get(index) else { return Verdict::Ambiguous };
@@ -436,6 +517,13 @@ impl<'a> Map<'a> {
     }
 
     /// The verdict for the words that none was given for.
+    ///
+    /// ```
+    /// use regrow::map::{FrameMap, StackMaps, Verdict};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::new(1..9).rest(Verdict::Data)]);
+    /// assert_eq!(maps.read().find(1).unwrap().rest(), Verdict::Data);
+    /// ```
     #[inline]
     #[must_use]
     pub fn rest(&self) -> Verdict {
@@ -443,6 +531,14 @@ impl<'a> Map<'a> {
     }
 
     /// True if nothing is known about any of its words.
+    ///
+    /// ```
+    /// use regrow::map;
+    /// map::record_loaded_objects();
+    /// let reader = map::process().read();
+    /// // Unwind tables say how to get to the caller, and nothing about words.
+    /// assert!(reader.find(map::process as fn() -> _ as usize).unwrap().is_ambiguous());
+    /// ```
     #[inline]
     #[must_use]
     pub fn is_ambiguous(&self) -> bool {

@@ -51,12 +51,24 @@ impl Registers {
     pub const UNKNOWN: Self = Self { pc: 0, general: [0; 16], known: 0 };
 
     /// `pc`: the instruction that was interrupted, or will run next.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers};
+    /// let registers = Registers::new(0x1234, 0x8000);
+    /// assert_eq!((registers.pc(), registers.get(Register::RSP)), (0x1234, Some(0x8000)));
+    /// ```
     #[must_use]
     pub fn new(pc: usize, rsp: usize) -> Self {
         Self { pc, ..Self::UNKNOWN }.with(Register::RSP, rsp)
     }
 
     /// Adds a register's value.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers};
+    /// let registers = Registers::new(0x1234, 0x8000).with(Register::RBP, 0x8010).with(Register::RBX, 0);
+    /// assert_eq!(registers.get(Register::RBP), Some(0x8010));
+    /// ```
     #[must_use]
     pub fn with(mut self, register: Register, value: usize) -> Self {
         self.general[usize::from(register.dwarf())] = value;
@@ -65,6 +77,11 @@ impl Registers {
     }
 
     /// A register's value, if it is known.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers};
+    /// assert_eq!(Registers::UNKNOWN.get(Register::RSP), None);
+    /// ```
     #[inline]
     #[must_use]
     pub fn get(&self, register: Register) -> Option<usize> {
@@ -73,6 +90,10 @@ impl Registers {
     }
 
     /// The address of the instruction.
+    ///
+    /// ```
+    /// assert_eq!(regrow::map::Registers::new(0x1234, 0x8000).pc(), 0x1234);
+    /// ```
     #[must_use]
     pub fn pc(&self) -> usize {
         self.pc
@@ -92,6 +113,22 @@ impl fmt::Debug for Registers {
 }
 
 /// Where the value lies that a callee-saved register has in a frame; see [`Frame::register`].
+///
+/// ```
+/// use regrow::map::{Location, Register, Registers, Walk};
+/// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+/// # let maps = StackMaps::new();
+/// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+/// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+/// # let _registration = maps.register(vec![map]);
+/// # let reader = maps.read();
+/// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+/// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+/// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+/// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+/// assert_eq!(frame.register(1), Location::Register); // rbp, which the interrupted code is using
+/// assert_eq!(frame.register(0), Location::Lost); // rbx, which the walk was not given
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Location {
     /// Still in the register.
@@ -121,6 +158,24 @@ impl Packed {
 }
 
 /// Whose a word of a frame is; see [`Frame::word`].
+///
+/// ```
+/// use regrow::map::{Word, Register, Registers, Walk};
+/// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+/// # let maps = StackMaps::new();
+/// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+/// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+/// # let _registration = maps.register(vec![map]);
+/// # let reader = maps.read();
+/// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+/// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+/// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+/// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+/// let words: Vec<Word> = frame.range().step_by(8).map(|address| frame.word(address)).collect();
+/// let ambiguous = Word::Own(Verdict::Ambiguous);
+/// let expected = [ambiguous, Word::Own(Verdict::Pointer), Word::Saved(Register::RBP), Word::ReturnAddress];
+/// assert_eq!(words, expected);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Word {
     /// The return address.
@@ -171,18 +226,63 @@ pub struct Frame<'a> {
 
 impl<'a> Frame<'a> {
     /// Where its code was interrupted, or where its call will return to.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.pc(), 0x1010);
+    /// ```
     #[must_use]
     pub fn pc(&self) -> usize {
         self.pc
     }
 
     /// The address that its map was looked up by: inside the instruction that is running, or the call that has not returned.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.code(), frame.pc()); // it was interrupted; in a caller it is one less
+    /// ```
     #[must_use]
     pub fn code(&self) -> usize {
         if self.exact { self.pc } else { self.pc.wrapping_sub(1) }
     }
 
     /// What it is to a walker.
+    ///
+    /// ```
+    /// use regrow::map::{Kind, Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.kind(), Kind::Call);
+    /// ```
     #[must_use]
     pub fn kind(&self) -> Kind {
         self.kind
@@ -192,6 +292,21 @@ impl<'a> Frame<'a> {
     ///
     /// A base has none: what lies above it is no frame, and the caller is on another stack. A signal frame ends where the
     /// interrupted stack pointer was, which may be on another stack too, above or below.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.range(), 0x8000..0x8020);
+    /// ```
     #[inline]
     #[must_use]
     pub fn range(&self) -> Range<usize> {
@@ -199,12 +314,43 @@ impl<'a> Frame<'a> {
     }
 
     /// The address of its return address. It has none if it is the thread's outermost frame.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.return_address().and_then(memory), Some(0x2050));
+    /// ```
     #[must_use]
     pub fn return_address(&self) -> Option<usize> {
         (self.return_address != 0).then_some(self.return_address)
     }
 
     /// Where the value lies that the `index`th of [`Register::CALLEE_SAVED`] has in this frame.
+    ///
+    /// ```
+    /// use regrow::map::{Location, Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// let rbp = Register::RBP.saved_index().unwrap();
+    /// assert_eq!(frame.register(rbp), Location::Register);
+    /// ```
     #[inline]
     #[must_use]
     pub fn register(&self, index: usize) -> Location {
@@ -212,6 +358,22 @@ impl<'a> Frame<'a> {
     }
 
     /// True if the frame uses that register itself: the value at [`register`](Self::register) is its own, and takes its verdict.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert!(Register::RBP.saved_index().is_some_and(|rbp| frame.owns(rbp)));
+    /// assert!(Register::R12.saved_index().is_some_and(|r12| !frame.owns(r12)));
+    /// ```
     #[inline]
     #[must_use]
     pub fn owns(&self, index: usize) -> bool {
@@ -219,6 +381,22 @@ impl<'a> Frame<'a> {
     }
 
     /// Where it has saved the value that this register had when it was called.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// let rbp = Register::RBP.saved_index().unwrap();
+    /// assert_eq!(frame.saved(rbp).and_then(memory), Some(0x9000)); // the caller's
+    /// ```
     #[inline]
     #[must_use]
     pub fn saved(&self, index: usize) -> Option<usize> {
@@ -229,12 +407,43 @@ impl<'a> Frame<'a> {
     }
 
     /// The map it is walked by.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.map().rest(), Verdict::Ambiguous);
+    /// ```
     #[must_use]
     pub fn map(&self) -> &Map<'a> {
         &self.map
     }
 
     /// Whose the word at `address` is, and what is known about it.
+    ///
+    /// ```
+    /// use regrow::map::{Word, Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert_eq!(frame.word(0x8008), Word::Own(Verdict::Pointer));
+    /// assert_eq!(frame.word(0x8010), Word::Saved(Register::RBP));
+    /// ```
     #[inline]
     #[must_use]
     pub fn word(&self, address: usize) -> Word {
@@ -250,6 +459,21 @@ impl<'a> Frame<'a> {
     }
 
     /// True if no word of it, and no register it uses, is ambiguous.
+    ///
+    /// ```
+    /// use regrow::map::{Register, Registers, Walk};
+    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
+    /// # let maps = StackMaps::new();
+    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
+    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
+    /// # let _registration = maps.register(vec![map]);
+    /// # let reader = maps.read();
+    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
+    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
+    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
+    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    /// assert!(!frame.is_precise()); // nothing is known of the word at rsp
+    /// ```
     #[must_use]
     pub fn is_precise(&self) -> bool {
         let words = self.range().step_by(WORD);
@@ -378,6 +602,17 @@ pub struct Walk<'a, M> {
 
 impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
     /// Starts at `start`. `memory` returns the word at an address, or `None` if it may not be read.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Walk};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1100).rules(Rules::new(Cfa::rsp(16)))]);
+    /// // A recursion, on a stack that was copied from 0x8000.
+    /// let stack = [7, 0x1050, 8, 0x1050, 9, 0];
+    /// let memory = |address: usize| stack.get(address.checked_sub(0x8000)? / 8).copied();
+    /// let reader = maps.read();
+    /// assert_eq!(Walk::new(&reader, &Registers::new(0x1000, 0x8000), memory).count(), 3);
+    /// ```
     #[inline]
     pub fn new(reader: &'a Reader<'a>, start: &Registers, memory: M) -> Self {
         let place = |register| if start.get(register).is_some() { Packed::REGISTER } else { Packed::LOST };
@@ -399,6 +634,20 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
     }
 
     /// Does not stop at a coroutine's base, but goes on with the frames of its resumer.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Kind, Registers, Rules, StackMaps, Walk};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![
+    ///     FrameMap::new(0x1000..0x1100).rules(Rules::new(Cfa::rsp(16))),
+    ///     FrameMap::new(0x2000..0x2100).rules(Rules::new(Cfa::rsp(8)).kind(Kind::Base)),
+    /// ]);
+    /// let stack = [7, 0x2050, 0x1050, 7, 0]; // a frame, the base's, one of the resumer
+    /// let memory = |address: usize| stack.get(address.checked_sub(0x8000)? / 8).copied();
+    /// let reader = maps.read();
+    /// let walk = || Walk::new(&reader, &Registers::new(0x1010, 0x8000), memory);
+    /// assert_eq!((walk().count(), walk().across_bases().count()), (2, 3));
+    /// ```
     #[must_use]
     pub fn across_bases(mut self) -> Self {
         self.across = true;
@@ -406,11 +655,35 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
     }
 
     /// How it ended, once it has.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, End, FrameMap, Registers, Rules, StackMaps, Stuck, Walk};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1100).rules(Rules::new(Cfa::rsp(8)))]);
+    /// let reader = maps.read();
+    /// let mut walk = Walk::new(&reader, &Registers::new(0x1000, 0x8000), |_| Some(0x3000));
+    /// assert_eq!(walk.end(), None);
+    /// while walk.next().is_some() {}
+    /// assert_eq!(walk.end(), Some(End::Stuck { pc: 0x3000, why: Stuck::NoMap }));
+    /// ```
     pub fn end(&self) -> Option<End> {
         self.next.err()
     }
 
     /// The next frame, where it lies: as [`next`](Iterator::next), without copying it.
+    ///
+    /// ```
+    /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Walk};
+    /// let maps = StackMaps::new();
+    /// let _registration = maps.register(vec![FrameMap::new(0x1000..0x1100).rules(Rules::new(Cfa::rsp(8)))]);
+    /// let reader = maps.read();
+    /// let mut walk = Walk::new(&reader, &Registers::new(0x1000, 0x8000), |_| Some(0));
+    /// let mut bytes = 0;
+    /// while let Some(frame) = walk.advance() {
+    ///     bytes += frame.range().len();
+    /// }
+    /// assert_eq!(bytes, 8);
+    /// ```
     #[inline]
     pub fn advance(&mut self) -> Option<&Frame<'a>> {
         let pc = self.next.ok()?;

@@ -13,9 +13,21 @@
 pub(crate) const PAGE: usize = 4096;
 
 /// The smallest stack, in bytes: half a page; the record and the closure take the other half.
+///
+/// ```
+/// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+/// assert_eq!(coroutine.stats().size, regrow::MIN_SIZE);
+/// ```
 pub const MIN_SIZE: usize = 2048;
 
 /// The largest stack, in bytes (4 GiB).
+///
+/// ```
+/// use regrow::{Builder, Error, MAX_SIZE, Yielder};
+/// let builder = Builder::new().maximum(2 * MAX_SIZE);
+/// let error = builder.try_spawn(|_: &Yielder<(), ()>, ()| ()).unwrap_err();
+/// assert!(matches!(error, Error::Size { what: "maximum", .. }), "{error}");
+/// ```
 pub const MAX_SIZE: usize = 1 << 32;
 
 /// At most this much at the top of a slot is not stack: record, closure, colour, base.

@@ -84,6 +84,16 @@ pub(crate) use run::undisturbed;
 pub(crate) use trap::{catches, instruction_in_its_place, is_running, smallest_steps};
 
 /// Where to move the stack.
+///
+/// ```
+/// use regrow::torture::{Mode, Torture};
+/// for mode in [Mode::Breakpoints, Mode::GrowthPoints, Mode::Every(2), Mode::Random(2), Mode::Overflows] {
+///     // SAFETY: nothing is kept anywhere.
+///     let (value, report) = unsafe { Torture::new(mode).run(|| "1,2,3".split(',').count()) };
+///     assert!(report.is_clean(), "{report}");
+///     assert_eq!((value, report.mode), (Some(3), mode));
+/// }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
     /// At every growth point: wherever the stack could overflow and be moved in earnest. What has to be clean for
@@ -92,10 +102,11 @@ pub enum Mode {
     /// At every growth point of the program's own code, what is linked into it statically, by breakpoints: a trap at
     /// each of them and none in between, so this is the faster one by far. Shared libraries (libc) run undisturbed.
     Breakpoints,
-    /// At every so many-th instruction, growth point or not; 1 for every one. Stricter than what happens
+    /// At every so many-th instruction, growth point or not; 1 for every one, and 0 too. Stricter than what happens
     /// without torture.
     Every(u64),
-    /// At random, on average at every so many-th instruction. [`Torture::seed`] tells one run from another.
+    /// At random, on average at every so many-th instruction; 1 for every one, and 0 too. [`Torture::seed`] tells one run from
+    /// another.
     Random(u64),
     /// Only where it overflows, but by the smallest step each time: from 2 KiB up, doubled as often as it takes.
     /// Nothing is stepped through, so this is the mode that runs at full speed.
@@ -138,25 +149,40 @@ pub struct Torture {
     limit: u64,
 }
 
+/// Say how, then what.
+///
+/// ```
+/// use regrow::torture::{Mode, Torture};
+/// let torture = Torture::new(Mode::Random(5)).seed(4711).limit(10_000);
+/// // SAFETY: nothing is kept anywhere.
+/// let (value, report) = unsafe { torture.run(|| [3, 1, 2].map(|number| number * 2)) };
+/// assert!(report.is_clean() && report.steps <= 10_000, "{report}");
+/// assert_eq!(value, Some([6, 2, 4]));
+/// ```
 impl Torture {
     /// With seed 0 and no limit.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
-    /// let torture = Torture::new(Mode::Every(1));
-    /// # let _ = torture;
+    /// // SAFETY: nothing is kept anywhere.
+    /// let (value, report) = unsafe { Torture::new(Mode::Every(1)).run(|| i64::from_str_radix("-1f", 16)) };
+    /// assert!(report.is_clean(), "{report}");
+    /// assert_eq!(value, Some(Ok(-31)));
     /// ```
     #[must_use]
     pub const fn new(mode: Mode) -> Self {
         Self { mode, seed: 0, limit: u64::MAX }
     }
 
-    /// The seed of [`Mode::Random`].
+    /// The seed of [`Mode::Random`], which alone decides where the stack is moved. Other modes have no use for it.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
-    /// let torture = Torture::new(Mode::Random(10)).seed(4711);
-    /// # let _ = torture;
+    /// for seed in 0..4 {
+    ///     // SAFETY: nothing is kept anywhere.
+    ///     let (_, report) = unsafe { Torture::new(Mode::Random(10)).seed(seed).run(|| format!("{:?}", 0.5)) };
+    ///     assert!(report.is_clean(), "with seed {seed}: {report}");
+    /// }
     /// ```
     #[must_use]
     pub const fn seed(mut self, seed: u64) -> Self {
@@ -182,7 +208,8 @@ impl Torture {
     /// its frames are not unwound then, what they own is leaked.
     ///
     /// # Panics
-    /// If `f` does, with its payload. If `f` itself runs a torture.
+    /// If `f` does, with its payload. If `f` itself runs a torture. If the torture cannot begin, for want of memory or because
+    /// the system lets nobody write breakpoints; the message says which.
     ///
     /// # Safety
     /// The promise of [`Builder::relocating`](crate::Builder::relocating) is checked here, not needed. But not every

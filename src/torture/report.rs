@@ -57,6 +57,15 @@ pub struct Report {
 }
 
 /// An instruction that the stack was moved at.
+///
+/// ```
+/// use regrow::torture::{Hit, Mode, Torture};
+/// // SAFETY: nothing is kept anywhere.
+/// let (_, report) = unsafe { Torture::new(Mode::Every(1)).run(|| format!("{:?}", 0.5)) };
+/// let Hit { pc, moves } = report.hits[0];
+/// println!("most often at {pc:#x}: {moves} times");
+/// assert_eq!(report.hits.iter().map(|hit| hit.moves).sum::<u64>(), report.moves);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hit {
     /// Its address; 0 collects what there was no room to keep apart.
@@ -66,6 +75,25 @@ pub struct Hit {
 }
 
 /// A use of a pointer that a move has broken.
+///
+/// ```
+/// use regrow::torture::{Kind, Mode, Torture};
+/// #[inline(never)]
+/// fn sum(references: &[&u32]) -> u32 {
+///     references.iter().map(|number| std::hint::black_box(**number)).sum()
+/// }
+/// // SAFETY: it keeps pointers to its stack on the heap; the report is about that.
+/// let (_, report) = unsafe {
+///     Torture::new(Mode::GrowthPoints).run(|| {
+///         let numbers = std::hint::black_box([1, 2, 3]);
+///         sum(&numbers.iter().collect::<Vec<_>>())
+///     })
+/// };
+/// let finding = &report.findings[0];
+/// assert_eq!((finding.kind, finding.on_another_thread), (Kind::Stale, false));
+/// assert!(finding.instruction.contains(finding.register.unwrap()), "{report}");
+/// assert!(finding.backtrace.contains(&finding.function), "{report}");
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Finding {
     /// Which sort of bad pointer.
@@ -95,6 +123,23 @@ pub struct Finding {
 }
 
 /// Sorts of bad pointers.
+///
+/// ```
+/// use regrow::torture::{Kind, Mode, Torture};
+/// // SAFETY: it keeps a pointer to its stack on the heap; the report is about that.
+/// let (_, report) = unsafe {
+///     Torture::new(Mode::Every(1)).run(|| {
+///         let number = std::hint::black_box(5);
+///         let kept = std::hint::black_box(Box::new(&number));
+///         **kept
+///     })
+/// };
+/// let advice = match report.findings[0].kind {
+///     Kind::Stale => "keep it on the stack, or box what it points to",
+///     Kind::Poison => "write it before you read it",
+/// };
+/// assert!(advice.starts_with("keep"), "{report}");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     /// It points to where the stack was before a move: it was kept where the relocator does not look.
