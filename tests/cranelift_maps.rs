@@ -19,7 +19,7 @@ use cranelift_codegen::{Context, FinalizedMachReloc};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 use recorded::{Code, Objects, Stop};
-use regrow::map::cranelift::{configure, maps, register};
+use regrow::map::cranelift::{Error, configure, maps, register};
 use regrow::map::{
     self, Cfa, End, FrameMap, Location, Place, Register, Registration, Rules, Source, Verdict, Walk, Word,
 };
@@ -148,6 +148,30 @@ fn every_kind(builder: &mut FunctionBuilder<'_>, pointer: Value, callee: Value) 
         let shifted = builder.ins().imul_imm_u(sum, 1000);
         builder.ins().iadd(shifted, value)
     })
+}
+
+#[test]
+fn without_unwind_data_there_are_no_maps() {
+    let mut flags = settings::builder();
+    configure(&mut flags).unwrap();
+    flags.set("unwind_info", "false").unwrap();
+    let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu").unwrap();
+    let isa = isa.finish(settings::Flags::new(flags)).unwrap();
+    let mut function =
+        Function::with_name_signature(UserFuncName::default(), signature(CallConv::SystemV, 1));
+    let mut contexts = FunctionBuilderContext::new();
+    let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
+    let block = builder.create_block();
+    builder.append_block_params_for_function_params(block);
+    builder.switch_to_block(block);
+    let parameter = builder.block_params(block)[0];
+    builder.ins().return_(&[parameter]);
+    builder.seal_all_blocks();
+    builder.finalize(isa.frontend_config());
+    let mut context = Context::for_function(function);
+    let compiled = context.compile(&*isa, &mut Default::default()).unwrap();
+    let refused = maps(compiled, &*isa, 0x1000, Verdict::Data);
+    assert!(matches!(refused, Err(Error::Missing)), "{refused:?}");
 }
 
 #[test]

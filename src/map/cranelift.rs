@@ -429,6 +429,9 @@ fn cfa(offset: i64) -> Result<Place, Error> {
 
 /// The unwind rules of a function, in order; without gaps but for the one [above](self#unwinding).
 fn rows(code: &CompiledCode, isa: &dyn TargetIsa) -> Result<Vec<Row>, Error> {
+    if !isa.flags().unwind_info() {
+        return Err(Error::Missing); // what it makes then says that the function does nothing
+    }
     let Some(UnwindInfo::SystemV(info)) = code.create_unwind_info(isa).map_err(Error::Codegen)? else {
         return Err(Error::Missing);
     };
