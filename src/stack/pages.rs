@@ -33,8 +33,9 @@ use crate::error::Error;
 /// At least so much below an open stack is guarded: as wide as the guard at the bottom, for the same reason.
 const BAND: usize = GUARD;
 
-/// A new band is as wide as the stack, and that is at least this: growing on to twice the size takes no other.
-const LEAST: usize = 8 * PAGE;
+/// A new band is as wide as the stack, and that is at least this: growing on to twice the size takes no other, nor does
+/// growing from 4 KiB to 64 KiB.
+const LEAST: usize = 9 * PAGE;
 
 /// A gap of so many pages in the guards of a new slot would cost more than the guards: the kernel takes 0.5 µs a range.
 const NARROW: usize = 16 * PAGE;
