@@ -35,6 +35,10 @@
 //! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. The first coroutine
 //! that may move reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]).
 //!
+//! For a filter of system calls (seccomp): `mmap`, `munmap`, `mprotect`, `madvise`, `rt_sigaction`, `rt_sigprocmask`, `sigaltstack`,
+//! `sched_yield` and `clock_gettime` are needed; `process_madvise`, `userfaultfd` with its `ioctl`s, `process_vm_readv`, and
+//! `openat`, `pread64` and `pwrite64` of `/proc/self/mem`, may be refused with an error, but not kill the process.
+//!
 //! # When something goes wrong
 //!
 //! [`Error`] says what to do when a coroutine cannot be created. A stack at its maximum, and a pointer to where
