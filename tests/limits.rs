@@ -6,7 +6,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Error, Yielder};
 
 mod support;
-use support::{Counted, child, child_command, frame, live, outcome, relocating, variant};
+use support::{Counted, by_markers, child, child_command, frame, live, outcome, relocating, variant};
 
 fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
@@ -54,6 +54,9 @@ const WAYS: [&str; 2] = ["moving", "in place"];
 fn a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each() {
     const TEST: &str = "a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each";
     const COUNT: usize = 100_000;
+    if !by_markers() {
+        return;
+    }
     let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
     let builder = builder_of(&way);
     drop(suspended::<16>(&builder).unwrap());

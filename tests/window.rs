@@ -8,7 +8,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Yielder, current_stats};
 
 mod support;
-use support::{Outcome, child, child_command, frame, growths, outcome, run, variant};
+use support::{Outcome, by_markers, child, child_command, frame, growths, outcome, run, variant};
 
 fn in_place(maximum: usize) -> Builder {
     Builder::new().learn(false).maximum(maximum)
@@ -71,10 +71,6 @@ fn status(name: &str) -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.split_whitespace().next().unwrap().parse::<usize>().unwrap() << 10
-}
-
-fn by_markers() -> bool {
-    std::env::var_os("REGROW_GUARD").is_none()
 }
 
 /// Recurses until so many bytes of stack are used; at every level they are no more than the stack has.

@@ -6,6 +6,7 @@ use std::fmt;
 use std::hint::black_box;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 
 use regrow::{Builder, Yielder, current_stats};
 
@@ -19,6 +20,28 @@ pub fn relocating() -> Builder {
 /// A builder for each way of growing.
 pub fn both_ways() -> [Builder; 2] {
     [relocating(), Builder::new().learn(false).maximum(64 << 20)]
+}
+
+/// Whether guards are markers in the page table here, without a mapping each; says so if they are not.
+pub fn by_markers() -> bool {
+    const MADV_GUARD_INSTALL: i32 = 102;
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let asked_not_to = std::env::var_os("REGROW_GUARD").is_some_and(|value| value == "protect");
+        let (access, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        );
+        // SAFETY: a new mapping that replaces nothing and that nobody else knows of.
+        let works = unsafe {
+            let page = libc::mmap(std::ptr::null_mut(), 4096, access, flags, -1, 0);
+            page != libc::MAP_FAILED && libc::madvise(page, 4096, MADV_GUARD_INSTALL) == 0
+        };
+        if asked_not_to || !works {
+            println!("skipped: it takes guard markers (Linux 6.13, and REGROW_GUARD not set)");
+        }
+        works && !asked_not_to
+    })
 }
 
 /// Runs `f` in a coroutine of its own, to its end.
