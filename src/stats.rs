@@ -109,16 +109,8 @@ pub struct WordsByMap {
 }
 
 impl WordsByMap {
-    /// What has come since `before`.
     #[cfg(feature = "torture")]
-    pub(crate) fn since(&self, before: &Self) -> Self {
-        Self {
-            pointers: self.pointers - before.pointers,
-            elsewhere: self.elsewhere - before.elsewhere,
-            data: self.data - before.data,
-            ambiguous: self.ambiguous - before.ambiguous,
-        }
-    }
+    pub(crate) const NONE: Self = Self { pointers: 0, elsewhere: 0, data: 0, ambiguous: 0 };
 }
 
 /// Counters of the process since it started; see [`totals`].
@@ -197,6 +189,8 @@ pub(crate) fn count_words(words: &WordsByMap) {
     ELSEWHERE.fetch_add(words.elsewhere, Ordering::Relaxed);
     DATA.fetch_add(words.data, Ordering::Relaxed);
     AMBIGUOUS.fetch_add(words.ambiguous, Ordering::Relaxed);
+    #[cfg(feature = "torture")]
+    crate::torture::count_words(words);
 }
 
 /// Adds one shrink to the process-wide counters.

@@ -49,6 +49,25 @@ fn pushes() -> usize {
 }
 
 #[test]
+fn words_of_other_threads_are_not_counted() {
+    let words = || torture(Mode::GrowthPoints, || (0..20).fold(0, |_, _| pushes())).1.words_by_map;
+    words(); // what is done once only
+    let alone = words();
+    assert!(alone.ambiguous > 0);
+    let done = &std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                support::run(&relocating(), || frame::<20_000>(1));
+            }
+        });
+        let all = [(); 20].map(|()| words());
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(all, [alone; 20]);
+    });
+}
+
+#[test]
 fn a_push_is_moved_at_each_time() {
     for mode in [Mode::GrowthPoints, Mode::Breakpoints, Mode::Every(1)] {
         let (at, report) = torture(mode, || (0..20).fold(0, |_, _| pushes()));

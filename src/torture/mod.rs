@@ -80,7 +80,7 @@ use crate::coroutine::{CoroutineResult, Yielder};
 use crate::thread;
 
 pub use report::{Finding, Hit, Kind, Report};
-pub(crate) use run::undisturbed;
+pub(crate) use run::{count_words, undisturbed};
 pub(crate) use trap::{catches, instruction_in_its_place, is_running, smallest_steps};
 
 /// Where to move the stack.

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::report::{self, Found, Hit, Report};
 use super::{Mode, breakpoints, leaf, trap};
 use crate::coroutine::current_stats;
-use crate::stats::{self, WordsByMap};
+use crate::stats::WordsByMap;
 use crate::switch::{self, Handle};
 
 /// A stack does not return to a slot before this many moves.
@@ -34,8 +34,6 @@ pub(super) struct Run {
     pub moves: u64,
     pub bytes: u64,
     pub words: u64,
-    /// The process's counts of words when the torture began.
-    pub words_before: WordsByMap,
     pub skipped: u64,
     pub refused: u64,
     growths: u64,
@@ -121,6 +119,22 @@ thread_local! {
 thread_local! {
     /// How many things of the kind that moves would disturb are under way. As above.
     static UNDISTURBED: Cell<u32> = const { Cell::new(0) };
+}
+
+thread_local! {
+    /// The words of all stacks that were moved on this thread since its torture began. As above.
+    static WORDS: Cell<WordsByMap> = const { Cell::new(WordsByMap::NONE) };
+}
+
+/// Counts the words of one move.
+pub(crate) fn count_words(words: &WordsByMap) {
+    let before = WORDS.get();
+    WORDS.set(WordsByMap {
+        pointers: before.pointers.wrapping_add(words.pointers),
+        elsewhere: before.elsewhere.wrapping_add(words.elsewhere),
+        data: before.data.wrapping_add(words.data),
+        ambiguous: before.ambiguous.wrapping_add(words.ambiguous),
+    });
 }
 
 /// No moves on this thread until the value is dropped.
@@ -211,13 +225,13 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
         moves: 0,
         bytes: 0,
         words: 0,
-        words_before: stats::totals().words_by_map,
         skipped: 0,
         refused: 0,
         growths: 0,
         hits: Hits::new(),
     }));
     CURRENT.set(run);
+    WORDS.set(WordsByMap::NONE);
     // SAFETY: a plain system call.
     THREAD.store(unsafe { libc::gettid() }, Ordering::Release);
     let turn = Turn { run, _lock: lock };
@@ -252,7 +266,7 @@ impl Turn {
             growths: run.growths,
             bytes_copied: run.bytes,
             words_rewritten: run.words,
-            words_by_map: stats::totals().words_by_map.since(&run.words_before),
+            words_by_map: WORDS.get(),
             skipped: run.skipped,
             refused: run.refused,
             hits: run.hits.into_list(),
