@@ -18,7 +18,7 @@ pub use census::{Slots, slots};
 
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use super::class::{CLASSES, Class, PAGE, arena_places, next_place};
+use super::class::{CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
 use super::guard;
 use super::pages::Pages;
 use crate::error::Error;
@@ -80,6 +80,9 @@ static CLAIMED: AtomicUsize = AtomicUsize::new(0);
 static NEWEST: [AtomicU32; CLASSES] = [const { AtomicU32::new(0) }; CLASSES];
 /// For each class its free slots: a counter against ABA in the upper half, a [`Link`] in the lower.
 static FREE: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
+
+/// Where arenas of moving stacks are looked for, from there down; decided by the first one, 0 before.
+static TOP: AtomicUsize = AtomicUsize::new(0);
 
 /// One slot of an arena.
 #[derive(Clone, Copy)]
@@ -336,10 +339,17 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
 }
 
 fn reserve_arena(class: Class, bytes: usize) -> Result<usize, Error> {
-    match class.is_moving() {
-        true => guard::reserve_at(bytes, |below| arena_places(class, below, bytes)),
-        false => guard::reserve(bytes, libc::PROT_NONE),
+    if !class.is_moving() {
+        return guard::reserve(bytes, libc::PROT_NONE);
     }
+    guard::reserve_at(bytes, |free| {
+        let first = arenas_below(free);
+        let top = match TOP.compare_exchange(0, first, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => first,
+            Err(top) => top,
+        };
+        arena_places(class, free.min(top), bytes)
+    })
 }
 
 /// Adds an arena, eight times the last one of its class, less where the kernel refuses so much.

@@ -79,6 +79,14 @@ const fn next_by_byte(class: Class, from: usize, byte: u32) -> usize {
     }
 }
 
+/// The upper end of the TiB in which arenas are to lie, if `free` is an address where there is room: that one, unless there is little
+/// room left in it. In it the sixth byte of all addresses is the same.
+pub(crate) const fn arenas_below(free: usize) -> usize {
+    const TIB: usize = 1 << 40;
+    let start = free / TIB * TIB;
+    if start == 0 || free - start >= TIB / 4 * 3 { start + TIB } else { start }
+}
+
 /// Where an arena of this class may start, of all addresses from `below` down: where its first slots are not left out.
 pub(crate) fn arena_places(class: Class, below: usize, step: usize) -> impl Iterator<Item = usize> {
     const LOWEST: usize = 0x8080_0000;
@@ -238,6 +246,19 @@ mod tests {
         }
         let large = Class::moving(MAX_SIZE);
         assert_eq!(next_place(large, 0x7f92_0000_0000), 0x7f92_0000_0000);
+    }
+
+    #[test]
+    fn arenas_have_room_in_one_tib() {
+        for (free, expected) in [
+            (0x7f12_3456_7000, 0x7f00_0000_0000),
+            (0x7f83_0000_0000, 0x7f00_0000_0000),
+            (0x7fc0_0000_0000, 0x8000_0000_0000),
+            (0x7ffe_0000_0000, 0x8000_0000_0000),
+            (0x0012_3456_7000, 0x0100_0000_0000),
+        ] {
+            assert_eq!(arenas_below(free), expected, "{free:#x}");
+        }
     }
 
     #[test]
