@@ -81,7 +81,7 @@ static NEWEST: [AtomicU32; CLASSES] = [const { AtomicU32::new(0) }; CLASSES];
 /// For each class its free slots: a counter against ABA in the upper half, a [`Link`] in the lower.
 static FREE: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
 
-/// Where arenas of moving stacks are looked for, from there down; decided by the first one, 0 before.
+/// Where arenas of moving stacks are looked for, from there down: decided by the first one, 0 before, and below the last one then.
 static TOP: AtomicUsize = AtomicUsize::new(0);
 
 /// One slot of an arena.
@@ -306,15 +306,17 @@ impl Arena {
     }
 }
 
-/// How many fresh slots are taken at a time from `start` on, after `used` others: 2 MiB of address space, or a quarter as many.
-/// Guards take page tables, which a program with a few coroutines shall not have for many. Or all that are left out there.
+/// How many fresh slots are taken at a time from `start` on, after `used` others: [`FEW`] within 2 MiB, or a quarter as many.
+/// Guards take time and page tables, which a program with a few coroutines shall not spend on many. Or all that are left
+/// out there.
 fn batch(class: Class, start: usize, used: u32) -> u32 {
     match next_place(class, start) - start {
-        0 => (((2 << 20) / class.stride()) as u32).max(used / 4).clamp(1, MOST_AT_A_TIME),
+        0 => (((2 << 20) / class.stride()) as u32).min(FEW).max(used / 4).clamp(1, MOST_AT_A_TIME),
         left_out => left_out.div_ceil(class.stride()) as u32,
     }
 }
 
+const FEW: u32 = 4;
 const MOST_AT_A_TIME: u32 = 32;
 
 fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
@@ -392,6 +394,9 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     arena.slots.store(slots, Ordering::Relaxed);
     arena.class.store(class.index() as u8, Ordering::Relaxed);
     arena.end.store(start + bytes, Ordering::Release);
+    if class.is_moving() {
+        TOP.fetch_min(start - 1, Ordering::Relaxed);
+    }
     // Two threads may add one each; the loser's slots are found when the winner's are used up or never:
     // only address space is at stake.
     let _ =
