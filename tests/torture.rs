@@ -8,7 +8,7 @@ use std::panic::catch_unwind;
 use std::process::Command;
 
 use regrow::torture::{Finding, Kind, Mode, Report, Torture};
-use regrow::{Builder, Yielder};
+use regrow::{Builder, Yielder, current_stats, pinned_room, reserve};
 
 mod support;
 use support::{below, child, frame, random, relocating, variant};
@@ -145,6 +145,16 @@ fn overflows_go_by_the_smallest_step() {
 }
 
 // --- what it must not break --------------------------------------------------------------------------------------
+
+/// What the crate itself computes with addresses of the stack it runs on, at whichever instruction that stack moves.
+#[test]
+fn what_is_asked_about_the_stack_is_answered() {
+    is_clean_everywhere(|| {
+        let reserved = [1000, 3000, 9000].map(|bytes| reserve(black_box(bytes)).is_ok());
+        let size = current_stats().map_or(0, |stats| stats.size);
+        (reserved, size <= 1 << 15, pinned_room().is_none_or(|room| room < 1 << 30))
+    });
+}
 
 /// A frame of `N` bytes, filled by a library routine, of which only a few are looked at.
 #[inline(never)]
