@@ -12,7 +12,7 @@
 //!         └────────────┘                          │ slack ...  │
 //! ```
 //!
-//! A large stack that goes to memory which was never used takes its pages along (src/grow/scratch.rs).
+//! A stack that goes to memory which was never used takes its pages along (src/grow/scratch.rs).
 //!
 //! Then the registers of the interrupted context, the vector registers among them, and the handle.
 //! The old slot becomes inaccessible at once and stays so until the coroutine has ended: a pointer to it

@@ -1,4 +1,4 @@
-//! A place to rewrite a large stack on, before its pages are carried to where it goes.
+//! A place to rewrite a stack on, before its pages are carried to where it goes.
 //!
 //! Writing to never used memory costs the kernel's first touch of each page, three times what copying and rewriting cost. A
 //! stack that moves leaves as many pages behind. So (src/stack/carry.rs):
@@ -14,12 +14,9 @@
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::stack::class::open_bytes;
-use crate::stack::guard;
+use crate::stack::{carry, guard};
 
-/// From so many bytes on a stack's pages are carried: below it the system calls cost as much as they save.
-const LEAST: usize = 128 << 10;
-
-/// The scratch's size, and what it may come to keep of memory.
+/// The scratch's size, and what it may come to keep of memory; a larger stack writes to new memory, too.
 const MOST: usize = open_bytes(4 << 20);
 
 static IN_USE: AtomicBool = AtomicBool::new(false);
@@ -33,9 +30,9 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Takes it for a stack of so many bytes. `None` if it is not worth while, or not to be had.
+    /// Takes it for a stack of so many bytes. `None` if it is of no use, or not to be had.
     pub(super) fn take(bytes: usize) -> Option<Self> {
-        if !(LEAST..=MOST).contains(&bytes) || !guard::by_madvise() || IN_USE.swap(true, Ordering::Acquire) {
+        if bytes > MOST || !carry::is_possible() || IN_USE.swap(true, Ordering::Acquire) {
             return None;
         }
         let mut scratch = Self { start: START.load(Ordering::Relaxed) };

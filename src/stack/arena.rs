@@ -19,8 +19,8 @@ pub use census::{Slots, slots};
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::class::{CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
-use super::guard;
 use super::pages::Pages;
+use super::{carry, guard};
 use crate::error::Error;
 
 /// A slot's number: which arena, which slot in it, plus one so that 0 is "none".
@@ -376,7 +376,12 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
         unsafe { guard::unreserve(start, bytes) }
     })?;
     // SAFETY: a stretch reserved above. Failing only means that huge pages may be used.
-    unsafe { libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE) };
+    unsafe {
+        libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE);
+        if class.is_moving() {
+            carry::register(start, bytes);
+        }
+    }
 
     let number = CLAIMED.fetch_add(1, Ordering::AcqRel);
     if number >= MAX_ARENAS {

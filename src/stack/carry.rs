@@ -6,23 +6,30 @@
 //! ```
 //!
 //! `userfaultfd` can (`UFFDIO_MOVE`, Linux 6.8); `mremap` can too, but leaves mappings that never merge with their neighbours
-//! again. The place where the pages go is registered with the descriptor for as long as that takes.
+//! again. Arenas of moving stacks are registered with one descriptor, which is opened with the first of them and stays: to
+//! open one for each use takes 10 µs. They are registered for write protection, of which no use is made, so nothing else about
+//! them changes.
 //!
-//! The descriptor is opened for each use, which takes 10 µs: one that is kept would, after a `fork`, carry the parent's
-//! memory. System calls only, as the fault handler needs it.
+//! After a `fork` the descriptor still stands for the memory of the parent: the kernel refuses to carry there, but would
+//! register. So its number lies on a page that the kernel gives a child as zeros, and a child copies. System calls only, as the
+//! fault handler needs it.
 
 use core::ffi::{c_int, c_ulong};
+use core::ptr;
+use core::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+
+use super::class::PAGE;
+use super::guard;
 
 /// This process's own accesses only: needs no privilege.
 const UFFD_USER_MODE_ONLY: c_int = 1;
 const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_MOVE: u64 = 1 << 16;
-const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WP: u64 = 2;
 const MOVE_MODE_ALLOW_SRC_HOLES: u64 = 2;
 
 const UFFDIO_API: c_ulong = request::<Api>(READ | WRITE, 0x3f);
 const UFFDIO_REGISTER: c_ulong = request::<Register>(READ | WRITE, 0x00);
-const UFFDIO_UNREGISTER: c_ulong = request::<Range>(READ, 0x01);
 const UFFDIO_MOVE: c_ulong = request::<Move>(READ | WRITE, 0x05);
 
 const WRITE: c_ulong = 1;
@@ -41,15 +48,9 @@ struct Api {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
-struct Range {
+struct Register {
     start: u64,
     length: u64,
-}
-
-#[repr(C)]
-struct Register {
-    range: Range,
     mode: u64,
     ioctls: u64,
 }
@@ -64,66 +65,117 @@ struct Move {
     moved: i64,
 }
 
-/// Carries pages from one place to another, where none are. Returns how many bytes from the beginning on are there now, and
-/// left nothing behind: all, or fewer where the kernel does not have this, or a page is shared or otherwise held.
+/// Where the descriptor's number is, plus one; null before it was asked for. On that page 0 is "none": after a fork, or where
+/// the kernel has nothing of the kind.
+static DESCRIPTOR: AtomicPtr<AtomicI32> = AtomicPtr::new(ptr::null_mut());
+
+/// The page while there is none.
+static NONE: AtomicI32 = AtomicI32::new(0);
+
+/// Registers an arena: pages may be carried to it. Without effect where the kernel does not have that.
+///
+/// # Safety
+/// The range is page-aligned memory that was reserved by the caller, and holds no stack yet.
+pub(crate) unsafe fn register(start: usize, bytes: usize) {
+    let none = (&raw const NONE).cast_mut();
+    // Who comes second while the first one opens it has an arena whose stacks are copied to; so has a handler that
+    // interrupts this.
+    if DESCRIPTOR.compare_exchange(ptr::null_mut(), none, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        && guard::by_madvise()
+        && let Some(place) = open()
+    {
+        DESCRIPTOR.store(place, Ordering::Release);
+    }
+    let Some(file) = descriptor() else { return };
+    let mut range = Register { start: start as u64, length: bytes as u64, mode: REGISTER_MODE_WP, ioctls: 0 };
+    // SAFETY: the request gets the argument it expects; by the caller's word. Failing means that stacks are copied there.
+    unsafe { libc::ioctl(file, UFFDIO_REGISTER, &mut range) };
+}
+
+/// Opens a descriptor, and returns a page with its number.
+fn open() -> Option<*mut AtomicI32> {
+    let page = guard::reserve(PAGE, libc::PROT_READ | libc::PROT_WRITE).ok()?;
+    let place = page as *mut AtomicI32;
+    let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_MOVE, ioctls: 0 };
+    // SAFETY: the page was reserved above, zeros are an `AtomicI32`; the descriptor is ours.
+    unsafe {
+        if libc::madvise(page as *mut _, PAGE, libc::MADV_WIPEONFORK) == 0 {
+            let file = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) as c_int;
+            if file >= 0 && libc::ioctl(file, UFFDIO_API, &mut api) == 0 {
+                (*place).store(file + 1, Ordering::Relaxed);
+                return Some(place);
+            }
+            libc::close(file);
+        }
+        guard::unreserve(page, PAGE);
+    }
+    None
+}
+
+fn descriptor() -> Option<c_int> {
+    // SAFETY: null, a static, or a page that is never unmapped.
+    let place = unsafe { DESCRIPTOR.load(Ordering::Acquire).as_ref()? };
+    place.load(Ordering::Relaxed).checked_sub(1).filter(|&file| file >= 0)
+}
+
+/// True if [`carry`] is worth a try.
+pub(crate) fn is_possible() -> bool {
+    descriptor().is_some()
+}
+
+/// Carries pages from one place in registered arenas to another, where none are. Returns how many bytes from the beginning on
+/// are there now, and left nothing behind: all, or fewer where the kernel does not have this, or a page is shared or otherwise
+/// held.
 ///
 /// # Safety
 /// Both ranges are page-aligned private memory that nobody else uses, and do not overlap.
 pub(crate) unsafe fn carry(from: usize, to: usize, bytes: usize) -> usize {
-    // SAFETY: opens a descriptor, which is ours until it is closed.
-    unsafe {
-        let file = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) as c_int;
-        if file < 0 {
-            return 0;
-        }
-        let moved = carry_by(file, from, to, bytes);
-        libc::close(file);
-        moved
-    }
-}
-
-/// # Safety
-/// As for [`carry`]; `file` is a new descriptor of userfaultfd.
-unsafe fn carry_by(file: c_int, from: usize, to: usize, bytes: usize) -> usize {
-    let (from, range) = (from as u64, Range { start: to as u64, length: bytes as u64 });
-    let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_MOVE, ioctls: 0 };
-    let mut register = Register { range, mode: REGISTER_MODE_MISSING, ioctls: 0 };
-    let mut carried =
-        Move { to: range.start, from, length: range.length, mode: MOVE_MODE_ALLOW_SRC_HOLES, moved: 0 };
-    // SAFETY: each request gets the argument it expects; by the caller's word nobody waits for these pages.
-    unsafe {
-        if libc::ioctl(file, UFFDIO_API, &mut api) != 0
-            || libc::ioctl(file, UFFDIO_REGISTER, &mut register) != 0
-        {
-            return 0;
-        }
-        libc::ioctl(file, UFFDIO_MOVE, &mut carried);
-        libc::ioctl(file, UFFDIO_UNREGISTER, &range); // or when it is closed
-    }
+    let Some(file) = descriptor() else { return 0 };
+    let mut carried = Move {
+        to: to as u64,
+        from: from as u64,
+        length: bytes as u64,
+        mode: MOVE_MODE_ALLOW_SRC_HOLES,
+        moved: 0,
+    };
+    // SAFETY: the request gets the argument it expects; by the caller's word. Should somebody have closed the descriptor, and
+    // another have taken its number, then the arenas are not registered with that, which is why the kernel refuses.
+    unsafe { libc::ioctl(file, UFFDIO_MOVE, &mut carried) };
     usize::try_from(carried.moved).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stack::class::PAGE;
-    use crate::stack::guard;
+    use std::sync::OnceLock;
+
+    fn has_descriptor() -> bool {
+        static HAS: OnceLock<bool> = OnceLock::new();
+        *HAS.get_or_init(|| {
+            guard::detect();
+            let page = guard::reserve(PAGE, libc::PROT_NONE).unwrap();
+            // SAFETY: reserved above, and forgotten.
+            unsafe { register(page, PAGE) };
+            is_possible()
+        })
+    }
 
     #[test]
     fn pages_are_carried_holes_and_all_or_left_alone() {
         const PAGES: usize = 64;
+        if !has_descriptor() {
+            return eprintln!("skipped: this kernel does not carry pages");
+        }
         let map = || guard::reserve(PAGES * PAGE, libc::PROT_READ | libc::PROT_WRITE).unwrap();
         let (from, to) = (map(), map());
         let byte = |start: usize, page: usize| (start + page * PAGE + 5) as *mut u8;
         let is_hole = |page| (10..20).contains(&page);
         // SAFETY: two stretches of memory, mapped above and known to nobody else.
         unsafe {
+            register(from, PAGES * PAGE);
+            register(to, PAGES * PAGE);
             (0..PAGES).filter(|&page| !is_hole(page)).for_each(|page| *byte(from, page) = page as u8 + 1);
-            let carried = carry(from, to, PAGES * PAGE);
-            if carried == 0 {
-                return eprintln!("skipped: this kernel does not carry pages");
-            }
-            assert_eq!(carried, PAGES * PAGE);
+            assert_eq!(carry(from, to, PAGES * PAGE), PAGES * PAGE);
             for page in 0..PAGES {
                 assert_eq!(*byte(to, page), if is_hole(page) { 0 } else { page as u8 + 1 });
                 assert_eq!(*byte(from, page), 0, "page {page} was left behind");
@@ -134,5 +186,22 @@ mod tests {
             guard::unreserve(from, PAGES * PAGE);
             guard::unreserve(to, PAGES * PAGE);
         }
+    }
+
+    #[test]
+    fn the_descriptor_is_not_a_childs() {
+        if !has_descriptor() {
+            return eprintln!("skipped: this kernel does not carry pages");
+        }
+        let mut status = -1;
+        // SAFETY: the child calls nothing that another thread might have been in.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                libc::_exit(is_possible().into());
+            }
+            assert_eq!(libc::waitpid(child, &mut status, 0), child);
+        }
+        assert!(is_possible() && status == 0);
     }
 }
