@@ -174,10 +174,15 @@ pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     (next <= maximum).then_some(next)
 }
 
-/// As [`grown`], for a stack that stays, of which `used` bytes below the slot's end are in use. They may be more than are
-/// open, and guards go below what is opened: not over them. At the maximum the guards are there already.
+/// Up to here a stack that opens pages of its slot opens four times as much: they cost nothing before they are touched, and
+/// each time costs a fault.
+const QUICK: usize = 64 << 10;
+
+/// As [`grown`], for a stack that opens pages of its slot, of which `used` bytes below the slot's end are in use. They may be
+/// more than are open, and guards go below what is opened: not over them. At the maximum the guards are there already.
 pub(crate) fn grown_in_place(size: usize, need: usize, used: usize, maximum: usize) -> Option<usize> {
-    grown(size, need.max(used.min(open_bytes(maximum))), maximum)
+    let grown = grown(size, need.max(used.min(open_bytes(maximum))), maximum)?;
+    Some(grown.max((4 * size).min(QUICK)).min(maximum))
 }
 
 #[cfg(test)]
@@ -281,6 +286,19 @@ mod tests {
         assert_eq!(grown(4096, 4096 + 4096 + 1, 8192), Some(8192));
         assert_eq!(grown(8192, 1, 8192), None);
         assert_eq!(grown(2048, usize::MAX, 1 << 32), None);
+    }
+
+    #[test]
+    fn pages_are_opened_fourfold_at_first() {
+        let all = |first, maximum| {
+            let next = |&size: &usize| grown_in_place(size, open_bytes(size) + 1, 0, maximum);
+            core::iter::successors(Some(first), next).collect::<Vec<_>>()
+        };
+        let kib = |sizes: &[usize]| sizes.iter().map(|size| size << 10).collect::<Vec<_>>();
+        assert_eq!(all(2 << 10, 256 << 10), kib(&[2, 8, 32, 64, 128, 256]));
+        assert_eq!(all(4 << 10, 128 << 10), kib(&[4, 16, 64, 128]));
+        assert_eq!(all(2 << 10, 4 << 10), kib(&[2, 4]));
+        assert_eq!(all(8 << 10, 16 << 10), kib(&[8, 16]));
         assert_eq!(grown_in_place(2048, 4097, 40_000, 1 << 20), Some(65_536));
         assert_eq!(grown_in_place(2048, 4097, 80_000, 65_536), Some(65_536));
         assert_eq!(grown_in_place(2048, 80_000, 40_000, 65_536), None);
