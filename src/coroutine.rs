@@ -330,7 +330,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// Makes the stack as small as it can be with as much room as is used now, and no smaller than it was at first.
     /// True if it became smaller. Memory below what remains goes back to the kernel.
     ///
-    /// A stack that is [pinned](crate::pin()) does not move and stays as it is.
+    /// A stack that is [pinned](crate::pin()) does not move: it stays as it is, or gives back slack that was opened for it.
     ///
     /// # Errors
     /// If the kernel has no memory for the smaller slot; nothing has changed then.

@@ -155,7 +155,7 @@ impl Kind {
     fn builder(self) -> Builder {
         let shrink = [Shrink::Off, Shrink::Default, Shrink::Eager][usize::from(self.shrink)];
         let builder = Builder::new().first_size(1 << self.first_log).maximum(1 << 20);
-        let builder = builder.shrink(shrink).learn(self.learn);
+        let builder = builder.shrink(shrink).learn(self.learn).slack_first(!self.seed.is_multiple_of(2));
         let builder = if self.named { builder.name("somebody") } else { builder };
         // SAFETY: the address of a sum that leaves the stack is used for stacks that stay only.
         if self.moves { unsafe { builder.relocating() } } else { builder }

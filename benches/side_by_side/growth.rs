@@ -88,6 +88,10 @@ pub fn moving_cold() -> Run<'static> {
     regrow_cold(relocating())
 }
 
+pub fn slack_first_cold() -> Run<'static> {
+    regrow_cold(relocating().slack_first(true))
+}
+
 pub fn in_place_cold() -> Run<'static> {
     regrow_cold(Builder::new().learn(false))
 }

@@ -33,7 +33,7 @@ const ROUNDS: usize = 15;
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
-const SHAPES: [Shape; 26] = [
+const SHAPES: [Shape; 27] = [
     ("loop at the root, ()", || {
         with_root(four(
             shapes::root_loop::<_, ()>(Regrow),
@@ -142,6 +142,7 @@ const SHAPES: [Shape; 26] = [
         all
     }),
     ("2 to 64 KiB by moving, memory cold", || cold(growth::moving_cold())),
+    ("2 to 64 KiB, slack first, memory cold", || cold(growth::slack_first_cold())),
     ("2 to 64 KiB in place, memory cold", || cold(growth::in_place_cold())),
     ("to 64 KiB at a site that has learned, moving, memory cold", || cold(growth::learned_cold(true))),
     ("to 64 KiB at a site that has learned, in place, memory cold", || cold(growth::learned_cold(false))),

@@ -52,15 +52,16 @@ pub(crate) struct Frozen {
     /// In place only; with the entry: whom to tell when the stack is touched.
     pub(super) chain: Chain,
     site: *const Site,
-    maximum: usize,
     /// Words that follow: from what the suspend saved to the first word of the base.
     words: u32,
     pub(super) entry: u32,
     base_offset: u16,
     first_log: u8,
+    maximum_log: u8,
     maps: Maps,
     shrink: Shrink,
     growth: Growth,
+    slack_first: bool,
     raw: bool,
     /// In place only: its pages are without access, not guarded.
     pub(super) forbidden: bool,
@@ -225,7 +226,7 @@ pub(crate) unsafe fn thaw(handle: &mut Handle) -> Result<(), Error> {
         let frozen = block.as_ref();
         let count = frozen.words as usize;
         let used = count * WORD + usize::from(frozen.base_offset);
-        let size = shrink::fitting(used + used / 2, 1 << frozen.first_log).min(frozen.maximum);
+        let size = shrink::fitting(used + used / 2, 1 << frozen.first_log).min(1 << frozen.maximum_log);
         let record = cache::take(Class::moving(size), open_bytes(size))?;
         let end = Record::end(record);
         let base = end - usize::from(frozen.base_offset);
@@ -308,14 +309,15 @@ impl Frozen {
                 record: more.then(|| Box::new(record.cast::<MaybeUninit<Record>>().read())),
                 chain: Chain { next: ptr::null_mut() },
                 site: (*record).site,
-                maximum: (*record).maximum,
                 words: words as u32,
                 entry: 0,
                 base_offset: (*record).base_offset,
                 first_log: (*record).first_log,
+                maximum_log: (*record).maximum.trailing_zeros() as u8,
                 maps: (*record).maps,
                 shrink: (*record).watch.policy(),
                 growth: (*record).growth,
+                slack_first: (*record).slack_first,
                 raw: (*record).raw,
                 forbidden: false,
             }
@@ -357,9 +359,10 @@ impl Frozen {
                 return record.cast::<MaybeUninit<Record>>().copy_from_nonoverlapping(&raw const **kept, 1);
             }
             Record::clear(record);
-            (*record).maximum = self.maximum;
+            (*record).maximum = 1 << self.maximum_log;
             (*record).growth = self.growth;
             (*record).maps = self.maps;
+            (*record).slack_first = self.slack_first;
             (*record).raw = self.raw;
             (*record).site = self.site;
             (*record).watch = Watch::new(self.shrink);

@@ -117,19 +117,21 @@ pub(crate) struct Done {
     pub words: usize,
 }
 
-/// Moves the stack to a slot that holds what is needed; opens its slack if it may not move now.
+/// Moves the stack to a slot that holds what is needed; opens its slack if it may not move now, or is not to yet.
 ///
 /// # Safety
 /// As for [`grow`].
 unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refusal> {
     let record = Record::at(fault.slot.end());
+    let need = fault.slot.end() - fault.lowest.min(context.rsp() - RED_ZONE);
     // SAFETY: the running coroutine's record, as in `grow`; before an error nothing has changed, and who
     // asked for `Growth::Relocate` made the promise about pointers.
     unsafe {
+        if let Some(open) = slack_first(&*record, need) {
+            return open_to(record, open).map_err(Refusal::Kernel);
+        }
         let blame = match may_move(&*record, fault) {
             Ok(()) => {
-                let lowest = fault.lowest.min(context.rsp() - RED_ZONE);
-                let need = fault.slot.end() - lowest;
                 let size = class::grown((*record).size(), need, (*record).maximum).ok_or(Refusal::Maximum)?;
                 match relocate::relocate(context, fault, size) {
                     Ok(moved) => return Ok(moved),
@@ -145,6 +147,14 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
         (*record).not_moved = Some(NotMoved { reason: blame.reason, frame: blame.frame });
         open_slack(fault).map_err(|refusal| blame.error.map_or(refusal, Refusal::Kernel))
     }
+}
+
+/// How many bytes to open of a stack that is not to move before its slack is used up; `None` if the slack does not hold what is
+/// needed.
+fn slack_first(record: &Record, need: usize) -> Option<usize> {
+    let size = class::grown_in_place(record.size(), need, 0, record.maximum)?;
+    let open = class::open_bytes(size);
+    (record.slack_first && open <= record.class.window()).then_some(open)
 }
 
 /// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an

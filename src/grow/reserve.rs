@@ -1,7 +1,7 @@
 //! Growing on request: without a fault, for a fraction of its price.
 
 use super::relocate::{self, Failure};
-use super::{Done, NotMoved, Reason, finish, now, open_to, reason};
+use super::{Done, NotMoved, Reason, finish, now, open_to, reason, slack_first};
 use crate::error::Error;
 use crate::stack::Record;
 use crate::stack::class::{self, PAGE};
@@ -52,6 +52,11 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
         let Some(size) = class::grown_in_place(size, need, used, maximum) else { return Err(room) };
         // SAFETY: the bytes of the maximum are within the window of the class, and nothing is below them.
         return unsafe { open_now(record, class::open_bytes(size)) };
+    }
+    // SAFETY: as above.
+    if let Some(open) = slack_first(unsafe { &*record }, need) {
+        // SAFETY: the bytes are within the window, and what is below those that are open is not used.
+        return unsafe { open_now(record, open) };
     }
     let Some(size) = class::grown(size, need, maximum) else { return Err(room) };
     if let Some(stack) = thread::signal_stack_end() {

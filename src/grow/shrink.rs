@@ -179,21 +179,23 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
         if size >= (*record).size() {
             return Ok(false);
         }
-        let record = match (*record).growth {
-            Growth::InPlace => {
-                cache::resize(record, class::open_bytes(size))?;
-                discard_unused(handle, record);
-                record
-            }
-            Growth::Relocate if (*record).is_pinned() => return Ok(false),
-            Growth::Relocate => match relocate::relocate_suspended(handle, size) {
+        // One that moves, too, is cut down where it is, if its slack was opened there.
+        let stays = (*record).growth == Growth::InPlace || (*record).class.size() <= size;
+        let record = if stays {
+            cache::resize(record, class::open_bytes(size))?;
+            discard_unused(handle, record);
+            record
+        } else if (*record).is_pinned() {
+            return Ok(false);
+        } else {
+            match relocate::relocate_suspended(handle, size) {
                 Ok(moved) => moved.record,
                 Err(Failure::Kernel(error)) => return Err(error),
                 Err(Failure::Frame(reason, frame)) => {
                     (*record).not_moved = Some(NotMoved { reason, frame });
                     return Ok(false);
                 }
-            },
+            }
         };
         (*record).shrinks += 1;
         stats::count_shrink();

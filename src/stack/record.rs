@@ -59,6 +59,8 @@ pub(crate) struct Record {
     pub growth: Growth,
     /// Which words may be judged by their value.
     pub maps: Maps,
+    /// Its slot's slack is used up before it moves.
+    pub slack_first: bool,
     /// No Rust frames lie below: nothing is unwound when it is dropped.
     pub raw: bool,
     /// Reports how much of its stack it has used when it ends (src/site.rs).
