@@ -119,6 +119,6 @@ fn a_pinned_stack_has_the_same_room() {
 #[test]
 fn the_maximum_holds() {
     let mut coroutine = diver(&slack_first().maximum(16 << 10));
-    assert_eq!(dive(&mut coroutine, 3).size, 8 << 10);
+    assert_eq!(dive(&mut coroutine, 5).size, 8 << 10);
     assert_eq!(dive(&mut coroutine, 12).size, 16 << 10);
 }

@@ -134,8 +134,10 @@ fn lower(steps: usize, f: &mut dyn FnMut() -> Duration) -> Duration {
     time
 }
 
-/// How many operations take about a round. Warms everything up, too.
+/// How many operations take about a round. Warms everything up, too: what is done once in a process, recording stack maps for
+/// example, is not part of an operation.
 fn calibrate(contestant: &mut Contestant<'_>) -> u64 {
+    (contestant.run)(1);
     let mut count = 1;
     loop {
         let time = (contestant.run)(count);
