@@ -5,7 +5,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Stats, Yielder, current_stats, pin, pinned_room};
 
 mod support;
-use support::{frame, relocating};
+use support::relocating;
 
 fn slack_first() -> Builder {
     relocating().slack_first(true)
@@ -21,7 +21,7 @@ fn diver(builder: &Builder) -> Coroutine<u64, Found, ()> {
         let last = &mut dives[3];
         let mut expected = 0;
         loop {
-            assert_eq!(deep(kib), (1..=kib).map(|level| u64::from(level as u8)).sum());
+            deep(kib);
             *last += 1;
             expected += 1;
             assert_eq!(black_box(&*last), black_box(&expected));
@@ -30,11 +30,20 @@ fn diver(builder: &Builder) -> Coroutine<u64, Found, ()> {
     })
 }
 
+/// Takes `kib` KiB of stack, and not much more.
+fn deep(kib: u64) {
+    let here = 0u8;
+    down((&raw const here) as usize, kib as usize * 1024);
+}
+
+/// `top` is a number that moves with the stack, as any pointer to it.
 #[inline(never)]
-fn deep(kib: u64) -> u64 {
-    let local = black_box([kib as u8; 960]);
-    let below = if kib > 1 { deep(kib - 1) } else { 0 };
-    below + u64::from(local[512])
+fn down(top: usize, bytes: usize) {
+    let local = black_box([bytes; 20]);
+    if top - (&raw const local as usize) < bytes {
+        down(top, bytes);
+    }
+    assert_eq!(black_box(local), [bytes; 20]);
 }
 
 fn dive(coroutine: &mut Coroutine<u64, Found, ()>, kib: u64) -> Stats {
@@ -83,13 +92,14 @@ fn what_was_opened_is_given_back_where_the_stack_is() {
     for _ in 0..3 {
         assert_eq!(dive(&mut coroutine, 20).size, 32 << 10);
         assert!(coroutine.shrink().unwrap());
-        assert_eq!((coroutine.stats().size, place(&mut coroutine)), (2048, before));
+        assert!(coroutine.stats().size <= 8 << 10);
+        assert_eq!(place(&mut coroutine), before);
     }
     // One that was moved goes to a smaller slot.
     dive(&mut coroutine, 60);
     let moved = place(&mut coroutine);
     assert!(coroutine.shrink().unwrap());
-    assert_eq!(coroutine.stats().size, 2048);
+    assert!(coroutine.stats().size <= 8 << 10);
     assert_ne!(place(&mut coroutine), moved);
 }
 
@@ -109,7 +119,7 @@ fn a_pinned_stack_has_the_same_room() {
     let room = |builder: Builder| {
         support::run(&builder, || {
             let _pin = pin();
-            frame::<20_000>(1);
+            deep(20);
             pinned_room().unwrap()
         })
     };

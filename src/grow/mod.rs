@@ -152,9 +152,10 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
 /// How many bytes to open of a stack that is not to move before its slack is used up; `None` if the slack does not hold what is
 /// needed.
 fn slack_first(record: &Record, need: usize) -> Option<usize> {
-    let size = class::grown_in_place(record.size(), need, 0, record.maximum)?;
-    let open = class::open_bytes(size);
-    (record.slack_first && open <= record.class.window()).then_some(open)
+    let (size, maximum) = (record.size(), record.maximum);
+    let in_window = |size| Some(class::open_bytes(size)).filter(|&open| open <= record.class.window());
+    let sizes = [class::grown_in_place(size, need, 0, maximum), class::grown(size, need, maximum)];
+    sizes.into_iter().flatten().find_map(in_window).filter(|_| record.slack_first)
 }
 
 /// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an
