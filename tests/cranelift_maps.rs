@@ -1,11 +1,8 @@
 //! The recorder for Cranelift: functions are compiled here, their maps obeyed at a call, their unwind rules
 //! compared with what their instructions do.
 
-#[path = "../../tests/recorded/mod.rs"]
 mod recorded;
-#[path = "../../tests/support/mod.rs"]
 mod support;
-#[path = "../../tests/walkers/mod.rs"]
 mod walkers;
 
 use std::cell::{Cell, RefCell};
