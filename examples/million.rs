@@ -216,7 +216,7 @@ fn histogram(handles: &[Parked]) -> BTreeMap<usize, usize> {
 /// The same figures of goroutines, when `go` is on the path. At most a million: they take 3 KB each.
 fn goroutines(options: &Options) -> Option<serde_json::Value> {
     let mut go = Command::new("go");
-    go.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/go/million")).args(["run", "."]);
+    go.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/peers/go/million")).args(["run", "."]);
     go.arg(format!("--count={}", options.count.min(1_000_000))).arg(format!("--depth={}", options.depth));
     let output = go.stderr(Stdio::inherit()).output().ok()?;
     serde_json::from_slice(&output.stdout).ok()

@@ -2,14 +2,14 @@
 //! that moves, with frames of Rust code among its own or with precise maps and none, and on one where every
 //! word that no stack map names is spoiled at every `yield`.
 
-#[path = "../examples/jit/compiler.rs"]
+#[path = "../jit/compiler.rs"]
 mod compiler;
-#[path = "../examples/jit/interpreter.rs"]
+#[path = "../jit/interpreter.rs"]
 mod interpreter;
-#[path = "../examples/jit/module.rs"]
+#[path = "../jit/module.rs"]
 #[allow(dead_code, reason = "the example prints what is not needed here")]
 mod module;
-#[path = "../examples/jit/syntax.rs"]
+#[path = "../jit/syntax.rs"]
 mod syntax;
 
 use std::arch::naked_asm;
@@ -305,11 +305,11 @@ impl Frames {
 }
 
 const EXAMPLES: [&str; 5] = [
-    include_str!("../examples/jit/programs/ladder.jit"),
-    include_str!("../examples/jit/programs/record.jit"),
-    include_str!("../examples/jit/programs/sorting.jit"),
-    include_str!("../examples/jit/programs/tree.jit"),
-    include_str!("../examples/jit/programs/witness.jit"),
+    include_str!("../jit/programs/ladder.jit"),
+    include_str!("../jit/programs/record.jit"),
+    include_str!("../jit/programs/sorting.jit"),
+    include_str!("../jit/programs/tree.jit"),
+    include_str!("../jit/programs/witness.jit"),
 ];
 
 /// No pointer is live at a call but in the words the maps name, and those all hold pointers.
@@ -325,7 +325,7 @@ fn maps_of_the_examples_are_precise() {
     }
 }
 
-const FAILURES: &str = "proptest-regressions/jit_language.txt";
+const FAILURES: &str = "../proptest-regressions/jit_language.txt";
 
 proptest! {
     #![proptest_config(ProptestConfig {

@@ -6,7 +6,7 @@
 use regrow::torture::{Mode, Torture};
 use regrow::{Builder, Yielder};
 
-#[path = "../examples/torture/workloads/mod.rs"]
+#[path = "../torture/workloads/mod.rs"]
 mod workloads;
 use workloads::{Expected, Workload};
 
