@@ -8,8 +8,8 @@
 //!   R  - 8   where the suspend lands            S  - 8   where the next resume lands
 //!   R - 16   rbp                                S - 16   rbp
 //!   R - 24   rbx                                S - 24   rbx
-//!   R - 32   address of the Handle
-//!   R - 40   the resumer's own resumer
+//!   R - 32   the resumer's own resumer
+//!   R - 40   address of the Handle
 //!   R - 48   where regrow_watch goes on, if the stack has grown since
 //! ```
 //!
@@ -25,7 +25,7 @@
 //! ```
 //!
 //! A handle names a coroutine from outside by two addresses. The running side finds the handle at
-//! `R - 32`: that is how the fault handler corrects `base` when it moves the stack.
+//! `R - 40`: that is how the fault handler corrects `base` when it moves the stack.
 //!
 //! The floating-point control state (mxcsr, x87 control word) is not switched: it belongs to the
 //! thread, like in corosensei and Boost.Context's default. Code that changes rounding or exception masks
@@ -332,7 +332,7 @@ pub(crate) unsafe fn base_of(resumer: usize) -> *const Base {
 #[cfg(feature = "torture")]
 pub(crate) unsafe fn continuation_of(resumer: usize) -> (usize, usize) {
     // SAFETY: a resumer waits in asm/resume.s, which stored both there.
-    unsafe { (*((resumer - 8) as *const usize), *((resumer - 40) as *const usize)) }
+    unsafe { (*((resumer - 8) as *const usize), *((resumer - 32) as *const usize)) }
 }
 
 /// # Safety
@@ -340,5 +340,5 @@ pub(crate) unsafe fn continuation_of(resumer: usize) -> (usize, usize) {
 #[inline(always)]
 pub(crate) unsafe fn handle_of(resumer: usize) -> *mut Handle {
     // SAFETY: a resumer waits in asm/resume.s, which stored the handle's address there.
-    unsafe { *((resumer - 32) as *const *mut Handle) }
+    unsafe { *((resumer - 40) as *const *mut Handle) }
 }

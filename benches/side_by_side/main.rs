@@ -33,7 +33,7 @@ const ROUNDS: usize = 15;
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
-const SHAPES: [Shape; 27] = [
+const SHAPES: [Shape; 28] = [
     ("loop at the root, ()", || {
         with_root(four(
             shapes::root_loop::<_, ()>(Regrow),
@@ -81,6 +81,9 @@ const SHAPES: [Shape; 27] = [
     }),
     ("5 calls deep in both", || {
         three(shapes::deep(Regrow, 5, 5), shapes::deep(corosensei(), 5, 5), shapes::deep(Generator, 5, 5))
+    }),
+    ("a walk over a tree", || {
+        three(shapes::tree_walk(Regrow), shapes::tree_walk(corosensei()), shapes::tree_walk(Generator))
     }),
     ("16 suspend sites, 100 coroutines", || {
         per(

@@ -72,6 +72,50 @@ pub fn deep<S: System>(mut system: S, inside: u32, outside: u32) -> Run<'static>
     })
 }
 
+/// Walks over a search tree into which numbers were put at random, and suspends at each: at one place in the code, but at any
+/// depth. Small enough that the processor learns the way, which it would now and then with a larger one.
+pub fn tree_walk<S: System>(mut system: S) -> Run<'static> {
+    let tree = tree(&order(Many { count: 255, shuffled: true, ..Many::default() }));
+    let mut coroutine = system.spawn(move |yielder, _: u64| {
+        loop {
+            walk::<S>(&tree, 0, yielder);
+        }
+    });
+    Box::new(move |count| timed(count, || _ = black_box(S::resume(&mut coroutine, 1))))
+}
+
+/// A node's number, and where those are that are less and greater.
+struct Node {
+    number: u32,
+    children: [Option<usize>; 2],
+}
+
+/// The first number is at the root.
+fn tree(numbers: &[u32]) -> Vec<Node> {
+    let mut nodes: Vec<Node> = Vec::new();
+    for &number in numbers {
+        let (new, mut at) = (nodes.len(), 0);
+        nodes.push(Node { number, children: [None; 2] });
+        while at != new {
+            let side = usize::from(number > nodes[at].number);
+            at = *nodes[at].children[side].get_or_insert(new);
+        }
+    }
+    nodes
+}
+
+#[inline(never)]
+fn walk<S: System>(tree: &[Node], at: usize, yielder: S::Yielder<'_, u64>) {
+    let Node { number, children: [less, greater] } = tree[at];
+    if let Some(less) = less {
+        walk::<S>(tree, less, yielder);
+    }
+    black_box(S::suspend(yielder, number.into()));
+    if let Some(greater) = greater {
+        walk::<S>(tree, greater, yielder);
+    }
+}
+
 /// 100 coroutines in turn, each at one of 16 places where it suspends.
 pub fn sites<S: System>(mut system: S) -> Run<'static> {
     let mut coroutines: Vec<_> = (0..SITES_COROUTINES)
