@@ -594,7 +594,7 @@ fn a_closure_that_was_refused_is_dropped_once() {
 fn what_the_builder_was_told_is_what_the_coroutine_has() {
     assert_eq!((DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE), (256 << 10, 256 << 20));
     let mut sizes = [Growth::InPlace, Growth::Relocate].into_iter();
-    for builder in [Builder::new(), relocating()] {
+    for builder in [Builder::new().learn(false), relocating()] {
         let growth = sizes.next().unwrap();
         for log in 11..=20 {
             let size = 1 << log;
