@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use corosensei::stack::DefaultStack;
-use regrow::{Builder, Maps, Yielder, current_stats, totals};
+use regrow::{Builder, LastGrowth, Maps, Yielder, current_stats, totals};
 
 use super::kernel;
 use super::measure::{Run, timed};
@@ -46,7 +46,7 @@ pub fn moving() -> Run<'static> {
     regrow(relocating())
 }
 
-/// From 2 to 64 KiB by opening pages, five times.
+/// From 2 to 64 KiB by opening pages, three times.
 pub fn in_place() -> Run<'static> {
     regrow(Builder::new().learn(false))
 }
@@ -164,6 +164,37 @@ fn moved(builder: &Builder) -> Duration {
     let last = coroutine.resume(()).returned().expect("it does not suspend");
     assert!(last.bytes > MOVED - 4096 && last.from == MOVED, "{last:?}");
     Duration::from_nanos(last.nanoseconds)
+}
+
+/// The same for stacks of `size` bytes that move to memory which nobody used before, and stay there.
+pub fn relocation_cold(size: usize) -> Run<'static> {
+    let builder = relocating().first_size(size);
+    let mut kept = Vec::new();
+    Box::new(move |count| {
+        let mut time = Duration::ZERO;
+        for _ in 0..count {
+            let mut coroutine = builder.spawn(move |yielder: &Yielder<(), LastGrowth>, ()| {
+                descent(size + 6000);
+                yielder.suspend(current_stats().expect("in a coroutine").last.expect("it has grown"));
+            });
+            let last = coroutine.resume(()).yielded().expect("it suspends");
+            assert!(last.bytes > size - 4096 && last.from == size, "{last:?}");
+            time += Duration::from_nanos(last.nanoseconds);
+            kept.push(coroutine);
+        }
+        time
+    })
+}
+
+/// What it replaces: as many bytes copied to pages that nobody used before, and their own given back.
+pub fn copy_cold(size: usize) -> Run<'static> {
+    Box::new(move |count| {
+        let mut time = Duration::ZERO;
+        for _ in 0..count {
+            time += kernel::copied(size);
+        }
+        time
+    })
 }
 
 /// The price of a frame walked: as [`relocation`], the rest of which both contestants share.

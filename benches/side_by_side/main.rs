@@ -33,7 +33,7 @@ const ROUNDS: usize = 15;
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
-const SHAPES: [Shape; 28] = [
+const SHAPES: [Shape; 30] = [
     ("loop at the root, ()", || {
         with_root(four(
             shapes::root_loop::<_, ()>(Regrow),
@@ -150,6 +150,8 @@ const SHAPES: [Shape; 28] = [
     ("to 64 KiB at a site that has learned, moving, memory cold", || cold(growth::learned_cold(true))),
     ("to 64 KiB at a site that has learned, in place, memory cold", || cold(growth::learned_cold(false))),
     ("a KiB moved, of 1 MiB", || per(growth::MOVED as u64 >> 10, relocations())),
+    ("a KiB moved, of 32 KiB, memory cold", || per(32, relocations_cold(32 << 10))),
+    ("a KiB moved, of 1 MiB, memory cold", || per(1024, relocations_cold(1 << 20))),
     ("a frame moved, of 1 MiB", || per(growth::FRAMES, relocations())),
 ];
 
@@ -260,6 +262,13 @@ fn relocations() -> Vec<Contestant<'static>> {
     vec![
         Contestant::new("regrow", growth::relocation(Maps::Ambiguous)),
         Contestant::new("regrow, no frame walked", growth::relocation(Maps::Off)),
+    ]
+}
+
+fn relocations_cold(size: usize) -> Vec<Contestant<'static>> {
+    vec![
+        Contestant::new("regrow", growth::relocation_cold(size)),
+        Contestant::new("copied to new pages", growth::copy_cold(size)),
     ]
 }
 
