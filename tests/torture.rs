@@ -146,6 +146,25 @@ fn overflows_go_by_the_smallest_step() {
 
 // --- what it must not break --------------------------------------------------------------------------------------
 
+/// What takes slots and gives them back runs on moving stacks, with addresses at the edges of slots in registers: of the one next
+/// to where the stack happens to be, now and then.
+#[test]
+fn coroutines_are_made_inside() {
+    // Unoptimised one takes ten seconds.
+    const MADE: u32 = if cfg!(debug_assertions) { 1 } else { 50 };
+    let (value, report) = torture(Mode::Every(1), || {
+        let mut made = Vec::new();
+        for n in 0..MADE {
+            let mut inner = relocating().spawn(|yielder: &Yielder<u32, u32>, n| yielder.suspend(n) * 2);
+            assert_eq!(inner.resume(n).yielded(), Some(n));
+            made.push(inner);
+        }
+        made.into_iter().map(|mut inner| inner.resume(2).returned().unwrap()).sum::<u32>()
+    });
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(value, Some(4 * MADE), "{report}");
+}
+
 /// What the crate itself computes with addresses of the stack it runs on, at whichever instruction that stack moves.
 #[test]
 fn what_is_asked_about_the_stack_is_answered() {

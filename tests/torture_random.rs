@@ -11,7 +11,7 @@ use std::rc::Rc;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use regrow::torture::{Mode, Torture};
-use regrow::{Coroutine, Yielder, pin, reserve};
+use regrow::{Coroutine, Yielder, pin, pinned_room, reserve};
 
 mod support;
 use support::{OnDrop, relocating};
@@ -143,7 +143,8 @@ fn run(op: &Op, state: &mut State<'_>, callers: &mut [u64; 4]) {
             run_all(rest, state, callers);
         }
         Op::Pinned(rest) => {
-            let _pin = pin();
+            // A pinned stack has its slot's slack and no more: what needs more runs without the pin.
+            let _pin = pinned_room().is_none_or(|room| room > most_stack(rest)).then(pin);
             run_all(rest, state, callers);
         }
         Op::Nested(moves, rest) => {
@@ -165,6 +166,41 @@ fn run(op: &Op, state: &mut State<'_>, callers: &mut [u64; 4]) {
 
 /// A panic that is no news.
 struct Thrown;
+
+/// Bytes of stack that some operations take at most, unoptimised.
+fn most_stack(ops: &[Op]) -> usize {
+    ops.iter().map(most_stack_of).max().unwrap_or(0)
+}
+
+fn most_stack_of(op: &Op) -> usize {
+    const FRAMES: usize = 3 << 10;
+    const PANIC: usize = 16 << 10;
+    match op {
+        // In the array's frame are copies of it.
+        Op::Array(size, rest) => {
+            let words = match size {
+                ArraySize::Few => 3,
+                ArraySize::Line => 29,
+                ArraySize::Page => 500,
+                ArraySize::Pages => 2500,
+            };
+            FRAMES + 3 * words * size_of::<u64>() + most_stack(rest)
+        }
+        Op::Recurse(depth, rest) => FRAMES + usize::from(*depth) * 512 + most_stack(rest),
+        Op::Reserve(bytes, rest) => FRAMES + usize::from(*bytes).max(most_stack(rest)),
+        Op::Throw => PANIC,
+        // The rest has a stack of its own.
+        Op::Nested(..) | Op::Suspend => 2 * FRAMES,
+        Op::Call(rest)
+        | Op::Through(rest)
+        | Op::Slice(rest)
+        | Op::Dyn(rest)
+        | Op::Closure(rest)
+        | Op::Floats(rest)
+        | Op::Catch(rest)
+        | Op::Pinned(rest) => FRAMES + most_stack(rest),
+    }
+}
 
 #[inline(never)]
 #[expect(clippy::too_many_arguments, reason = "that is the point")]

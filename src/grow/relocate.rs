@@ -182,7 +182,7 @@ unsafe fn transfer(
     let lowest = sp.wrapping_sub(RED_ZONE).max(end - open) & !7;
     // SAFETY: the list of old slots is this coroutine's.
     let to = unsafe { Destination::find(&mut (*record).old, Class::moving(size), open_bytes(size))? };
-    let window = Window::new(from.start()..end, to.slot.end());
+    let window = Window::new(from.start() + 1..end, to.slot.end());
     // What lies in frames points to frames, the red zone included. The narrower the window, the fewer words that are
     // no pointers look like one.
     let frames = Window::new(sp.wrapping_sub(RED_ZONE)..end, to.slot.end());

@@ -1,6 +1,8 @@
 //! Rewriting words: everything whose value lies in the window of the moving stack moves with it.
 //!
-//! For registers the window is the whole slot: `rsp` may be in the guard already, others may be on the way there. For words
+//! For registers the window is the whole slot: `rsp` may be in the guard already, others may be on the way there. All but its
+//! first address, which is the end of the slot below, and the start of its arena if it is the first: what takes slots runs on
+//! moving stacks, too, with these in registers. For words
 //! of frames it is what is in use, down to the red zone. Its end is that of the slot, so that a pointer past the
 //! highest object is in it.
 //!
@@ -23,7 +25,7 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// The window of a stack in `from` (a whole slot) that moves to the slot ending at `to_end`.
+    /// The window `from` of a stack, up to its slot's end, that moves to the slot ending at `to_end`.
     pub(crate) fn new(from: Range<usize>, to_end: usize) -> Self {
         Self {
             start: from.start,
