@@ -33,7 +33,8 @@
 //!
 //! The first coroutine installs a handler for SIGSEGV and SIGBUS, once; the first of each thread replaces the thread's alternate
 //! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. The first coroutine
-//! that may move reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]).
+//! that may move reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]), and opens a descriptor of
+//! `userfaultfd`, which stays open: by it moving stacks take their pages along. Without it they are copied.
 //!
 //! For a filter of system calls (seccomp): `mmap`, `munmap`, `mprotect`, `madvise`, `rt_sigaction`, `rt_sigprocmask`, `sigaltstack`,
 //! `sched_yield` and `clock_gettime` are needed; `process_madvise`, `userfaultfd` with its `ioctl`s, `process_vm_readv`, and
