@@ -1,7 +1,7 @@
 # Suspend the running coroutine: leave it resumable, go back to whoever resumed it.
 #
 #   in    r8   the resumer's rsp (from the thread variable, see switch::resumer)
-#         rdi  the word for the resumer        rsi  the outcome
+#         rdx  our base                        rdi  the word for the resumer
 #   out   rdi  the next resume's word          rsi  its command
 #   kept  rsp, rbx, rbp, as in asm/resume.s. A store below may run into the guard page: each is
 #         based on rsp, a growth point, and all that moves is in registers or below the top.
@@ -11,7 +11,7 @@
     mov     [rsp - 24], rbx
     mov     rax, rsp                    # rax <- what the resumer puts into the handle
     mov     rsp, r8                     # the switch
-    jmp     qword ptr [rsp - 8]         # lands at 2: of asm/resume.s
-2:                                      # resumed: rsp is ours, it may be another address than before
-    mov     rbp, [rsp - 16]
-    mov     rbx, [rsp - 24]
+    jmp     qword ptr [rsp - 8]          # lands at 2: of asm/resume.s
+2:                                      # resumed: rsp and rax are ours, perhaps another address than before
+    mov     rbp, [rax - 16]
+    mov     rbx, [rax - 24]

@@ -77,6 +77,7 @@ regrow_raw:
     .cfi_adjust_cfa_offset 8
     call    qword ptr [rax - 16]        // the function
     mov     rdi, rax                    // rdi <- its result, for the resumer
+    lea     rdx, [rsp + 16]             // rdx <- the base: above are this frame's word and its return address
     mov     esi, 1                      // RETURNED
     mov     r8, [rip + regrow_resumer@GOTTPOFF]
     mov     r8, fs:[r8]                 // r8 <- the resumer's rsp
@@ -92,7 +93,7 @@ regrow_raw:
 
 // regrow_watch: where a suspend lands, instead of its resumer, after the stack has grown (src/grow/shrink.rs).
 //
-//   in   rsp  the resumer's; rax the coroutine's; rdi, rsi as for the resumer
+//   in   rsp, r8  the resumer's; rax the coroutine's; rdx, rdi, rsi as for the resumer
 //   out  rax with WATCHED set; goes on to the resumer's landing, kept at [rsp - 48]
 //
 // To an unwinder that comes from the coroutine it is a frame without extent between the first frame and the resumer.

@@ -174,41 +174,14 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[inline(always)]
     #[track_caller]
     pub fn resume(&mut self, input: In) -> CoroutineResult<Out, Ret> {
-        if self.handle.is_special() {
-            return self.resume_specially(input);
-        }
-        self.run(input)
-    }
-
-    /// As [`resume`](Self::resume), for a coroutine that has ended, or whose stack has grown and is watched.
-    #[cold]
-    #[inline(never)]
-    #[track_caller]
-    fn resume_specially(&mut self, input: In) -> CoroutineResult<Out, Ret> {
-        if self.done() {
-            resumed_after_end();
-        }
-        if let Err(error) = self.thaw() {
-            panic!("cannot resume a frozen coroutine: {error}");
-        }
-        // SAFETY: it has not ended and is not frozen, so it is suspended.
-        unsafe { grow::before_resume(&mut self.handle) };
-        let result = self.run(input);
-        if !self.done() {
-            // SAFETY: it has suspended again.
-            unsafe { grow::after_resume(&mut self.handle) };
-        }
-        result
-    }
-
-    /// Resumes a coroutine that is suspended and nothing else.
-    #[inline(always)]
-    fn run(&mut self, input: In) -> CoroutineResult<Out, Ret> {
-        debug_assert!(!self.handle.is_special());
         let input = Transfer::new(input);
-        // SAFETY: a coroutine that has not ended is suspended (running, it is borrowed by its resume), and takes an
-        // `In` with `RESUME`, in its first frame as at every suspend.
-        let (word, outcome) = unsafe { switch::resume(&mut self.handle, input.word(), RESUME) };
+        let (word, outcome) = if self.handle.is_special() {
+            self.resume_specially(input)
+        } else {
+            // SAFETY: a coroutine that is nothing special is suspended (running, it is borrowed by its resume), and takes
+            // an `In` with `RESUME`, in its first frame as at every suspend.
+            unsafe { switch::resume(&mut self.handle, input.word(), RESUME) }
+        };
         if outcome == YIELDED {
             // SAFETY: with this outcome comes an `Out`.
             return CoroutineResult::Yield(unsafe { Transfer::read(word) });
@@ -217,6 +190,31 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         match unsafe { self.end(word, outcome) } {
             Ok(value) => CoroutineResult::Return(value),
             Err(payload) => resume_unwind(payload),
+        }
+    }
+
+    /// As [`switch::resume`], for a coroutine that has ended, is frozen, or whose stack has grown and is watched.
+    // What comes of it is not read here: where the value is large, that would be one more copy for all others.
+    #[cold]
+    #[inline(never)]
+    #[track_caller]
+    fn resume_specially(&mut self, input: Transfer<In>) -> (Word, usize) {
+        if self.done() {
+            drop(input.into_inner());
+            resumed_after_end();
+        }
+        if let Err(error) = self.thaw() {
+            drop(input.into_inner());
+            panic!("cannot resume a frozen coroutine: {error}");
+        }
+        // SAFETY: it has not ended and is not frozen, so it is suspended, and takes an `In` with `RESUME`.
+        unsafe {
+            grow::before_resume(&mut self.handle);
+            let reply = switch::resume(&mut self.handle, input.word(), RESUME);
+            if !self.done() {
+                grow::after_resume(&mut self.handle);
+            }
+            reply
         }
     }
 
@@ -651,14 +649,12 @@ impl<In, Out> Yielder<In, Out> {
     #[inline(always)] // as `Coroutine::resume`
     #[track_caller]
     pub fn suspend(&self, value: Out) -> In {
-        let resumer = switch::resumer();
-        // SAFETY: a resumer waits in its resume.
-        if resumer == 0 || !ptr::eq(unsafe { switch::base_of(resumer) }, &self.base) {
+        let Some(running) = switch::running().filter(|running| ptr::eq(running.base(), &self.base)) else {
             suspended_from_elsewhere();
-        }
+        };
         let value = Transfer::new(value);
         // SAFETY: this coroutine runs, as was just checked, and its resumer expects an `Out` with `YIELDED`.
-        let (word, command) = unsafe { switch::suspend(resumer, value.word()) };
+        let (word, command) = unsafe { switch::suspend(running, &self.base, value.word()) };
         if command != RESUME {
             forced_unwind();
         }
@@ -691,12 +687,12 @@ where
         Ok(value) => {
             let value = Transfer::new(value);
             // SAFETY: the resumer reads a `Ret` with this outcome before it touches the stack.
-            unsafe { switch::finish(value.word(), RETURNED) }
+            unsafe { switch::finish(base, value.word(), RETURNED) }
         }
         Err(payload) => {
             let payload: Transfer<Box<dyn Any + Send>> = Transfer::new(payload);
             // SAFETY: the resumer reads a payload with this outcome before it touches the stack.
-            unsafe { switch::finish(payload.word(), PANICKED) }
+            unsafe { switch::finish(base, payload.word(), PANICKED) }
         }
     }
 }
@@ -720,6 +716,10 @@ impl<T> Transfer<T> {
     #[inline(always)]
     fn new(value: T) -> Self {
         Self(ManuallyDrop::new(value))
+    }
+
+    fn into_inner(self) -> T {
+        ManuallyDrop::into_inner(self.0)
     }
 
     #[inline(always)]
@@ -796,6 +796,6 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 /// ```
 #[must_use]
 pub fn current_stats() -> Option<Stats> {
-    // SAFETY: the running coroutine's handle is with its resumer, who waits, and its record is accessible.
-    switch::running().map(|handle| unsafe { (*(*(*handle).base).record()).stats() })
+    // SAFETY: the record of the coroutine that runs is accessible.
+    switch::running().map(|running| unsafe { (*running.record()).stats() })
 }

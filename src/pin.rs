@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 use std::rc::Rc;
 
 use crate::stack::{Record, class};
-use crate::switch;
+use crate::switch::{self, Running};
 
 /// While one of these lives, the stack of the coroutine that made it does not move: it grows in place.
 ///
@@ -51,7 +51,7 @@ pub struct Pinned {
 /// drop(pin);
 /// ```
 pub fn pin() -> Pinned {
-    let count = switch::running_record().map(|record| {
+    let count = switch::running().map(Running::record).map(|record| {
         let fresh = Rc::new(Cell::new(0));
         // SAFETY: the running coroutine's record is this thread's. Should the stack have moved meanwhile, this
         // pointer to its head has moved with it.
@@ -87,7 +87,7 @@ impl Drop for Pinned {
 #[inline(never)]
 pub fn pinned_room() -> Option<usize> {
     let here = 0u8;
-    let record = switch::running_record()?;
+    let record = switch::running()?.record();
     // SAFETY: the running coroutine's record is this thread's.
     let (class, maximum) = unsafe { ((*record).class, (*record).maximum) };
     let window = class.window().min(class::open_bytes(maximum));

@@ -9,7 +9,7 @@
 //!   R - 16   rbp                                S - 16   rbp
 //!   R - 24   rbx                                S - 24   rbx
 //!   R - 32   the resumer's own resumer
-//!   R - 40   address of the Handle
+//!   R - 40   base of the coroutine that runs
 //!   R - 48   where regrow_watch goes on, if the stack has grown since
 //! ```
 //!
@@ -24,8 +24,9 @@
 //!   base - 24  entry function /
 //! ```
 //!
-//! A handle names a coroutine from outside by two addresses. The running side finds the handle at
-//! `R - 40`: that is how the fault handler corrects `base` when it moves the stack.
+//! A handle names a coroutine from outside by two addresses, and is not touched while it runs. When the fault handler
+//! moves the stack it corrects the base at `R - 40`; the handle is corrected when the coroutine suspends: at another
+//! address than before, then.
 //!
 //! The floating-point control state (mxcsr, x87 control word) is not switched: it belongs to the
 //! thread, like in corosensei and Boost.Context's default. Code that changes rounding or exception masks
@@ -178,43 +179,54 @@ pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
     Registers::new(left(8), sp).with(Register::RBP, left(16)).with(Register::RBX, left(24))
 }
 
-/// Resumes the coroutine of `handle`; returns its word and the outcome.
+/// Resumes the coroutine of `handle`; returns its word and the outcome. The handle is as it should be then.
 ///
 /// # Safety
 /// The coroutine is suspended, `word` and `command` are what it waits for at its suspend.
 #[inline(always)]
 pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> (Word, usize) {
-    let (reply, outcome);
+    let (sp, base, reply, outcome): (usize, *mut Base, Word, usize);
     // SAFETY: the caller vouches for the other side; the operands are those that
     // asm/resume.s names, and all registers it does not keep are declared clobbered.
     unsafe {
         asm!(
             include_str!("../asm/resume.s"),
-            inout("rcx") core::ptr::from_mut(handle) => _,
+            inout("rax") handle.sp => sp,
+            inout("rdx") handle.base => base,
             inout("rdi") word => reply,
             inout("rsi") command => outcome,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
             clobber_abi("sysv64"),
         );
     }
-    (reply, outcome)
+    // At the same address as the last time, in most programs: nothing has moved then, and nothing ended. Volatile, lest the
+    // compiler keep the address from before the switch: of two registers that live through it one would be taken.
+    // SAFETY: a reference is readable.
+    if sp != unsafe { (&raw const handle.sp).read_volatile() } {
+        *handle = Handle { sp, base };
+        if handle.has_ended() {
+            return (reply, outcome);
+        }
+    }
+    (reply, YIELDED)
 }
 
 /// Suspends the running coroutine, giving `word` to its resumer; returns the next word and command.
 ///
 /// # Safety
-/// A coroutine runs and `resumer` is [`resumer()`]; its resumer expects this word with `YIELDED`.
+/// `base` is that of the coroutine that runs, which is `running`; its resumer expects this word with `YIELDED`.
 #[inline(always)]
-pub(crate) unsafe fn suspend(resumer: usize, word: Word) -> (Word, usize) {
+pub(crate) unsafe fn suspend(running: Running, base: &Base, word: Word) -> (Word, usize) {
     let (reply, command);
     // SAFETY: the resumer waits in asm/resume.s; the operands are those that asm/suspend.s
     // names, and all registers it does not keep are declared clobbered.
     unsafe {
         asm!(
             include_str!("../asm/suspend.s"),
-            inout("r8") resumer => _,
+            inout("r8") running.0 => _,
+            inout("rdx") base => _,
             inout("rdi") word => reply,
-            inout("rsi") YIELDED => command,
+            out("rsi") command,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
             clobber_abi("sysv64"),
         );
@@ -225,15 +237,16 @@ pub(crate) unsafe fn suspend(resumer: usize, word: Word) -> (Word, usize) {
 /// Leaves the running coroutine for good.
 ///
 /// # Safety
-/// A coroutine runs; its resumer expects this word with this outcome; nothing on this stack is
+/// The coroutine of `base` runs; its resumer expects this word with this outcome; nothing on this stack is
 /// needed after the resumer has read what `word` points to.
 #[inline(always)]
-pub(crate) unsafe fn finish(word: Word, outcome: usize) -> ! {
+pub(crate) unsafe fn finish(base: &Base, word: Word, outcome: usize) -> ! {
     // SAFETY: as in `suspend`; control does not come back.
     unsafe {
         asm!(
             include_str!("../asm/finish.s"),
             in("r8") resumer(),
+            in("rdx") base,
             in("rdi") word,
             in("rsi") outcome,
             options(noreturn),
@@ -267,7 +280,7 @@ pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, 
 ///
 /// Not a pure function: it changes at every switch, and with the thread, so it is read anew each time.
 #[inline(always)]
-pub(crate) fn resumer() -> usize {
+fn resumer() -> usize {
     let sp;
     // SAFETY: reads one word of this thread's static TLS block.
     unsafe {
@@ -281,64 +294,75 @@ pub(crate) fn resumer() -> usize {
     sp
 }
 
-/// The handle through which the coroutine running on this thread was resumed, if one runs.
-pub(crate) fn running() -> Option<*mut Handle> {
+/// The coroutine that runs on this thread, as its resumer knows it: by the resumer's stack pointer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Running(usize);
+
+/// The coroutine that runs on this thread, if one does.
+#[inline(always)]
+pub(crate) fn running() -> Option<Running> {
     match resumer() {
         0 => None,
-        // SAFETY: a non-zero resumer waits in asm/resume.s.
-        sp => Some(unsafe { handle_of(sp) }),
+        sp => Some(Running(sp)),
     }
 }
 
-/// Lets the next suspend of the running coroutine set [`WATCHED`] in its handle.
-pub(crate) fn watch_running() {
-    let resumer = resumer() as *mut usize;
-    if resumer.is_null() {
-        return;
+impl Running {
+    /// The word of its resumer, who waits, so many bytes below the resumer's stack pointer: as drawn above.
+    #[inline(always)]
+    fn word(self, below: usize) -> *mut usize {
+        (self.0 - below) as *mut usize
     }
-    let watch = regrow_watch_landing as *const () as usize;
-    // SAFETY: a resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
-    unsafe {
-        let landing = resumer.sub(1);
-        if *landing != watch {
-            *resumer.sub(6) = *landing;
-            *landing = watch;
+
+    /// Its base, which is accessible.
+    #[inline(always)]
+    pub fn base(self) -> *mut Base {
+        // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored the base there.
+        unsafe { *self.word(40) as *mut Base }
+    }
+
+    /// Says where its base is now. Its handle is corrected when it suspends.
+    ///
+    /// # Safety
+    /// Its stack has moved, and its base is there.
+    pub unsafe fn set_base(self, base: *mut Base) {
+        // SAFETY: as in `base`.
+        unsafe { *self.word(40) = base as usize };
+    }
+
+    /// Its record, which is accessible. It lies in the window of the stack: when the stack moves, so does this pointer.
+    #[inline(always)]
+    pub fn record(self) -> *mut Record {
+        // SAFETY: the base of a running coroutine is accessible.
+        unsafe { (*self.base()).record() }
+    }
+
+    /// Lets its next suspend set [`WATCHED`] in its handle.
+    pub fn watch(self) {
+        let watch = regrow_watch_landing as *const () as usize;
+        // SAFETY: its resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
+        unsafe {
+            if *self.word(8) != watch {
+                *self.word(48) = *self.word(8);
+                *self.word(8) = watch;
+            }
         }
     }
-}
 
-/// The record of the coroutine that runs, if one does. It lies in the window of the stack: when the stack moves, so
-/// does this pointer.
-#[inline(always)]
-pub(crate) fn running_record() -> Option<*mut Record> {
-    // SAFETY: the running coroutine's handle is with its resumer, who waits; its base is accessible.
-    running().map(|handle| unsafe { (*(*handle).base).record() })
-}
+    /// The coroutine that its resumer is, if it is one.
+    #[cfg(feature = "torture")]
+    pub fn resumed_by(self) -> Option<Self> {
+        // SAFETY: as in `base`.
+        match unsafe { *self.word(32) } {
+            0 => None,
+            sp => Some(Self(sp)),
+        }
+    }
 
-/// The base of the coroutine that runs.
-///
-/// # Safety
-/// `resumer` is [`resumer()`] and not 0.
-#[inline(always)]
-pub(crate) unsafe fn base_of(resumer: usize) -> *const Base {
-    // SAFETY: the handle is borrowed by the resume that waits.
-    unsafe { (*handle_of(resumer)).base }
-}
-
-/// Where a resumer continues when the coroutine it resumed gives up control, and who resumed the resumer.
-///
-/// # Safety
-/// As for [`base_of`].
-#[cfg(feature = "torture")]
-pub(crate) unsafe fn continuation_of(resumer: usize) -> (usize, usize) {
-    // SAFETY: a resumer waits in asm/resume.s, which stored both there.
-    unsafe { (*((resumer - 8) as *const usize), *((resumer - 32) as *const usize)) }
-}
-
-/// # Safety
-/// As for [`base_of`].
-#[inline(always)]
-pub(crate) unsafe fn handle_of(resumer: usize) -> *mut Handle {
-    // SAFETY: a resumer waits in asm/resume.s, which stored the handle's address there.
-    unsafe { *((resumer - 40) as *const *mut Handle) }
+    /// What a suspend enters its resumer with: where it lands, and its stack pointer.
+    #[cfg(feature = "torture")]
+    pub fn landing(self) -> (usize, usize) {
+        // SAFETY: as in `base`.
+        (unsafe { *self.word(8) }, self.0)
+    }
 }

@@ -136,6 +136,6 @@ fn a_switch_is_a_few_plain_instructions() {
         }
     });
     assert_eq!(probe_resume(&mut echo, black_box(3)), 3);
-    check("a resume", probe_resume as *const () as usize, 38);
-    check("a suspend", probe_suspend as *const () as usize, 22);
+    check("a resume", probe_resume as *const () as usize, 32);
+    check("a suspend", probe_suspend as *const () as usize, 21);
 }

@@ -132,11 +132,8 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
 
 /// Grows the running coroutine's stack if this is a growth.
 fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
-    let Some(handle) = switch::running() else { return false };
-    in_place::thaw_at(handle as usize); // it may be on the stack of yet another coroutine
-    // SAFETY: the handle of a running coroutine is with its resumer, who waits; base and record are at
-    // the top of the running stack, which is accessible.
-    let record = unsafe { (*(*handle).base).record() };
+    let Some(running) = switch::running() else { return false };
+    let record = running.record();
     let rsp = context.rsp();
     let on_its_stack = rsp >= slot.start() && rsp <= slot.end();
     if slot.end() != Record::end(record) || !on_its_stack {
@@ -165,7 +162,7 @@ fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
     };
     // SAFETY: the conditions of `grow` were checked above, one by one.
     unsafe {
-        grow(&mut context, &Fault { handle, slot, address, lowest, growth_point, loop_end, call_length })
+        grow(&mut context, &Fault { running, slot, address, lowest, growth_point, loop_end, call_length })
     };
     true
 }

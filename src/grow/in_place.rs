@@ -151,15 +151,6 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     true
 }
 
-/// In the handler: makes what is at the address accessible if it is on a frozen stack.
-pub(super) fn thaw_at(address: usize) {
-    if CHANGES.load(Ordering::Relaxed) != 0
-        && let Some(slot) = Slot::containing(address)
-    {
-        serve(slot, address);
-    }
-}
-
 /// True if the address is in the pages that were accessible when the slot's stack was frozen.
 fn was_open(slot: Slot, address: usize) -> bool {
     address >= slot.end() - open_bytes(slot)

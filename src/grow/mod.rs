@@ -42,11 +42,11 @@ use crate::error::Error;
 use crate::report;
 use crate::stack::{Record, Slot, cache, class, class::PAGE};
 use crate::stats::{self, Growth, LastGrowth};
-use crate::switch::{self, Handle, RED_ZONE};
+use crate::switch::{self, RED_ZONE, Running};
 
 /// A fault that a larger stack will cure.
 struct Fault {
-    handle: *mut Handle,
+    running: Running,
     slot: Slot,
     address: usize,
     /// The lowest address that will be used soon, as far as is known: at most `address`.
@@ -103,8 +103,10 @@ fn finish(done: Done, from: usize, start: u64) {
     record.highest = record.highest.max(last.to);
     record.last = last;
     record.watch.start_over(record.shrinks != 0);
-    if record.watch.policy() != Shrink::Off {
-        switch::watch_running();
+    if record.watch.policy() != Shrink::Off
+        && let Some(running) = switch::running()
+    {
+        running.watch();
     }
     stats::count(growth, &last);
 }
@@ -162,12 +164,12 @@ fn slack_first(record: &Record, need: usize) -> Option<usize> {
 /// instruction whose bytes are those that `byte` returns. `None` if it cannot be moved.
 ///
 /// # Safety
-/// The coroutine of `handle` was interrupted, on its stack in `slot`; pointers into its stack are only in it and
+/// The coroutine that runs was interrupted, on its stack in `slot`; pointers into its stack are only in it and
 /// in registers.
 #[cfg(feature = "torture")]
 pub(crate) unsafe fn move_here(
     context: &mut Context<'_>,
-    handle: *mut Handle,
+    running: Running,
     slot: Slot,
     byte: impl Fn(usize) -> u8 + Copy,
 ) -> Option<Done> {
@@ -175,7 +177,7 @@ pub(crate) unsafe fn move_here(
     let growth_point = is_growth_point(rip, byte);
     let number = if growth_point { point::probe_loop_end(byte) } else { None };
     let here = Fault {
-        handle,
+        running,
         slot,
         address: rsp,
         lowest: rsp,

@@ -14,7 +14,7 @@
 //!
 //! A stack that goes to memory which was never used takes its pages along (src/grow/scratch.rs).
 //!
-//! Then the registers of the interrupted context, the vector registers among them, and the handle.
+//! Then the registers of the interrupted context, the vector registers among them, and the base that the resumer keeps.
 //! The old slot becomes inaccessible at once and stays so until the coroutine has ended: a pointer to it
 //! that was kept where none of this looks is a fault at its first use, not silent corruption.
 
@@ -33,7 +33,7 @@ use crate::map::{self, Register, Registers};
 use crate::stack::class::{Class, PAGE, open_bytes};
 use crate::stack::{Link, OLD, Record, Slot, cache, carry::carry, guard};
 use crate::stats::{self, Growth};
-use crate::switch::{self, Handle, RED_ZONE};
+use crate::switch::{self, Base, Handle, RED_ZONE};
 
 /// A stack that has been moved, but for the registers.
 pub(super) struct Moved {
@@ -70,11 +70,10 @@ pub(super) unsafe fn relocate(
     size: usize,
 ) -> Result<Done, Failure> {
     let start = interrupted(context, fault.call_length);
-    // SAFETY: by the caller's word; the stack is used down to the red zone below rsp. The handle is the
-    // resumer's, who waits in the switch.
+    // SAFETY: by the caller's word; the stack is used down to the red zone below rsp.
     let Moved { window, record, bytes, words } = unsafe {
         let moved = transfer(fault.slot, &start, size, [None; 6])?;
-        moved.correct_base(fault.handle);
+        fault.running.set_base(moved.base(fault.running.base()));
         moved
     };
     let general = context.general();
@@ -122,15 +121,15 @@ fn interrupted(context: &mut Context<'_>, call_length: usize) -> Registers {
 /// # Safety
 /// The coroutine of `handle` is suspended, or has put itself into the same state, and its owner made the promise
 /// about pointers.
-pub(super) unsafe fn relocate_suspended(handle: *mut Handle, size: usize) -> Result<Moved, Failure> {
+pub(super) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Result<Moved, Failure> {
     // SAFETY: by the caller's word; what a suspend saves lies in the red zone below its stack pointer (src/switch.rs).
     unsafe {
-        let sp = (*handle).sp;
-        let slot = Record::slot((*(*handle).base).record()).ok_or(Error::Arenas)?;
+        let sp = handle.sp;
+        let slot = Record::slot((*handle.base).record()).ok_or(Error::Arenas)?;
         let (start, parked) = suspended_registers(sp);
         let moved = transfer(slot, &start, size, parked)?;
-        moved.correct_base(handle);
-        (*handle).sp = moved.window.moved(sp);
+        handle.base = moved.base(handle.base);
+        handle.sp = moved.window.moved(sp);
         Ok(moved)
     }
 }
@@ -151,14 +150,15 @@ pub(super) unsafe fn suspended_registers(sp: usize) -> (Registers, [Option<usize
 }
 
 impl Moved {
+    /// Where the base is now that was at `old`. It is told where its record is.
+    ///
     /// # Safety
-    /// `handle` is that of the coroutine whose stack was moved.
-    unsafe fn correct_base(&self, handle: *mut Handle) {
+    /// `old` was the base of the coroutine whose stack was moved.
+    unsafe fn base(&self, old: *mut Base) -> *mut Base {
+        let base = self.window.moved(old as usize) as *mut Base;
         // SAFETY: by the caller's word. The base lies in the copied head; its record is where the copy is.
-        unsafe {
-            (*handle).base = self.window.moved((*handle).base as usize) as *mut _;
-            (*(*handle).base).set_record(self.record);
-        }
+        unsafe { (*base).set_record(self.record) };
+        base
     }
 }
 

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::stack::Record;
 use crate::stack::class::{self, PAGE};
 use crate::stats::Growth;
-use crate::switch::{self, RED_ZONE};
+use crate::switch::{self, Handle, RED_ZONE, Running};
 use crate::thread;
 
 /// Sees that the running coroutine has at least `bytes` of stack left, growing it now if it has not. Outside coroutines
@@ -38,7 +38,7 @@ use crate::thread;
 pub fn reserve(bytes: usize) -> Result<(), Error> {
     let mark = 0u8;
     let here = &raw const mark as usize;
-    let Some(record) = switch::running_record() else { return Ok(()) };
+    let Some(record) = switch::running().map(Running::record) else { return Ok(()) };
     let need = Record::bytes_above(record, here).saturating_add(bytes).saturating_add(RED_ZONE);
     // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
     let (open, size, maximum, growth) =
@@ -98,24 +98,25 @@ unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
 /// it may; returns what `rsp` is now.
 unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
     let start = now();
-    let Some(handle) = switch::running() else { return rsp };
-    // SAFETY: the coroutine has put itself into the state of a suspended one, and nothing has its stack pointer in
-    // its handle while it runs. Who asked for `Growth::Relocate` made the promise about pointers.
+    let Some(running) = switch::running() else { return rsp };
+    let mut handle = Handle { sp: rsp, base: running.base() };
+    let record = running.record();
+    // SAFETY: the coroutine has put itself into the state of a suspended one, with such a handle. Who asked for
+    // `Growth::Relocate` made the promise about pointers.
     unsafe {
-        (*handle).sp = rsp;
-        let record = (*(*handle).base).record();
         let from = (*record).size();
         let outcome = if (*record).is_pinned() {
             Err(Failure::Frame(Reason::Pinned, reserve as *const () as usize))
         } else {
-            relocate::relocate_suspended(handle, size)
+            relocate::relocate_suspended(&mut handle, size)
         };
         let (reason, frame) = match outcome {
             Ok(moved) => {
+                running.set_base(handle.base);
                 let words = moved.words.rewritten;
                 let done = Done { record: moved.record, growth: Growth::Relocate, bytes: moved.bytes, words };
                 finish(done, from, start);
-                return (*handle).sp;
+                return handle.sp;
             }
             Err(Failure::Frame(reason, frame)) => (reason, frame),
             Err(Failure::Kernel(_)) => (Reason::NoMemory, reserve as *const () as usize),

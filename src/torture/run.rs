@@ -13,7 +13,7 @@ use super::report::{self, Found, Hit, Report};
 use super::{Mode, breakpoints, leaf, trap};
 use crate::coroutine::current_stats;
 use crate::stats::WordsByMap;
-use crate::switch::{self, Handle};
+use crate::switch::{self, Running};
 
 /// A stack does not return to a slot before this many moves.
 pub(super) const KEPT: usize = 256;
@@ -23,8 +23,8 @@ pub(super) struct Run {
     mode: Mode,
     random: u64,
     limit: u64,
-    /// The outermost tortured coroutine's; null until it runs.
-    pub handle: *mut Handle,
+    /// The coroutine that resumes the tortured one, if one does.
+    pub outside: Option<Running>,
     pub leaves: &'static [Range<usize>],
     /// A stack that is tortured was seen since stepping was switched on.
     pub inside: bool,
@@ -217,7 +217,7 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
         mode,
         random: seed,
         limit,
-        handle: ptr::null_mut(),
+        outside: None,
         leaves: leaf::ranges(),
         inside: false,
         paused: false,
@@ -283,8 +283,6 @@ pub(super) fn enter() -> impl Drop {
             count_growths();
         }
     }
-    // SAFETY: this thread's run; a handler in between looks at this field only in order to leave for a finding.
-    unsafe { (*current()).handle = switch::running().unwrap_or(ptr::null_mut()) };
     Leave
 }
 
@@ -293,6 +291,7 @@ pub(super) fn arm() {
     // SAFETY: this thread's run; nothing is stepped through now.
     let run = unsafe { &mut *current() };
     run.inside = false;
+    run.outside = switch::running();
     if run.by_steps() && !run.paused {
         set_trap_flag(true);
     }

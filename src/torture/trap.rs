@@ -8,6 +8,7 @@
 
 use core::cell::UnsafeCell;
 use core::ffi::{c_int, c_void};
+use core::iter;
 use core::mem::MaybeUninit;
 use core::ptr;
 use std::sync::OnceLock;
@@ -20,7 +21,7 @@ use crate::error::Error;
 use crate::grow::{self, Context, chain_to, is_growth_point};
 use crate::stack::{self, Record, Slot, class::PAGE};
 use crate::stats::Growth;
-use crate::switch::{self, Handle, RED_ZONE};
+use crate::switch::{self, RED_ZONE, Running};
 
 /// What was there before. Written once, before the handler can run.
 struct Previous(UnsafeCell<MaybeUninit<libc::sigaction>>);
@@ -52,6 +53,7 @@ const RDX: usize = 2;
 const RSP: usize = 4;
 const RSI: usize = 6;
 const RDI: usize = 7;
+const R8: usize = 8;
 const R10: usize = 10;
 const R11: usize = 11;
 
@@ -97,12 +99,12 @@ fn breakpoint(run: Option<&mut Run>, context: &mut Context<'_>) -> bool {
             leave(run, context);
             return true;
         }
-        if let Some((handle, slot)) = moving_stack(context)
+        if let Some((running, slot)) = moving_stack(context)
             && !run.has_stepped_enough()
         {
             run.steps += 1;
             context.set_rip(at);
-            move_stack(run, context, handle, slot);
+            move_stack(run, context, running, slot);
         }
     }
     context.set_rip(displaced);
@@ -127,7 +129,7 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
     if blocks_traps(run, context) {
         return;
     }
-    let Some((handle, slot)) = moving_stack(context) else {
+    let Some((running, slot)) = moving_stack(context) else {
         if run.inside && switch::running().is_none() {
             *context.flags() &= !TRAP_FLAG;
         }
@@ -150,15 +152,15 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
         run.skipped += 1;
         return;
     }
-    move_stack(run, context, handle, slot);
+    move_stack(run, context, running, slot);
 }
 
-/// Moves the stack in `slot` of the coroutine of `handle`, which runs and was interrupted at `rip`.
-fn move_stack(run: &mut Run, context: &mut Context<'_>, handle: *mut Handle, slot: Slot) {
+/// Moves the stack in `slot` of the coroutine that runs.
+fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: Slot) {
     let rip = context.rip();
     // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole. Only
     // bytes of the instruction are read, and of the one that follows a store.
-    let moved = unsafe { grow::move_here(context, handle, slot, |at| breakpoints::code(rip + at)) };
+    let moved = unsafe { grow::move_here(context, running, slot, |at| breakpoints::code(rip + at)) };
     let Some(moved) = moved else {
         run.refused += 1;
         return;
@@ -172,15 +174,13 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, handle: *mut Handle, slo
 }
 
 /// The coroutine that runs, if its stack may move and is the one `rsp` is on.
-fn moving_stack(context: &Context<'_>) -> Option<(*mut Handle, Slot)> {
-    let handle = switch::running().filter(|_| run::may_disturb())?;
+fn moving_stack(context: &Context<'_>) -> Option<(Running, Slot)> {
+    let running = switch::running().filter(|_| run::may_disturb())?;
     let slot = Slot::containing(context.rsp())?;
-    // SAFETY: the handle of a running coroutine is with its resumer, who waits; the record is accessible.
-    let relocates = unsafe {
-        let record = (*(*handle).base).record();
-        slot.end() == Record::end(record) && (*record).growth == Growth::Relocate
-    };
-    relocates.then_some((handle, slot))
+    let record = running.record();
+    // SAFETY: the record of the coroutine that runs is accessible.
+    let relocates = slot.end() == Record::end(record) && unsafe { (*record).growth } == Growth::Relocate;
+    relocates.then_some((running, slot))
 }
 
 /// Between `lea r11, [rsp - N]` and the end of the loop that touches a large frame's pages (src/grow/point.rs).
@@ -247,11 +247,9 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
 /// Whether the kernel might find this address inaccessible.
 fn is_guarded(address: usize) -> bool {
     Slot::containing(address).is_some_and(|slot| {
-        let running = switch::running();
-        // SAFETY: as in `moving_stack`.
-        running.is_none_or(|handle| unsafe {
-            let record = (*(*handle).base).record();
-            slot.end() != Record::end(record) || address < slot.end() - (*record).open
+        switch::running().map(Running::record).is_none_or(|record| {
+            // SAFETY: as in `moving_stack`.
+            slot.end() != Record::end(record) || address < slot.end() - unsafe { (*record).open }
         })
     })
 }
@@ -316,9 +314,7 @@ pub(crate) fn catches(address: usize, context: &mut Context<'_>) -> bool {
 
 /// A slot was touched that the stack has left, or that it left so long ago that it may be used again.
 fn stale(address: usize) -> Option<(Kind, Option<Slot>)> {
-    let handle = switch::running()?;
-    // SAFETY: as in `moving_stack`.
-    let end = Record::end(unsafe { (*(*handle).base).record() });
+    let end = Record::end(switch::running()?.record());
     let slot = Slot::containing(address).filter(|slot| slot.end() != end)?;
     Some((Kind::Stale, Some(slot)))
 }
@@ -350,10 +346,10 @@ pub(crate) fn instruction_in_its_place(context: &mut Context<'_>) -> Option<impl
 
 /// Goes on in the resumer of the tortured coroutine, as asm/finish.s would.
 fn leave(run: &mut Run, context: &mut Context<'_>) {
-    let mut resumer = switch::resumer();
-    if resumer == 0 {
+    let inside = iter::successors(switch::running(), |running| running.resumed_by());
+    let Some(tortured) = inside.take_while(|&running| Some(running) != run.outside).last() else {
         return; // not in it: it will not be resumed again
-    }
+    };
     // From here on code runs that the handler does not call otherwise.
     breakpoints::remove();
     if let Some((at, pushed)) = breakpoints::original(context.rip()) {
@@ -366,16 +362,13 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
         unsafe { (*found).add_frames(context.rsp()) };
     }
     run::count_growths();
-    // SAFETY: a coroutine runs, and the tortured one among those that wait for it.
-    unsafe {
-        while switch::handle_of(resumer) != run.handle {
-            resumer = switch::continuation_of(resumer).1;
-        }
-        context.set_rip(switch::continuation_of(resumer).0);
-    }
+    let (landing, resumer) = tortured.landing();
+    context.set_rip(landing);
     const DIRECTION_FLAG: i64 = 0x400;
     *context.flags() &= !(TRAP_FLAG | DIRECTION_FLAG);
     *context.register(RSP) = resumer;
+    *context.register(R8) = resumer;
+    *context.register(RDX) = tortured.base() as usize;
     *context.register(RAX) = switch::ENDED;
     *context.register(RSI) = switch::YIELDED; // with a value of no size
 }
