@@ -420,6 +420,27 @@ fn resuming_a_finished_coroutine_panics_with_a_sentence() {
     assert_eq!(live(), 0, "the input that was refused is dropped");
 }
 
+/// A resume after a growth, which is watched, or after a freeze goes another way than most; and the stack may have moved.
+#[test]
+fn large_values_are_carried_by_resumes_of_every_kind() {
+    for builder in both_ways() {
+        let mut sums = builder.spawn(|yielder: &Yielder<[u64; 9], [u64; 9]>, mut values: [u64; 9]| {
+            while values[0] < 100 {
+                values = yielder.suspend(values.map(|value| value + frame::<3000>(1)));
+                frame::<7000>(1); // the first time it grows, between one value and the next
+            }
+            values
+        });
+        for number in 0..10 {
+            let values: [u64; 9] = std::array::from_fn(|place| number + place as u64);
+            assert_eq!(sums.resume(values), CoroutineResult::Yield(values.map(|value| value + 3000)));
+            assert!(number % 3 != 2 || sums.freeze().unwrap());
+        }
+        assert!(sums.stats().growths > 0);
+        assert_eq!(sums.resume([100; 9]), CoroutineResult::Return([100; 9]));
+    }
+}
+
 #[test]
 fn suspending_inside_catch_unwind_keeps_what_it_catches() {
     for builder in both_ways() {
