@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-use super::measure::{Run, timed};
+use super::measure::{Run, placed, timed};
 use super::shapes::{Many, SITES_COROUTINES, order};
 
 /// Pending once.
@@ -51,15 +51,19 @@ where
     slot.take()
 }
 
-fn one<V: Default + 'static>(task: impl FnOnce(Slot<V>) -> Task) -> Run<'static> {
+fn one<V: Default + 'static, const PLACE: usize>(task: impl FnOnce(Slot<V>) -> Task) -> Run<'static> {
     let slot = Slot::<V>::default();
     let mut task = task(Rc::clone(&slot));
-    Box::new(move |count| timed(count, || _ = black_box(resume(&mut task, &slot, V::default()))))
+    Box::new(move |count| {
+        placed::<PLACE>();
+        timed(count, || _ = black_box(resume(&mut task, &slot, V::default())))
+    })
 }
 
-pub fn root_loop<V: Default + 'static>() -> Run<'static> {
-    one::<V>(|slot| {
+pub fn root_loop<V: Default + 'static, const PLACE: usize>() -> Run<'static> {
+    one::<V, PLACE>(|slot| {
         Box::pin(async move {
+            placed::<PLACE>();
             let mut value = slot.take();
             loop {
                 value = suspend(&slot, value).await;
@@ -70,7 +74,7 @@ pub fn root_loop<V: Default + 'static>() -> Run<'static> {
 
 /// Suspends in a function called for it; or in one five calls down.
 pub fn calling(deep: bool) -> Run<'static> {
-    one(move |slot: Slot<u64>| {
+    one::<_, 0>(move |slot: Slot<u64>| {
         Box::pin(async move {
             let mut value = slot.take();
             loop {

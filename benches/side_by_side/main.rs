@@ -22,7 +22,7 @@ mod systems;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use measure::{Contestant, Outcome, Run, contest};
+use measure::{Contestant, Outcome, Run, contest, in_turn};
 use regrow::Maps;
 use shapes::Many;
 use systems::{Generator, Region, Regrow, Relocating, System, corosensei};
@@ -30,34 +30,30 @@ use systems::{Generator, Region, Regrow, Relocating, System, corosensei};
 /// Rounds in each process.
 const ROUNDS: usize = 15;
 
+/// A loop at the root, at four places in the program.
+macro_rules! root_loops { ($value:ty) => {
+    four(
+        root_loops!($value, shapes::root_loop, [_], Regrow),
+        root_loops!($value, shapes::root_loop, [_], corosensei()),
+        root_loops!($value, shapes::root_loop, [_], Generator),
+        root_loops!($value, futures::root_loop, [],),
+    )
+}; ($value:ty, $module:ident::$function:ident, [$($system_type:tt)?], $($system:expr)?) => {
+    in_turn([
+        $module::$function::<$($system_type,)? $value, 0>($($system)?),
+        $module::$function::<$($system_type,)? $value, 1>($($system)?),
+        $module::$function::<$($system_type,)? $value, 2>($($system)?),
+        $module::$function::<$($system_type,)? $value, 3>($($system)?),
+    ])
+} }
+
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
 const SHAPES: [Shape; 30] = [
-    ("loop at the root, ()", || {
-        with_root(four(
-            shapes::root_loop::<_, ()>(Regrow),
-            shapes::root_loop::<_, ()>(corosensei()),
-            shapes::root_loop::<_, ()>(Generator),
-            futures::root_loop::<()>(),
-        ))
-    }),
-    ("loop at the root, u64", || {
-        with_root(four(
-            shapes::root_loop::<_, u64>(Regrow),
-            shapes::root_loop::<_, u64>(corosensei()),
-            shapes::root_loop::<_, u64>(Generator),
-            futures::root_loop::<u64>(),
-        ))
-    }),
-    ("loop at the root, 64 bytes", || {
-        four(
-            shapes::root_loop::<_, [u64; 8]>(Regrow),
-            shapes::root_loop::<_, [u64; 8]>(corosensei()),
-            shapes::root_loop::<_, [u64; 8]>(Generator),
-            futures::root_loop::<[u64; 8]>(),
-        )
-    }),
+    ("loop at the root, ()", || with_root(root_loops!(()))),
+    ("loop at the root, u64", || with_root(root_loops!(u64))),
+    ("loop at the root, 64 bytes", || root_loops!([u64; 8])),
     ("suspend in a fresh callee", || {
         let mut all = four(
             shapes::fresh_callee(Regrow),

@@ -53,6 +53,23 @@ pub fn timed(count: u64, mut operation: impl FnMut()) -> Duration {
     now() - start
 }
 
+/// Moves the code behind it down, by 16 bytes for each `PLACE`.
+#[inline(always)]
+pub fn placed<const PLACE: usize>() {
+    // SAFETY: instructions that do nothing.
+    unsafe { core::arch::asm!(".skip 16 * {}, 0x90", const PLACE, options(nomem, nostack, preserves_flags)) };
+}
+
+/// The same at several places in the program, by turns: how some short loops happen to lie in the lines of the cache makes
+/// them take twice as long.
+pub fn in_turn<const COPIES: usize>(mut copies: [Run<'static>; COPIES]) -> Run<'static> {
+    let mut turn = 0;
+    Box::new(move |count| {
+        turn += 1;
+        copies[turn % COPIES](count)
+    })
+}
+
 /// Processor time of this thread.
 pub fn now() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

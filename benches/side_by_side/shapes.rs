@@ -2,17 +2,21 @@
 
 use std::hint::black_box;
 
-use super::measure::{Run, timed};
+use super::measure::{Run, placed, timed};
 use super::systems::System;
 
 /// Suspends in a loop, in the coroutine's root function.
-pub fn root_loop<S: System, V: Default + 'static>(mut system: S) -> Run<'static> {
+pub fn root_loop<S: System, V: Default + 'static, const PLACE: usize>(mut system: S) -> Run<'static> {
     let mut coroutine = system.spawn(|yielder, mut value: V| {
+        placed::<PLACE>();
         loop {
             value = S::suspend(yielder, value);
         }
     });
-    Box::new(move |count| timed(count, || _ = black_box(S::resume(&mut coroutine, V::default()))))
+    Box::new(move |count| {
+        placed::<PLACE>();
+        timed(count, || _ = black_box(S::resume(&mut coroutine, V::default())))
+    })
 }
 
 /// Suspends in a function that is called for it, and returns.
