@@ -9,6 +9,7 @@
 #
 # What is stored below rsp is loaded off another register that holds the same address: where both are based on rsp and
 # rsp was changed in between, processors do not see that the load is of that store until it has gone through memory.
+# The jumps may be based on rsp: where they go is predicted, so nobody waits for it.
 #
 # rsp does not change before the switch, so the caller's unwind information holds at every
 # instruction; what is saved goes into the red zone, which nobody writes while rsp is elsewhere.
