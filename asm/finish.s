@@ -4,4 +4,4 @@
 #         rdi  the word for the resumer        rsi  the outcome
     mov     eax, 1                      # rax <- ENDED, for the handle
     mov     rsp, r8                     # the switch
-    jmp     qword ptr [rsp - 8]          # lands at 2: of asm/resume.s
+    jmp     qword ptr [rsp - 8]         # lands at 2: of asm/resume.s

@@ -11,7 +11,7 @@
     mov     [rsp - 24], rbx
     mov     rax, rsp                    # rax <- what the resumer puts into the handle
     mov     rsp, r8                     # the switch
-    jmp     qword ptr [rsp - 8]          # lands at 2: of asm/resume.s
+    jmp     qword ptr [rsp - 8]         # lands at 2: of asm/resume.s
 2:                                      # resumed: rsp and rax are ours, perhaps another address than before
     mov     rbp, [rax - 16]
     mov     rbx, [rax - 24]

@@ -25,8 +25,8 @@
 //! ```
 //!
 //! A handle names a coroutine from outside by two addresses, and is not touched while it runs. When the fault handler
-//! moves the stack it corrects the base at `R - 40`; the handle is corrected when the coroutine suspends: at another
-//! address than before, then.
+//! moves the stack it corrects the base at `R - 40`. The handle is corrected when the coroutine suspends, which it then
+//! does at another address than before.
 //!
 //! The floating-point control state (mxcsr, x87 control word) is not switched: it belongs to the
 //! thread, like in corosensei and Boost.Context's default. Code that changes rounding or exception masks
@@ -179,7 +179,7 @@ pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
     Registers::new(left(8), sp).with(Register::RBP, left(16)).with(Register::RBX, left(24))
 }
 
-/// Resumes the coroutine of `handle`; returns its word and the outcome. The handle is as it should be then.
+/// Resumes the coroutine of `handle`; returns its word and the outcome, and leaves in the handle where it has suspended.
 ///
 /// # Safety
 /// The coroutine is suspended, `word` and `command` are what it waits for at its suspend.
@@ -295,6 +295,7 @@ fn resumer() -> usize {
 }
 
 /// The coroutine that runs on this thread, as its resumer knows it: by the resumer's stack pointer.
+/// Asked only as long as that coroutine runs, or waits for one that it has resumed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Running(usize);
 
