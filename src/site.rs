@@ -4,9 +4,13 @@
 //! the assembler puts beside that code. So two kinds of coroutines that need very different stacks never share
 //! an average, and finding a site costs one instruction.
 //!
-//! A site learns from what fails: when a coroutine that grew has ended, the next ones start with the size it came to.
-//! Starting larger costs address space only, since pages are used as they are touched. What is too large is found out
+//! A site learns from what fails: when a coroutine that grew by moving has ended, the next ones start with the size it came
+//! to. Starting larger costs address space only, since pages are used as they are touched. What is too large is found out
 //! by *scouts*: one in 64 coroutines starts on untouched pages, and at its end the kernel says which of them it used.
+//!
+//! Stacks that grow in place have no size to start with. Their scouts, one in 64 of those made in a slot that is new to the
+//! thread, are watched (src/grow/shrink.rs). When one of them has given back what a spike left in it, its site is *spiky*:
+//! the coroutines made there from then on are watched, too.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -28,7 +32,7 @@ const SCOUTS: u32 = 8;
 pub(crate) struct Site {
     /// Names the closure, for reading.
     name: fn() -> &'static str,
-    /// log2 of the size learned; 0: none.
+    /// log2 of the size learned; 0: none. [`SPIKY`].
     learned: AtomicU32,
     /// How many coroutines started with it.
     spawned: AtomicU32,
@@ -60,14 +64,35 @@ macro_rules! here {
 }
 pub(crate) use here;
 
+/// Learned of a site whose coroutines grow in place and have had spikes. No size: it would be 2 bytes.
+const SPIKY: u32 = 1;
+
+/// True for one in [`SCOUT_EVERY`] coroutines that grow in place and are made in a slot that is new to their thread, the first
+/// of all among them.
+pub(crate) fn is_scouts_turn() -> bool {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    COUNT.fetch_add(1, Ordering::Relaxed).is_multiple_of(SCOUT_EVERY)
+}
+
 impl Site {
     /// The size that coroutines made here start with, if anything was learned.
     #[inline(always)]
     pub(crate) fn learned(&self) -> Option<usize> {
         match self.learned.load(Ordering::Relaxed) {
-            0 => None,
+            0 | SPIKY => None,
             log => Some(1 << log),
         }
+    }
+
+    /// True if coroutines made here that grow in place are to be watched.
+    #[inline(always)]
+    pub(crate) fn is_spiky(&self) -> bool {
+        self.learned.load(Ordering::Relaxed) == SPIKY
+    }
+
+    /// A scout that grows in place has given back what a spike had left.
+    pub(crate) fn had_spike(&self) {
+        let _ = self.learned.compare_exchange(0, SPIKY, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Counts a coroutine that starts with what was learned; true if it is to be a scout.

@@ -1,8 +1,11 @@
 //! Growth: what happens when a stack runs into its guard page.
 //!
+//! Of a stack that moves: it becomes larger. One that grows in place needs none of this before it is at its maximum: all of
+//! its window is accessible, and the kernel gives it memory as it is touched. Then what happens is a report.
+//!
 //! Invariants, at every instruction of the interrupted program:
 //! 1. A slot belongs to one coroutine, as its stack or as one of its old slots, or to nobody.
-//! 2. `record.open` bytes below a live slot's end are accessible, and a band of guards is below them (src/stack/pages.rs).
+//! 2. `record.open` bytes below a live slot's end are accessible, and guards are below them (src/stack/pages.rs).
 //! 3. Of an old slot nothing is accessible.
 //! 4. A stack moves only at a growth point, and only if its owner allowed it.
 
@@ -81,7 +84,7 @@ unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     let outcome = unsafe {
         match growth {
             Growth::Relocate => move_up(context, fault),
-            Growth::InPlace => open_window(fault, context.rsp()),
+            Growth::InPlace => Err(Refusal::Maximum),
         }
     };
     match outcome {
@@ -156,7 +159,7 @@ unsafe fn move_up(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Refu
 fn slack_first(record: &Record, need: usize) -> Option<usize> {
     let (size, maximum) = (record.size(), record.maximum);
     let in_window = |size| Some(class::open_bytes(size)).filter(|&open| open <= record.class.window());
-    let sizes = [class::grown_in_place(size, need, 0, maximum), class::grown(size, need, maximum)];
+    let sizes = [class::grown_in_slack(size, need, maximum), class::grown(size, need, maximum)];
     sizes.into_iter().flatten().find_map(in_window).filter(|_| record.slack_first)
 }
 
@@ -228,22 +231,6 @@ unsafe fn open_slack(fault: &Fault) -> Result<Done, Refusal> {
     }
     // SAFETY: by the caller's word.
     unsafe { open_to(Record::at(fault.slot.end()), open) }.map_err(Refusal::Kernel)
-}
-
-/// Doubles the open part of a stack that never moves, and that `sp` is the stack pointer of.
-///
-/// # Safety
-/// As for [`grow`].
-unsafe fn open_window(fault: &Fault, sp: usize) -> Result<Done, Refusal> {
-    // SAFETY: the running coroutine's record, as in `grow`.
-    let (size, maximum) = unsafe {
-        let record = Record::at(fault.slot.end());
-        ((*record).size(), (*record).maximum)
-    };
-    let (need, used) = (fault.slot.end() - fault.lowest, fault.slot.end() - (sp - RED_ZONE));
-    let size = class::grown_in_place(size, need, used, maximum).ok_or(Refusal::Maximum)?;
-    // SAFETY: by the caller's word; the maximum's bytes are within the window of the class.
-    unsafe { open_to(Record::at(fault.slot.end()), class::open_bytes(size)) }.map_err(Refusal::Kernel)
 }
 
 /// # Safety

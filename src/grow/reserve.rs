@@ -12,20 +12,24 @@ use crate::thread;
 /// Sees that the running coroutine has at least `bytes` of stack left, growing it now if it has not. Outside coroutines
 /// it does nothing.
 ///
-/// For two things: deep recursion that is known beforehand, since a growth by fault costs the kernel's price for a signal;
-/// and buffers on the stack that are handed to the kernel, which answers `EFAULT` where code would have faulted.
+/// A stack that grows in place has all of its maximum from the start: of one the answer says whether that is enough. For one
+/// that moves it is of use for two things: deep recursion that is known beforehand, since a growth by fault costs the kernel's
+/// price for a signal; and buffers on the stack that are handed to the kernel, which answers `EFAULT` where code would have
+/// faulted.
 ///
 /// ```
 /// #[inline(never)]
 /// fn deeper() {
 ///     std::hint::black_box([0u8; 50_000]);
 /// }
-/// let mut coroutine = regrow::Coroutine::<(), (), Result<(), regrow::Error>>::new(|_, ()| {
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { regrow::Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|_: &regrow::Yielder<(), ()>, ()| {
 ///     regrow::reserve(150_000)?;
 ///     let growths = regrow::current_stats().unwrap().growths;
 ///     deeper(); // no fault
 ///     assert_eq!(regrow::current_stats().unwrap().growths, growths);
-///     Ok(())
+///     Ok::<(), regrow::Error>(())
 /// });
 /// coroutine.resume(()).returned().unwrap()?;
 /// # Ok::<(), regrow::Error>(())
@@ -48,10 +52,7 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     }
     let room = Error::Room { bytes, maximum };
     if growth == Growth::InPlace {
-        let used = Record::end(record) - here + OWN_FRAMES;
-        let Some(size) = class::grown_in_place(size, need, used, maximum) else { return Err(room) };
-        // SAFETY: the bytes of the maximum are within the window of the class, and nothing is below them.
-        return unsafe { open_now(record, class::open_bytes(size)) };
+        return Err(room);
     }
     // SAFETY: as above.
     if let Some(open) = slack_first(unsafe { &*record }, need) {
@@ -77,9 +78,6 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
         Err(room)
     }
 }
-
-/// More than what [`reserve`] calls takes of the stack while it makes it larger in place.
-const OWN_FRAMES: usize = PAGE;
 
 /// # Safety
 /// `record` is the running coroutine's; `open` bytes are within its slot's window, and nothing below them is needed.

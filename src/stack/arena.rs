@@ -5,7 +5,7 @@
 //!
 //!  slot    start                                                               end
 //!          | guard 16 KiB | slack: guard pages that may be opened | stack | head |
-//!                                             (a stack that stays: its window; src/stack/pages.rs)
+//!                       (a stack that stays: its window, accessible; src/stack/pages.rs)
 //! ```
 //!
 //! An address is resolved to its slot by arithmetic on a small table of arenas, without a lock.
@@ -200,7 +200,7 @@ impl Slot {
             if flags & GUARDED == 0 {
                 self.make_guarded(open)?;
             } else {
-                self.pages().open(now, open, 0)?;
+                self.pages().open(now, open)?;
             }
         }
         meta.flags.store(USABLE | GUARDED, Ordering::Relaxed);
@@ -216,7 +216,7 @@ impl Slot {
         // SAFETY: by the caller's word.
         unsafe {
             if guard::by_madvise() {
-                guard::install(self.pages().guards(open).into_iter())
+                guard::install(core::iter::once(self.pages().guards(open)))
             } else {
                 guard::open(self.end() - open, open)
             }
@@ -280,7 +280,7 @@ impl Slot {
             } else if first.is_left_out() {
                 return Ok(None); // usable all the same, so that what lies on both sides is one mapping
             } else if !guard::by_madvise()
-                || guard::install(slots.clone().flat_map(|slot| slot.pages().guards(open))).is_err()
+                || guard::install(slots.clone().map(|slot| slot.pages().guards(open))).is_err()
             {
                 USABLE
             } else {

@@ -1,7 +1,12 @@
 //! Each thread's stock of finished slots: warm, accessible, taken and put back without a system call.
 //!
-//! The stock of a thread is bounded by [`BUDGET`] bytes of accessible stack; what is above it
-//! goes to the free list of its class with its memory given back. When the thread ends all of it does.
+//! The stock of a thread is bounded by [`BUDGET`] bytes of memory; what is above it goes to the free list of its class with
+//! its memory given back. When the thread ends all of it does.
+//!
+//! A slot of a stack that moves counts for what is accessible of it. How much memory is in one that stays only the kernel
+//! knows, and asking takes a hundred times as long as putting. So *samples* are asked about, and all count for the average
+//! of those. A sample with more than [`KEPT`] bytes is cut down to that. Samples are frequent where they differ from the
+//! average, and rare where they agree with it: [`OFTEN`], [`SELDOM`].
 //!
 //! The fault handler takes from the same stock, so that growing finds warm memory. It may have
 //! interrupted `take` or `put` (they run on coroutine stacks too): `busy` tells it to leave the stock alone.
@@ -11,19 +16,32 @@ use core::cmp::Ordering::{Equal, Greater, Less};
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::arena::Slot;
-use super::class::{CLASSES, Class};
-use super::pages::Pages;
+use super::class::{CLASSES, Class, PAGE};
+use super::pages::{Pages, resident};
 use super::record::Record;
 use crate::error::Error;
+use crate::site;
 use crate::thread;
 
-/// Bytes of accessible stack a thread keeps for reuse.
+/// Bytes of memory in stacks that a thread keeps for reuse.
 const BUDGET: usize = 8 << 20;
+
+/// What is left of the memory of a sample.
+const KEPT: usize = 8 * PAGE;
+
+/// One of how many stacks that stay is a sample, at the most and at the least.
+const OFTEN: u32 = 8;
+const SELDOM: u32 = 512;
 
 struct Cache {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
+    /// So many stacks that stay are put before the next sample, and were before the last one.
+    until_sample: Cell<u32>,
+    interval: Cell<u32>,
+    /// Bytes of memory in a sample, on average; the latest count for more.
+    average: Cell<usize>,
 }
 
 thread_local! {
@@ -34,6 +52,9 @@ thread_local! {
             first: [const { Cell::new(core::ptr::null_mut()) }; CLASSES],
             bytes: Cell::new(0),
             busy: Cell::new(false),
+            until_sample: Cell::new(OFTEN),
+            interval: Cell::new(OFTEN),
+            average: Cell::new(PAGE),
         }
     };
 }
@@ -47,9 +68,9 @@ impl Cache {
         let record = first.get();
         if !record.is_null() {
             // SAFETY: cached slots are accessible and belong to this thread.
-            let (next, open) = unsafe { ((*record).next_cached, (*record).open) };
+            let (next, counted) = unsafe { ((*record).next_cached, (*record).counted) };
             first.set(next);
-            self.bytes.set(self.bytes.get() - open);
+            self.bytes.set(self.bytes.get() - counted);
         }
         compiler_fence(Ordering::SeqCst);
         self.busy.set(false);
@@ -59,16 +80,62 @@ impl Cache {
     /// # Safety
     /// The slot of `record` is accessible and nobody's.
     #[inline(always)]
-    unsafe fn push(&self, record: *mut Record, class: Class, open: usize) {
+    unsafe fn push(&self, record: *mut Record, class: Class, counted: usize) {
         let first = &self.first[class.index()];
         self.busy.set(true);
         compiler_fence(Ordering::SeqCst);
-        // SAFETY: by the caller's word.
-        unsafe { (*record).next_cached = first.get() };
+        // SAFETY: the record is accessible and nobody else's, as its slot is.
+        unsafe {
+            (*record).next_cached = first.get();
+            (*record).counted = counted;
+        }
         first.set(record);
-        self.bytes.set(self.bytes.get() + open);
+        self.bytes.set(self.bytes.get() + counted);
         compiler_fence(Ordering::SeqCst);
         self.busy.set(false);
+    }
+
+    /// For how many bytes a slot counts.
+    ///
+    /// # Safety
+    /// The slot of `record` is accessible and nobody's.
+    #[inline(always)]
+    unsafe fn weight(&self, record: *mut Record, class: Class) -> usize {
+        if class.is_moving() {
+            // SAFETY: the record of an accessible slot is readable.
+            return unsafe { (*record).open };
+        }
+        let until_sample = self.until_sample.get() - 1;
+        self.until_sample.set(until_sample);
+        if until_sample == 0 {
+            // SAFETY: the slot is nobody's, so that what is in it may be lost.
+            unsafe { self.sample(record) };
+        }
+        self.average.get()
+    }
+
+    /// Asks the kernel how much memory is in a stack that stays, and cuts it down.
+    ///
+    /// # Safety
+    /// As for [`weight`](Self::weight), of a stack that stays.
+    #[cold]
+    #[inline(never)]
+    unsafe fn sample(&self, record: *mut Record) {
+        let end = Record::end(record);
+        // SAFETY: the record of an accessible slot is readable.
+        let open = unsafe { (*record).open };
+        let bytes = resident(end - open..end);
+        if bytes > KEPT {
+            // SAFETY: the slot is nobody's, and `open` bytes of it are accessible. The head is in what is kept.
+            unsafe { Pages::new((*record).class, end).discard(open, KEPT) };
+        }
+        let average = self.average.get();
+        let agrees = bytes <= 2 * average && average <= 2 * bytes;
+        let interval = if agrees { (2 * self.interval.get()).min(SELDOM) } else { OFTEN };
+        self.interval.set(interval);
+        self.until_sample.set(interval);
+        // Rounded up, so that it does not stop short of a larger one.
+        self.average.set((3 * average + bytes).div_ceil(4).max(PAGE));
     }
 }
 
@@ -87,7 +154,7 @@ pub(crate) fn take(class: Class, open: usize) -> Result<*mut Record, Error> {
 #[inline(never)]
 fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result<*mut Record, Error> {
     if let Some(record) = cached {
-        // A stack that stays was cached with another first size than is wanted now.
+        // A stack that moves was cached with another size than is wanted now.
         // SAFETY: a slot just taken is ours, its record accessible.
         return match unsafe { resize(record, open) } {
             Ok(()) => Ok(record),
@@ -104,8 +171,8 @@ fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result
     // SAFETY: the slot is ours and its top page accessible.
     unsafe {
         (*record).open = now_open;
-        (*record).guarded = 0;
         (*record).class = class;
+        (*record).scout = !class.is_moving() && site::is_scouts_turn();
         if now_open > open {
             resize(record, open).inspect_err(|_| slot.give(now_open))?;
         }
@@ -132,12 +199,12 @@ pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Erro
     // SAFETY: by the caller's word.
     unsafe {
         let pages = Pages::new((*record).class, Record::end(record));
-        let (now, guarded) = ((*record).open, (*record).guarded);
-        (*record).guarded = match now.cmp(&open) {
-            Less => pages.open(now, open, guarded)?,
-            Equal => guarded,
-            Greater => pages.close(now, open, guarded)?,
-        };
+        let now = (*record).open;
+        match now.cmp(&open) {
+            Less => pages.open(now, open)?,
+            Equal => {}
+            Greater => pages.close(now, open)?,
+        }
         (*record).open = open;
     }
     Ok(())
@@ -149,12 +216,14 @@ pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Erro
 /// The slot of `record` is accessible and the caller's, and nothing in it is needed any more.
 #[inline(always)]
 pub(crate) unsafe fn put(record: *mut Record) {
-    // SAFETY: by the caller's word.
-    let (class, open) = unsafe { ((*record).class, (*record).open) };
+    // SAFETY: the slot is accessible, so its record is.
+    let class = unsafe { (*record).class };
     CACHE.with(|cache| {
-        if cache.bytes.get() + open <= BUDGET {
-            // SAFETY: by the caller's word.
-            unsafe { cache.push(record, class, open) }
+        // SAFETY: nothing in the slot is needed, and it is the caller's.
+        let weight = unsafe { cache.weight(record, class) };
+        if cache.bytes.get() + weight <= BUDGET {
+            // SAFETY: the same.
+            unsafe { cache.push(record, class, weight) }
         } else {
             // SAFETY: by the caller's word.
             unsafe { give_back(record) }
@@ -173,12 +242,12 @@ unsafe fn give_back(record: *mut Record) {
     let open = unsafe { (*record).open };
     if let Some(slot) = Record::slot(record) {
         // SAFETY: a slot that is nobody's.
-        unsafe { slot.pages().discard(open) };
+        unsafe { slot.pages().discard(open, 0) };
         slot.give(open);
     }
 }
 
-/// Bytes of accessible stack in this thread's stock.
+/// Bytes of memory in this thread's stock, as they are counted.
 pub(crate) fn bytes() -> usize {
     CACHE.with(|cache| cache.bytes.get())
 }

@@ -113,7 +113,7 @@ impl Class {
         Self((size / MIN_SIZE).trailing_zeros() as u8)
     }
 
-    /// Slots for stacks that stay and grow to at most `maximum` bytes.
+    /// Slots for stacks that stay, all of whose `maximum` bytes are accessible.
     pub(crate) const fn staying(maximum: usize) -> Self {
         Self((maximum / MIN_SIZE).trailing_zeros() as u8 + SIZES as u8)
     }
@@ -174,15 +174,13 @@ pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     (next <= maximum).then_some(next)
 }
 
-/// Up to here a stack that opens pages of its slot opens four times as much: they cost nothing before they are touched, and
-/// each time costs a fault.
+/// Up to here a stack that opens slack opens four times as much: pages cost nothing before they are touched, and each opening
+/// costs a fault.
 const QUICK: usize = 64 << 10;
 
-/// As [`grown`], for a stack that opens pages of its slot, of which `used` bytes below the slot's end are in use. They may be
-/// more than are open, and guards go below what is opened: not over them. At the maximum the guards are there already.
-pub(crate) fn grown_in_place(size: usize, need: usize, used: usize, maximum: usize) -> Option<usize> {
-    let grown = grown(size, need.max(used.min(open_bytes(maximum))), maximum)?;
-    Some(grown.max((4 * size).min(QUICK)).min(maximum))
+/// As [`grown`], for a stack that opens the slack of its slot.
+pub(crate) fn grown_in_slack(size: usize, need: usize, maximum: usize) -> Option<usize> {
+    Some(grown(size, need, maximum)?.max((4 * size).min(QUICK)).min(maximum))
 }
 
 #[cfg(test)]
@@ -289,9 +287,9 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_opened_fourfold_at_first() {
+    fn slack_is_opened_fourfold_at_first() {
         let all = |first, maximum| {
-            let next = |&size: &usize| grown_in_place(size, open_bytes(size) + 1, 0, maximum);
+            let next = |&size: &usize| grown_in_slack(size, open_bytes(size) + 1, maximum);
             core::iter::successors(Some(first), next).collect::<Vec<_>>()
         };
         let kib = |sizes: &[usize]| sizes.iter().map(|size| size << 10).collect::<Vec<_>>();
@@ -299,9 +297,6 @@ mod tests {
         assert_eq!(all(4 << 10, 128 << 10), kib(&[4, 16, 64, 128]));
         assert_eq!(all(2 << 10, 4 << 10), kib(&[2, 4]));
         assert_eq!(all(8 << 10, 16 << 10), kib(&[8, 16]));
-        assert_eq!(grown_in_place(2048, 4097, 40_000, 1 << 20), Some(65_536));
-        assert_eq!(grown_in_place(2048, 4097, 80_000, 65_536), Some(65_536));
-        assert_eq!(grown_in_place(2048, 80_000, 40_000, 65_536), None);
     }
 
     #[test]

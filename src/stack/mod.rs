@@ -16,6 +16,7 @@ pub(crate) use record::{INLINE_CLOSURE, Record};
 use core::sync::atomic::Ordering;
 
 use crate::site;
+use crate::stats::Growth;
 
 /// Takes back everything a coroutine held that has ended: its slot, and those its stack has left.
 ///
@@ -40,6 +41,9 @@ unsafe fn learn(record: *mut Record) {
     // SAFETY: by the caller's word; sites are statics.
     unsafe {
         let Some(site) = (*record).site.as_ref() else { return };
+        if (*record).growth == Growth::InPlace {
+            return; // it has told as soon as it knew: src/grow/shrink.rs
+        }
         if (*record).growths != 0 {
             site.grew_to((*record).highest);
         } else if (*record).scout {
@@ -59,8 +63,8 @@ unsafe fn tidy(record: *mut Record) {
         learn(record);
         drop((*record).pins.take());
         give_back_old(core::mem::take(&mut (*record).old));
-        // What was opened below the first size is closed again: its memory goes back and the next
-        // owner starts with what it asked for. If closing fails the slot is merely larger.
+        // What was opened below the first size of a stack that moves is closed again: its memory goes back and the
+        // next owner starts with what it asked for. If closing fails the slot is merely larger.
         if (*record).open > (*record).first_open {
             let _ = cache::resize(record, (*record).first_open);
         }

@@ -13,7 +13,7 @@
 //!         │ first frame, frames ...    │
 //!   end - open                         │ the lowest accessible byte
 //!         ├────────────────────────────┤
-//!         │ slack, guard               │
+//!         │ slack (if it moves), guard  │
 //!  start  └────────────────────────────┘
 //! ```
 //!
@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use super::arena::{Link, Slot};
 use super::class::{Class, HEAD, size_of_open};
+use super::pages::resident;
 use crate::grow::{Maps, NotMoved, Watch};
 use crate::site::Site;
 use crate::stats::{Growth, LastGrowth, Stats};
@@ -45,9 +46,8 @@ pub(crate) struct Record {
     pub next_cached: *mut Record,
     /// Bytes below the slot's end that are accessible.
     pub open: usize,
-    /// For a stack that stays, bytes below the slot's end that guards are known to reach down to; less than there are, or 0,
-    /// is right, too (src/stack/pages.rs).
-    pub guarded: usize,
+    /// While the slot is cached: for how many bytes it counts in the stock (src/stack/cache.rs).
+    pub counted: usize,
     /// What `open` goes back to when the coroutine has ended.
     pub first_open: usize,
     /// The largest size, in bytes, that the stack may reach.
@@ -63,7 +63,7 @@ pub(crate) struct Record {
     pub slack_first: bool,
     /// No Rust frames lie below: nothing is unwound when it is dropped.
     pub raw: bool,
-    /// Reports how much of its stack it has used when it ends (src/site.rs).
+    /// Tells its site how much of its stack it uses (src/site.rs).
     pub scout: bool,
     /// Where it was made; null if what it needs is not to be learned.
     pub site: *const Site,
@@ -150,7 +150,6 @@ impl Record {
         unsafe {
             (*record).old = 0;
             (*record).shrinks = 0;
-            (*record).scout = false;
             (*record).site = core::ptr::null();
             (&raw mut (*record).name).write(None);
             (&raw mut (*record).pins).write(None);
@@ -162,8 +161,20 @@ impl Record {
         }
     }
 
+    /// The size of a stack that moves; the maximum of one that stays.
     pub(crate) fn size(&self) -> usize {
         size_of_open(self.open)
+    }
+
+    /// Bytes of the slot that are used: what is accessible of a stack that moves, what has been touched of one that stays.
+    pub(crate) fn bytes(&self) -> usize {
+        match self.growth {
+            Growth::Relocate => self.open,
+            Growth::InPlace => {
+                let end = Self::end(self);
+                resident(end - self.open..end)
+            }
+        }
     }
 
     pub(crate) fn first_size(&self) -> usize {
@@ -179,13 +190,17 @@ impl Record {
     }
 
     pub(crate) fn stats(&self) -> Stats {
+        let size = match self.growth {
+            Growth::Relocate => self.size(),
+            Growth::InPlace => self.bytes(),
+        };
         Stats {
             growths: self.growths,
             shrinks: u64::from(self.shrinks),
             bytes_copied: self.bytes_copied,
             words_rewritten: self.words_rewritten,
-            size: self.size(),
-            highest: self.highest,
+            size,
+            highest: self.highest.max(size),
             last: (self.growths != 0).then_some(self.last),
         }
     }
