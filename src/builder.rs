@@ -15,7 +15,18 @@ use crate::switch::{self, Entry, Handle};
 
 /// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
 ///
-/// So much address space is reserved for each such coroutine; page tables for it take 560 bytes.
+/// So much address space is reserved for each such coroutine, and all of it is stack from the start: the kernel gives it memory
+/// page by page as it is touched. What a larger maximum costs are page tables, of which a coroutine takes its share:
+///
+/// | maximum | page tables of a small coroutine | coroutines in 47 bits of address space |
+/// | --- | --- | --- |
+/// | 64 KiB | 0.2 KB | 1.6 billion |
+/// | 256 KiB | 0.6 KB | 500 million |
+/// | 1 MiB | 2.1 KB | 130 million |
+/// | 2 MiB and more | 4.1 KB | 65 million and less |
+///
+/// 256 KiB is enough for nearly all release builds. Debug builds have frames several times as large: some parsers
+/// (sqlparser, for one) need 1 MiB there.
 ///
 /// ```
 /// use regrow::{Coroutine, DEFAULT_MAXIMUM_IN_PLACE, Error, Yielder, reserve};
@@ -89,7 +100,7 @@ impl Builder {
     /// ```
     /// use regrow::{Builder, Growth, Yielder};
     /// let coroutine = Builder::new().spawn(|_: &Yielder<(), ()>, ()| ());
-    /// assert_eq!((coroutine.stats().size, coroutine.growth(), coroutine.name()), (2048, Growth::InPlace, None));
+    /// assert_eq!((coroutine.stats().size, coroutine.growth(), coroutine.name()), (4096, Growth::InPlace, None));
     /// ```
     #[must_use]
     pub const fn new() -> Self {
@@ -105,11 +116,16 @@ impl Builder {
         }
     }
 
-    /// How many bytes of stack the coroutine has to begin with: a power of two from
+    /// How many bytes of stack a coroutine whose stack moves has to begin with: a power of two from
     /// [`MIN_SIZE`] to [`MAX_SIZE`]. Memory is only used as it is touched.
     ///
+    /// One whose stack grows in place has all of its [`maximum`](Self::maximum) from the start; for it this size is merely
+    /// the least that the maximum may be.
+    ///
     /// ```
-    /// let coroutine = regrow::Builder::new().first_size(16 << 10).spawn(|_: &regrow::Yielder<(), ()>, ()| ());
+    /// // SAFETY: nothing is kept outside the stack.
+    /// let builder = unsafe { regrow::Builder::new().relocating() }.first_size(16 << 10);
+    /// let coroutine = builder.spawn(|_: &regrow::Yielder<(), ()>, ()| ());
     /// assert_eq!(coroutine.stats().size, 16384);
     /// ```
     #[must_use]
@@ -135,8 +151,8 @@ impl Builder {
         self
     }
 
-    /// When the stack becomes smaller by itself. Looked at when a coroutine that has grown is resumed; costs nothing
-    /// before it has.
+    /// When the stack becomes smaller by itself, or, if it grows in place, gives memory back. Looked at when a coroutine is
+    /// resumed that is watched; costs the others nothing. [`Shrink`] says which are.
     ///
     /// So one that is parked for long keeps what it has come to. [`Coroutine::shrink`] gives that back at any time, and so does
     /// freezing, by hand or by a [`Pool`](crate::Pool), in whose budget it counts.
@@ -156,9 +172,10 @@ impl Builder {
     /// });
     /// coroutine.resume(());
     /// assert!(coroutine.stats().size >= 8192);
-    /// coroutine.resume(());
-    /// coroutine.resume(());
-    /// assert_eq!(coroutine.stats().size, 2048);
+    /// for _ in 0..3 {
+    ///     coroutine.resume(());
+    /// }
+    /// assert!(coroutine.stats().size <= 8192);
     /// ```
     #[must_use]
     pub const fn shrink(mut self, policy: Shrink) -> Self {
@@ -365,7 +382,7 @@ impl Builder {
     /// suspended nothing is unwound, its frames are forgotten: nothing outside may still refer to them.
     pub unsafe fn spawn_raw(&self, function: RawFunction) -> Result<Coroutine<usize, usize, usize>, Error> {
         let plan = Plan { raw: true, learn: false, ..self.plan()? };
-        let record = cache::take(plan.class, open_bytes(plan.first_size))?;
+        let record = cache::take(plan.class, plan.open())?;
         // SAFETY: the slot was taken for this plan, and a function pointer fits; asm/switch.S calls it.
         Ok(Coroutine::from_handle(unsafe { fill(record, function, switch::regrow_raw, &plan, &self.name) }))
     }
@@ -447,22 +464,43 @@ struct Plan {
     learn: bool,
 }
 
+impl Plan {
+    /// Bytes of a slot that are accessible from the start.
+    #[inline(always)]
+    const fn open(&self) -> usize {
+        match self.growth {
+            Growth::InPlace => self.class.window(),
+            Growth::Relocate => open_bytes(self.first_size),
+        }
+    }
+}
+
 #[inline(always)]
 fn make<In, Out, Ret, F>(f: F, plan: &Plan, name: &Option<Arc<str>>) -> Result<Coroutine<In, Out, Ret>, Error>
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
     let site = site::here!(F);
-    if plan.learn
+    if plan.growth == Growth::Relocate
+        && plan.learn
         && let Some(learned) = site.learned()
     {
         return make_learned(f, plan, name, site, learned);
     }
-    let record = cache::take(plan.class, open_bytes(plan.first_size))?;
+    let record = cache::take(plan.class, plan.open())?;
     // SAFETY: the slot was taken above, for this plan.
-    let coroutine = unsafe { fill_with_closure(record, f, plan, name) };
+    let mut coroutine = unsafe { fill_with_closure(record, f, plan, name) };
     // SAFETY: the same.
     unsafe { (*record).site = if plan.learn { site } else { ptr::null() } };
+    if plan.growth == Growth::InPlace {
+        // SAFETY: the same.
+        unsafe {
+            if grow::is_watched_in_place(&*record) {
+                (*record).tidy = true;
+                coroutine.watch();
+            }
+        }
+    }
     Ok(coroutine)
 }
 
@@ -480,13 +518,14 @@ where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
     let first_size = learned.clamp(plan.first_size, plan.maximum);
-    let class = if plan.growth == Growth::Relocate { Class::moving(first_size) } else { plan.class };
+    let class = Class::moving(first_size);
     let plan = Plan { class, first_size, ..*plan };
-    let record = cache::take(class, open_bytes(first_size))?;
+    let record = cache::take(class, plan.open())?;
     // SAFETY: the slot was taken above, for this plan.
     unsafe {
         let coroutine = fill_with_closure(record, f, &plan, name);
         (*record).site = site;
+        (*record).scout = false;
         if site.count() {
             site::send_scout(record);
         }
@@ -546,7 +585,7 @@ unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &O
     // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
     unsafe {
         Record::clear(record);
-        (*record).first_open = open_bytes(plan.first_size);
+        (*record).first_open = plan.open();
         (*record).maximum = plan.maximum;
         (*record).growth = plan.growth;
         (*record).watch = Watch::new(plan.shrink);
@@ -556,7 +595,7 @@ unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &O
         (*record).raw = plan.raw;
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
-        (*record).highest = plan.first_size;
+        (*record).highest = if plan.growth == Growth::InPlace { 0 } else { plan.first_size };
         if name.is_some() {
             (*record).name.clone_from(name);
             (*record).tidy = true;

@@ -13,20 +13,20 @@
 //!
 //! # The life of a stack
 //!
-//! A [`Coroutine`] is a page of memory: at its top a record and the closure, below them 2 KiB of stack, below
-//! that a guard. [`resume`](Coroutine::resume) and [`suspend`](Yielder::suspend) exchange stack pointers,
-//! a few inlined instructions. A call too deep touches the guard: SIGSEGV, handled on a stack of
-//! the thread's own. What the handler does is the coroutine's [`Growth`]:
+//! A [`Coroutine`] is a page of memory: at its top a record and the closure, below them 2 KiB of stack.
+//! [`resume`](Coroutine::resume) and [`suspend`](Yielder::suspend) exchange stack pointers, a few inlined instructions.
+//! How the stack gets more room is the coroutine's [`Growth`]:
 //!
-//! - [`Growth::InPlace`], the default: it opens guard pages below, inside a window of address space reserved for this
-//!   stack. Safe for any code. A builder's [`maximum`](Builder::maximum) sets the window; it is
-//!   [256 KiB](DEFAULT_MAXIMUM_IN_PLACE) otherwise.
-//! - [`Growth::Relocate`]: it copies the stack to a slot twice the size, rewrites every word in frames and
-//!   registers that pointed into the old one, and makes the old one inaccessible. Nothing needs to be
-//!   reserved for the [maximum](DEFAULT_MAXIMUM_RELOCATE). [`Builder::relocating`] is unsafe: it takes a promise that
-//!   nothing outside the stack points into it.
+//! - [`Growth::InPlace`], the default: a window of address space is reserved for this stack, all of it accessible. The kernel
+//!   gives it memory page by page as it is touched, by code or by the kernel itself. A builder's
+//!   [`maximum`](Builder::maximum) sets the window; it is [256 KiB](DEFAULT_MAXIMUM_IN_PLACE) otherwise. Below it is a guard.
+//! - [`Growth::Relocate`]: below the 2 KiB is a guard. A call too deep touches it: SIGSEGV, handled on a stack of the thread's
+//!   own. The handler copies the stack to a slot twice the size, rewrites every word in frames and
+//!   registers that pointed into the old one, and makes the old one inaccessible. Then the interrupted instruction runs again
+//!   and never knows. Nothing needs to be reserved for the [maximum](DEFAULT_MAXIMUM_RELOCATE). [`Builder::relocating`] is
+//!   unsafe: it takes a promise that nothing outside the stack points into it.
 //!
-//! Then the interrupted instruction runs again and never knows. When the coroutine ends its slot is reused by
+//! When the coroutine ends its slot is reused by
 //! the next one on the same thread; [`trim`] gives what is kept for that back to the kernel.
 //!
 //! # What it takes from the process

@@ -6,6 +6,9 @@
 //!  order     oldest ◄──┘  ... newest                               those that may be frozen, by their latest resume
 //! ```
 //!
+//! A stack that grows in place counts from its stack pointer up. What it has touched below that is not asked for at each
+//! resume: one in [`SHRINK_EVERY`] that comes back gives it up, and so does each that is frozen.
+//!
 //! What is above the budget is frozen from the oldest end. One that is frozen, or cannot be, is not in the order until it
 //! is resumed again: so each resume freezes at most as much as it has thawed or grown, and looks at nothing twice.
 //!
@@ -18,6 +21,7 @@ use std::sync::Arc;
 use crate::coroutine::{Coroutine, CoroutineResult};
 use crate::error::Error;
 use crate::grow::{Told, Touched};
+use crate::stats::Growth;
 
 /// A coroutine in a [`Pool`]. It stays the same until the coroutine has ended or was removed, and is not used again.
 ///
@@ -48,7 +52,7 @@ pub struct Key {
 pub struct PoolStats {
     /// How many coroutines have a stack.
     pub live: usize,
-    /// Bytes of these stacks that are accessible.
+    /// Bytes of these stacks that are accessible; of those that grow in place, from the stack pointer up.
     pub live_bytes: usize,
     /// How many are frozen.
     pub frozen: usize,
@@ -90,8 +94,13 @@ pub struct Pool<In, Out, Ret> {
     oldest: Option<u32>,
     newest: Option<u32>,
     budget: usize,
+    /// How many coroutines were put in, or back in after a resume.
+    puts: u32,
     stats: PoolStats,
 }
+
+/// One in so many stacks that grow in place, of those put back, gives up the memory that it has below its stack pointer.
+const SHRINK_EVERY: u32 = 16;
 
 #[derive(Debug)]
 struct Entry<In, Out, Ret> {
@@ -122,6 +131,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
             oldest: None,
             newest: None,
             budget,
+            puts: 0,
             stats,
         }
     }
@@ -267,7 +277,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
             let entry = &self.entries[index as usize];
             if entry.frozen {
                 stats.remove(true, entry.bytes);
-                stats.add(false, entry.coroutine.as_ref().map_or(0, Coroutine::bytes));
+                stats.add(false, entry.coroutine.as_ref().map_or(0, Coroutine::parked_bytes));
             }
         }
         stats
@@ -294,8 +304,13 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     }
 
     /// Puts a coroutine into its entry, as the newest, and freezes what is above the budget.
-    fn put(&mut self, key: Key, coroutine: Coroutine<In, Out, Ret>) {
+    fn put(&mut self, key: Key, mut coroutine: Coroutine<In, Out, Ret>) {
         self.notice_touched(); // while it was out, too
+        self.puts = self.puts.wrapping_add(1);
+        if self.puts.is_multiple_of(SHRINK_EVERY) && coroutine.growth() == Growth::InPlace {
+            // Without an error: a stack that grows in place needs no memory for that.
+            let _ = coroutine.shrink();
+        }
         self.entries[key.index as usize].coroutine = Some(coroutine);
         self.count(key.index);
         self.freeze_down_to(self.budget);
@@ -369,7 +384,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     fn count(&mut self, index: u32) {
         let entry = &mut self.entries[index as usize];
         let Some(coroutine) = &entry.coroutine else { return };
-        (entry.frozen, entry.bytes) = (coroutine.is_frozen(), coroutine.bytes());
+        (entry.frozen, entry.bytes) = (coroutine.is_frozen(), coroutine.parked_bytes());
         self.stats.add(entry.frozen, entry.bytes);
         if !entry.frozen {
             self.make_newest(index);

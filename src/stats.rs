@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// What happens when a stack runs into its guard page.
+/// How a stack comes to have more room.
 ///
 /// ```
 /// use regrow::{Builder, Growth, Yielder};
@@ -15,7 +15,8 @@ use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[repr(u8)]
 pub enum Growth {
-    /// Pages below it are opened, inside a window reserved for it. It never moves.
+    /// All of its maximum is accessible from the start, and the kernel gives it memory page by page as it is touched. It
+    /// never moves.
     InPlace,
     /// It moves to a slot twice the size, and every pointer into it is rewritten.
     Relocate,
@@ -29,15 +30,16 @@ pub enum Growth {
 /// #     std::hint::black_box([0u8; 10_000]);
 /// # }
 ///
-/// use regrow::{Coroutine, LastGrowth, Yielder};
-/// let mut coroutine = Coroutine::new(|yielder: &Yielder<(), ()>, ()| {
+/// use regrow::{Builder, LastGrowth, Yielder};
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
 ///     deeper(); // 10,000 bytes
 ///     yielder.suspend(());
 /// });
 /// coroutine.resume(());
 /// let LastGrowth { from, to, bytes, .. } = coroutine.stats().last.unwrap();
-/// assert!(from < to && to > 10_000);
-/// assert_eq!(bytes, 0); // it grew in place
+/// assert!(from < to && to > 10_000 && bytes > 0);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LastGrowth {
@@ -45,7 +47,7 @@ pub struct LastGrowth {
     pub from: usize,
     /// Size after, in bytes.
     pub to: usize,
-    /// Bytes copied; 0 if it grew in place.
+    /// Bytes copied; 0 if it used its slack.
     pub bytes: usize,
     /// Words that pointed into the stack and were rewritten, registers included.
     pub words: usize,
@@ -60,23 +62,25 @@ pub struct LastGrowth {
 /// let mut coroutine = regrow::Coroutine::new(|_: &regrow::Yielder<(), ()>, ()| {
 ///     regrow::current_stats().unwrap().size
 /// });
-/// assert_eq!(coroutine.stats().size, 2048);
+/// assert_eq!(coroutine.stats().size, 4096);
 /// assert_eq!(coroutine.stats().growths, 0);
 /// # let _ = coroutine.resume(());
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stats {
-    /// How often the stack grew, either way.
+    /// How often the fault handler, or [`reserve`](crate::reserve), made the stack larger. A stack that grows in place
+    /// is made larger by neither: 0.
     pub growths: u64,
-    /// How often it became smaller.
+    /// How often it became smaller, or gave memory back.
     pub shrinks: u64,
     /// Bytes copied by moving.
     pub bytes_copied: u64,
     /// Words rewritten by moving.
     pub words_rewritten: u64,
-    /// Bytes the stack has now.
+    /// Bytes the stack has now. One that grows in place: of its pages that have memory, record included; the kernel is asked.
+    /// While it is frozen: of those that will have memory when it has thawed.
     pub size: usize,
-    /// The most bytes it ever had.
+    /// The most bytes it ever had. One that grows in place: the most that were seen, by this or by who gave memory back.
     pub highest: usize,
     /// The latest growth.
     pub last: Option<LastGrowth>,
@@ -116,23 +120,25 @@ impl WordsByMap {
 /// Counters of the process since it started; see [`totals`].
 ///
 /// ```
-/// use regrow::{Coroutine, Totals, Yielder, totals};
+/// use regrow::{Builder, Totals, Yielder, totals};
 /// # #[inline(never)]
 /// # fn deeper() {
 /// #     std::hint::black_box([0u8; 10_000]);
 /// # }
-/// Coroutine::new(|_: &Yielder<(), ()>, ()| deeper()).resume(()); // 10,000 bytes
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { Builder::new().relocating() };
+/// builder.spawn(|_: &Yielder<(), ()>, ()| deeper()).resume(()); // 10,000 bytes
 /// let Totals { moves, in_place, highest, .. } = totals();
 /// println!("{} growths, {moves} of them by moving; the largest stack has had {highest} bytes", moves + in_place);
-/// assert!(in_place > 0 && highest > 10_000);
+/// assert!(moves > 0 && highest > 10_000);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Totals {
     /// Growths by moving.
     pub moves: u64,
-    /// Growths in place.
+    /// How often a stack that may move used its slack instead.
     pub in_place: u64,
-    /// How often stacks became smaller.
+    /// How often stacks became smaller, or gave memory back.
     pub shrinks: u64,
     /// Bytes copied.
     pub bytes_copied: u64,
@@ -140,7 +146,7 @@ pub struct Totals {
     pub words_rewritten: u64,
     /// Words of frames looked at by moves, by what their frames' maps say of them.
     pub words_by_map: WordsByMap,
-    /// The largest size any stack has reached, in bytes.
+    /// The largest size any stack has reached that moves, in bytes.
     pub highest: usize,
 }
 
@@ -159,11 +165,13 @@ static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 ///
 /// ```
 /// let before = regrow::totals();
-/// let mut coroutine = regrow::Coroutine::new(|_: &regrow::Yielder<(), ()>, ()| {
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { regrow::Builder::new().relocating() };
+/// let mut coroutine = builder.spawn(|_: &regrow::Yielder<(), ()>, ()| {
 ///     std::hint::black_box([0u8; 100_000]);
 /// });
 /// coroutine.resume(());
-/// assert!(regrow::totals().in_place > before.in_place);
+/// assert!(regrow::totals().moves > before.moves);
 /// ```
 #[must_use]
 pub fn totals() -> Totals {

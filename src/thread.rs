@@ -68,8 +68,8 @@ pub(crate) fn prepare() -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives the slots that this thread keeps for reuse back, and their memory to the kernel. Returns how many bytes were
-/// accessible in them.
+/// Gives the slots that this thread keeps for reuse back, and their memory to the kernel. Returns how many bytes that was, as
+/// [`cached_bytes`] counts them.
 ///
 /// ```
 /// drop(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));
@@ -82,7 +82,8 @@ pub fn trim() -> usize {
     bytes
 }
 
-/// Bytes of accessible stack that this thread keeps for reuse: at most 8 MiB.
+/// Bytes of memory in stacks that this thread keeps for reuse: at most 8 MiB. Of stacks that grow in place this is an estimate:
+/// the kernel is asked about some of them.
 ///
 /// ```
 /// drop(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));

@@ -32,7 +32,7 @@ use super::{Maps, Shrink, Watch, in_place, shrink};
 use crate::error::Error;
 use crate::map;
 use crate::site::Site;
-use crate::stack::class::{Class, open_bytes, size_of_open};
+use crate::stack::class::{Class, PAGE, open_bytes, size_of_open};
 use crate::stack::{Link, Record, Slot, cache};
 use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base, Handle};
@@ -115,15 +115,15 @@ impl Frozen {
 
     pub(crate) fn stats(&self) -> Stats {
         let used = self.words as usize * WORD + usize::from(self.base_offset);
-        let size = match (self.growth, self.record()) {
-            (Growth::InPlace, Some(record)) => record.size(),
-            (Growth::InPlace, None) => 1 << self.first_log,
-            (Growth::Relocate, _) => size_of_open(used.next_multiple_of(4096)).next_power_of_two(),
+        let size = match self.growth {
+            Growth::InPlace => used.next_multiple_of(PAGE),
+            Growth::Relocate => size_of_open(used.next_multiple_of(PAGE)).next_power_of_two(),
         };
-        match self.record() {
-            Some(record) => Stats { size, ..record.stats() },
-            None => Stats { size, highest: 1 << self.first_log, ..Stats::NONE },
-        }
+        let (counters, highest) = match self.record() {
+            Some(record) => (record.counters(), record.highest),
+            None => (Stats::NONE, 1 << self.first_log),
+        };
+        Stats { size, highest: highest.max(size), ..counters }
     }
 
     /// # Safety
@@ -324,21 +324,17 @@ impl Frozen {
         }
     }
 
-    /// Writes what the record of the stack was that was frozen in place with `open` accessible bytes; returns where its words
-    /// belong, and how many bytes they are.
+    /// Writes what the record of the stack was that was frozen in place; returns where its words belong, and how many bytes
+    /// they are.
     ///
     /// # Safety
     /// `record` is writable; what is there needs no drop. The slot is the one of that stack.
-    pub(super) unsafe fn place_in_place(
-        &self,
-        slot: Slot,
-        open: usize,
-        record: *mut Record,
-    ) -> (usize, usize) {
+    pub(super) unsafe fn place_in_place(&self, slot: Slot, record: *mut Record) -> (usize, usize) {
         // SAFETY: by the caller's word.
         unsafe {
-            self.restore_record(record, size_of_open(open));
+            self.restore_record(record, 0);
             if self.record.is_none() {
+                let open = slot.class().window();
                 (*record).open = open;
                 (*record).first_open = open;
                 (*record).class = slot.class();
@@ -369,6 +365,7 @@ impl Frozen {
             (*record).first_log = self.first_log;
             (*record).base_offset = self.base_offset;
             (*record).highest = size;
+            (*record).scout = false;
         }
     }
 }

@@ -1,5 +1,8 @@
 //! Freezing a stack that stays where it is: its pages go back to the kernel, its slot and address remain its own.
 //!
+//! Of its window only the pages from its stack pointer up are frozen. Those below it hold nothing that anybody needs: their
+//! memory is given back, and they stay accessible.
+//!
 //! Any code may hold pointers into such a stack, on any thread, and use them at any time. So a frozen stack is guarded, and
 //! whoever touches it faults, and the handler thaws it. No access falls between two steps. In a process with one thread
 //! there is nobody who could make one:
@@ -67,7 +70,7 @@ thread_local! {
     static MISSED: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
-/// Freezes a suspended coroutine that grows in place, and has run. `false` if it uses stack that is not counted as its own.
+/// Freezes a suspended coroutine that grows in place, and has run. `false` if it is suspended on another stack.
 /// After an error nothing has changed.
 ///
 /// # Safety
@@ -80,16 +83,17 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
         let record = (*handle.base).record();
         let Some(slot) = Record::slot(record) else { return Ok(false) };
         let lowest = handle.sp - SAVED;
-        if lowest < slot.end() - (*record).open {
-            return Ok(false); // suspended below the band of guards (src/stack/pages.rs)
+        if lowest < slot.end() - (*record).open || lowest >= handle.base as usize {
+            return Ok(false);
         }
+        let pages = (slot.end() - lowest).div_ceil(PAGE);
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
         let mut block = Frozen::allocate(words)?;
         block.write(Frozen::of(record, words));
         block.as_mut().tell(told);
 
         let meta = slot.meta();
-        meta.open_pages.store(((*record).open / PAGE) as u32, Ordering::Relaxed);
+        meta.open_pages.store(pages as u32, Ordering::Relaxed);
         let outcome = undisturbed(|| {
             meta.frozen.store(BUSY, Ordering::SeqCst);
             CHANGES.fetch_add(1, Ordering::SeqCst);
@@ -102,6 +106,8 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             Frozen::free(block);
             return Err(error);
         }
+        // What is below the stack pointer is needed by nobody, frozen or not.
+        slot.pages().discard(slot.class().window(), pages * PAGE);
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
@@ -151,12 +157,12 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     true
 }
 
-/// True if the address is in the pages that were accessible when the slot's stack was frozen.
+/// True if the address is in the pages of the slot that are frozen.
 fn was_open(slot: Slot, address: usize) -> bool {
     address >= slot.end() - open_bytes(slot)
 }
 
-/// Bytes of the slot that were accessible when its stack was frozen.
+/// Bytes of the slot that are frozen: whole pages, from where the stack pointer was up.
 fn open_bytes(slot: Slot) -> usize {
     slot.meta().open_pages.load(Ordering::Relaxed) as usize * PAGE
 }
@@ -292,7 +298,7 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
                 guard::allow(start, open)?;
                 set_forbidden(frozen, false);
             }
-            let (lowest, bytes) = frozen.place_in_place(slot, open, Record::at(slot.end()));
+            let (lowest, bytes) = frozen.place_in_place(slot, Record::at(slot.end()));
             ptr::copy_nonoverlapping(words.cast::<u8>(), lowest as *mut u8, bytes);
             return Ok(());
         }
@@ -303,7 +309,7 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
         }
         remove_guard(start, open)?;
         let mut record = MaybeUninit::<Record>::zeroed();
-        let (lowest, bytes) = frozen.place_in_place(slot, open, record.as_mut_ptr());
+        let (lowest, bytes) = frozen.place_in_place(slot, record.as_mut_ptr());
         memory.write(lowest, words.cast(), bytes)?;
         memory.write(Record::at(slot.end()) as usize, record.as_ptr().cast(), size_of::<Record>())?;
         guard::allow(start, open)?;

@@ -34,7 +34,7 @@ pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};
 pub use reserve::reserve;
 pub use shrink::Shrink;
-pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
+pub(crate) use shrink::{Watch, after_resume, before_resume, is_watched_in_place, shrink};
 pub(crate) use touched::{Told, Touched};
 #[cfg(feature = "torture")]
 pub(crate) use {context::PLACE, point::probe_loop_end};

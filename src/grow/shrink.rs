@@ -1,30 +1,38 @@
-//! Shrinking: a stack that is larger than its coroutine needs goes back to a smaller size.
+//! Shrinking: a stack that has more than its coroutine needs gives it back.
 //!
-//! Only coroutines that have grown are looked at, and nothing on the way of a switch asks which those are: the
-//! fault handler that makes a stack larger also changes where the next suspend lands, from the resume that
-//! waits to `regrow_watch` (asm/switch.S), which marks the handle and goes on to the resume. A
-//! marked handle takes the slow way through the next [`before_resume`].
+//! A stack that moves goes to a smaller size. One that stays gives back the memory of all pages below its stack pointer, by
+//! one call; they are zeros when it touches them again.
 //!
-//! How deep a coroutine goes between two suspends is not visible at them. So a line of marks is laid a quarter down its
-//! stack: frames that pass it write over it.
+//! Only watched coroutines are looked at, and nothing on the way of a switch asks which those are: a marked handle takes the
+//! slow way through the next [`before_resume`]. Which are watched:
+//!
+//! - a stack that moves, from when it has grown: the fault handler changes where the next suspend lands, from the resume
+//!   that waits to `regrow_watch` (asm/switch.S), which marks the handle and goes on to the resume;
+//! - a stack that stays, from the start, if its policy is [`Shrink::Eager`], or if its spawn site knows of spikes (src/site.rs).
+//!
+//! How deep a coroutine goes between two suspends is not visible at them. So a line of marks is laid: frames that pass
+//! it write over it.
 //!
 //! ```text
 //!   base ┌──────────┐
 //!        │ used     │
 //!   sp   ├──────────┤
 //!        │          │
-//!  mark  ├──────────┤ a quarter of the size below the base: overwritten if the stack was used further down
-//!        │          │
+//!  mark  ├──────────┤ overwritten if the stack was used further down. If it moves: a quarter of the size below the base.
+//!        │          │ If it stays: at the bottom of the page that the stack pointer is in
 //!        │          │
 //!        └──────────┘
 //! ```
 //!
-//! A stack whose mark has outlasted [`PATIENCE`] resumes becomes smaller. If it grows again after that, its patience
+//! A stack that moves becomes smaller when its mark has outlasted [`PATIENCE`] resumes; one that stays gives memory back when
+//! a mark was overwritten and the next one has outlasted so many. If it grows again after that, its patience
 //! doubles: a coroutine that always comes back is left alone soon.
 
 use crate::error::Error;
+use crate::site::Site;
 use crate::stack::class::PAGE;
-use crate::stack::{Record, cache, class, guard};
+use crate::stack::pages::{Pages, resident};
+use crate::stack::{Record, cache, class};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
@@ -41,7 +49,9 @@ use super::relocate::{self, Failure};
 ///
 /// use regrow::{Builder, Shrink, Yielder};
 /// let size_after_a_spike = |policy| {
-///     let mut coroutine = Builder::new().learn(false).shrink(policy).spawn(|yielder: &Yielder<(), ()>, ()| {
+///     // SAFETY: nothing is kept outside the stack.
+///     let builder = unsafe { Builder::new().relocating() }.learn(false).shrink(policy);
+///     let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
 ///         deeper();
 ///         loop {
 ///             yielder.suspend(());
@@ -61,10 +71,13 @@ use super::relocate::{self, Failure};
 pub enum Shrink {
     /// Only when asked to ([`Coroutine::shrink`](crate::Coroutine::shrink)).
     Off,
-    /// When less than a quarter has been used over 32 resumes; over twice as many each time it was in vain.
+    /// When less than a quarter has been used over 32 resumes; over twice as many each time it was in vain. A stack that
+    /// grows in place: when it has been used below the page it is suspended in, and then not over 32 resumes. Of those only
+    /// some are looked at: one in 64 that is made in new memory, and all that are made where one of these had such a spike.
     #[default]
     Default,
-    /// At the first resume that finds less than a quarter used since the one before.
+    /// At the first resume that finds less than a quarter used since the one before. A stack that grows in place: that finds
+    /// nothing used below its page since the one before. Each resume of such a coroutine takes a few nanoseconds longer.
     Eager,
 }
 
@@ -77,6 +90,8 @@ pub(crate) struct Watch {
     policy: Shrink,
     /// The mark is in place.
     marked: bool,
+    /// Of a stack that stays: a mark was overwritten, and nothing has been given back since.
+    spike: bool,
     /// Resumes that the mark has outlasted.
     quiet: u16,
     patience: u16,
@@ -87,6 +102,7 @@ impl Watch {
         Self {
             policy,
             marked: false,
+            spike: false,
             quiet: 0,
             patience: if matches!(policy, Shrink::Eager) { 1 } else { PATIENCE },
         }
@@ -108,6 +124,7 @@ impl Watch {
 
 /// One cache line of it is the mark: a pattern that code does not leave on a stack.
 const MARK: [u64; 8] = [u64::from_le_bytes(*b"unused\xf5\xf5"); 8];
+const MARK_BYTES: usize = size_of_val(&MARK);
 
 /// Readies a coroutine with a marked handle for its resume: looks whether its stack should be smaller.
 ///
@@ -115,12 +132,16 @@ const MARK: [u64; 8] = [u64::from_le_bytes(*b"unused\xf5\xf5"); 8];
 /// The handle is that of a suspended coroutine, marked.
 pub(crate) unsafe fn before_resume(handle: &mut Handle) {
     handle.sp &= !switch::WATCHED;
-    // SAFETY: by the caller's word.
+    // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     unsafe {
-        let record = (*handle.base).record();
-        if is_quiet(handle, &mut *record) {
-            // Without memory it stays as large as it is.
-            let _ = shrink(handle);
+        let record = &mut *(*handle.base).record();
+        let quiet = match record.growth {
+            Growth::Relocate => is_quiet(handle, record),
+            Growth::InPlace => is_quiet_in_place(handle, record),
+        };
+        // Without memory it stays as large as it is.
+        if quiet && shrink(handle).is_ok_and(|smaller| smaller) && record.growth == Growth::InPlace {
+            tell_site(record);
         }
     }
 }
@@ -130,10 +151,35 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
 /// # Safety
 /// The handle is that of a suspended coroutine.
 pub(crate) unsafe fn after_resume(handle: &mut Handle) {
-    // SAFETY: by the caller's word.
+    // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     let record = unsafe { &*(*handle.base).record() };
-    if record.size() > record.first_size() && record.watch.policy != Shrink::Off {
+    let watched = match record.growth {
+        Growth::Relocate => record.size() > record.first_size() && record.watch.policy != Shrink::Off,
+        Growth::InPlace => is_watched_in_place(record),
+    };
+    if watched {
         handle.sp |= switch::WATCHED;
+    }
+}
+
+/// True if the coroutine, whose stack stays, is watched.
+pub(crate) fn is_watched_in_place(record: &Record) -> bool {
+    // SAFETY: sites are statics.
+    let is_spiky = || unsafe { record.site.as_ref() }.is_some_and(Site::is_spiky);
+    match record.watch.policy {
+        Shrink::Off => false,
+        Shrink::Eager => true,
+        Shrink::Default => record.scout || is_spiky(),
+    }
+}
+
+/// Says that coroutines made where this one was have spikes.
+fn tell_site(record: &Record) {
+    // SAFETY: sites are statics.
+    if let Some(site) = unsafe { record.site.as_ref() }
+        && record.scout
+    {
+        site.had_spike();
     }
 }
 
@@ -142,24 +188,62 @@ pub(crate) unsafe fn after_resume(handle: &mut Handle) {
 /// # Safety
 /// As for [`before_resume`], the handle not marked any more.
 unsafe fn is_quiet(handle: &Handle, record: &mut Record) -> bool {
-    let mark = (handle.base as usize - record.size() / 4) & !(size_of_val(&MARK) - 1);
-    let mark = mark as *mut [u64; 8];
-    if mark as usize + size_of_val(&MARK) > handle.sp - RED_ZONE {
+    let mark = (handle.base as usize - record.size() / 4) & !(MARK_BYTES - 1);
+    if mark + MARK_BYTES > handle.sp - RED_ZONE {
         record.watch.marked = false; // more than a quarter is in use right now
         record.watch.quiet = 0;
         return false;
     }
     // SAFETY: below what a suspended coroutine uses of its stack, and accessible: a quarter of the size below the base.
-    let intact = record.watch.marked && unsafe { mark.read() } == MARK;
-    if !intact {
-        // SAFETY: the same.
-        unsafe { mark.write(MARK) };
-        record.watch.marked = true;
-        record.watch.quiet = 0;
-        return false;
+    if unsafe { lay_mark(mark) } && record.watch.marked {
+        record.watch.quiet += 1;
+        return record.watch.quiet >= record.watch.patience;
     }
-    record.watch.quiet += 1;
-    record.watch.quiet >= record.watch.patience
+    record.watch.marked = true;
+    record.watch.quiet = 0;
+    false
+}
+
+/// The same for a stack that stays: true if it has been used below the page of its stack pointer, and then not for long enough.
+///
+/// # Safety
+/// As for [`is_quiet`].
+unsafe fn is_quiet_in_place(handle: &Handle, record: &mut Record) -> bool {
+    // Where the page has no room for the mark the next one has.
+    let mark = (handle.sp - RED_ZONE - MARK_BYTES) / PAGE * PAGE;
+    if mark < Record::end(record) - record.open {
+        return false; // the lowest page there is
+    }
+    // SAFETY: below what a suspended coroutine uses of its stack, and in its window, all of which is accessible.
+    let intact = unsafe { lay_mark(mark) };
+    let watch = &mut record.watch;
+    if intact && watch.marked {
+        watch.quiet = watch.quiet.saturating_add(1);
+        return watch.spike && watch.quiet >= watch.patience;
+    }
+    if watch.marked && !watch.spike {
+        watch.spike = true;
+        watch.start_over(record.shrinks != 0);
+    }
+    watch.marked = true;
+    watch.quiet = 0;
+    false
+}
+
+/// True if the mark is at this address. It is there afterwards.
+///
+/// # Safety
+/// The address, a multiple of the mark's size, is accessible, and nothing there is needed.
+unsafe fn lay_mark(at: usize) -> bool {
+    let place = at as *mut [u64; 8];
+    // SAFETY: the place is aligned, accessible, and may be written over.
+    unsafe {
+        let intact = place.read() == MARK;
+        if !intact {
+            place.write(MARK);
+        }
+        intact
+    }
 }
 
 /// Makes the stack of a suspended coroutine as small as it can be with as much room as is used, and no smaller than it
@@ -168,52 +252,85 @@ unsafe fn is_quiet(handle: &Handle, record: &mut Record) -> bool {
 /// # Safety
 /// The handle is that of a suspended coroutine, not marked.
 pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
-    // SAFETY: by the caller's word.
+    // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     unsafe {
         let record = (*handle.base).record();
         (*record).watch.marked = false;
         (*record).watch.quiet = 0;
+        let outcome = match (*record).growth {
+            Growth::InPlace => Ok(give_back_unused(handle, &mut *record)),
+            Growth::Relocate => shrink_moving(handle, record),
+        };
+        if matches!(outcome, Ok(true)) {
+            // It may have moved.
+            (*(*handle.base).record()).shrinks += 1;
+            stats::count_shrink();
+        }
+        outcome
+    }
+}
+
+/// Gives back the memory of all pages below what a stack that stays uses. False if there was none.
+///
+/// # Safety
+/// As for [`shrink`]; `record` is its record.
+unsafe fn give_back_unused(handle: &Handle, record: &mut Record) -> bool {
+    let end = Record::end(record);
+    let used = end - (handle.sp - RED_ZONE) / PAGE * PAGE;
+    let before = record.bytes();
+    if used >= record.open || resident(end - record.open..end - used) == 0 {
+        return false;
+    }
+    record.highest = record.highest.max(before);
+    record.watch.spike = false;
+    // SAFETY: the window is accessible, and nothing below the stack pointer's red zone is needed.
+    unsafe { Pages::new(record.class, end).discard(record.open, used) };
+    true
+}
+
+/// # Safety
+/// As for [`shrink`]; `record` is its record.
+unsafe fn shrink_moving(handle: &mut Handle, record: *mut Record) -> Result<bool, Error> {
+    // SAFETY: a suspended coroutine's record is accessible, and nobody else uses it.
+    unsafe {
         let used = handle.base as usize - (handle.sp - RED_ZONE);
         let need = Record::end(record) - handle.base as usize + 2 * used;
         let size = fitting(need, (*record).first_size());
         if size >= (*record).size() {
             return Ok(false);
         }
-        // One that moves, too, is cut down where it is, if its slack was opened there.
-        let stays = (*record).growth == Growth::InPlace || (*record).class.size() <= size;
-        let record = if stays {
+        if (*record).class.size() <= size {
+            // It is cut down where it is, if its slack was opened there.
             cache::resize(record, class::open_bytes(size))?;
             discard_unused(handle, record);
-            record
-        } else if (*record).is_pinned() {
+            return Ok(true);
+        }
+        if (*record).is_pinned() {
             return Ok(false);
-        } else {
-            match relocate::relocate_suspended(handle, size) {
-                Ok(moved) => moved.record,
-                Err(Failure::Kernel(error)) => return Err(error),
-                Err(Failure::Frame(reason, frame)) => {
-                    (*record).not_moved = Some(NotMoved { reason, frame });
-                    return Ok(false);
-                }
+        }
+        match relocate::relocate_suspended(handle, size) {
+            Ok(_) => Ok(true),
+            Err(Failure::Kernel(error)) => Err(error),
+            Err(Failure::Frame(reason, frame)) => {
+                (*record).not_moved = Some(NotMoved { reason, frame });
+                Ok(false)
             }
-        };
-        (*record).shrinks += 1;
-        stats::count_shrink();
-        Ok(true)
+        }
     }
 }
 
-/// Gives back the memory of the pages below what a stack in place uses: it was touched when the stack was used further down.
+/// Gives back the memory of the pages below what a stack uses that was cut down: it was touched when it was used further down.
 ///
 /// # Safety
 /// The handle is that of a suspended coroutine, not marked; `record` is its record.
 unsafe fn discard_unused(handle: &Handle, record: *const Record) {
-    // SAFETY: by the caller's word.
-    let bottom = Record::end(record) - unsafe { (*record).open };
-    let used = (handle.sp - RED_ZONE) / PAGE * PAGE;
-    if used > bottom {
-        // SAFETY: accessible pages of the coroutine's own slot, in which nothing is needed.
-        unsafe { guard::discard(bottom, used - bottom) };
+    let end = Record::end(record);
+    let used = end - (handle.sp - RED_ZONE) / PAGE * PAGE;
+    // SAFETY: a suspended coroutine's record is accessible; of its own pages, nothing is needed below the stack pointer.
+    unsafe {
+        if used < (*record).open {
+            Pages::new((*record).class, end).discard((*record).open, used);
+        }
     }
 }
 

@@ -189,20 +189,25 @@ impl Record {
         Slot::containing(record as usize)
     }
 
-    pub(crate) fn stats(&self) -> Stats {
-        let size = match self.growth {
-            Growth::Relocate => self.size(),
-            Growth::InPlace => self.bytes(),
-        };
+    /// What has been counted of it; `size` and `highest` only as far as they are known without asking the kernel.
+    pub(crate) fn counters(&self) -> Stats {
         Stats {
             growths: self.growths,
             shrinks: u64::from(self.shrinks),
             bytes_copied: self.bytes_copied,
             words_rewritten: self.words_rewritten,
-            size,
-            highest: self.highest.max(size),
+            size: self.size(),
+            highest: self.highest,
             last: (self.growths != 0).then_some(self.last),
         }
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let size = match self.growth {
+            Growth::Relocate => self.size(),
+            Growth::InPlace => self.bytes(),
+        };
+        Stats { size, highest: self.highest.max(size), ..self.counters() }
     }
 }
 
