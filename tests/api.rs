@@ -12,7 +12,7 @@ use regrow::{
 };
 
 mod support;
-use support::{Counted, OnDrop, both_ways, child, frame, growths, live, relocating, run, variant};
+use support::{Counted, OnDrop, both_ways, child, frame, grown, growths, live, relocating, run, variant};
 
 fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
     match payload.downcast::<String>() {
@@ -436,7 +436,7 @@ fn large_values_are_carried_by_resumes_of_every_kind() {
             assert_eq!(sums.resume(values), CoroutineResult::Yield(values.map(|value| value + 3000)));
             assert!(number % 3 != 2 || sums.freeze().unwrap());
         }
-        assert!(sums.stats().growths > 0);
+        assert!(grown(&sums.stats()) > 0);
         assert_eq!(sums.resume([100; 9]), CoroutineResult::Return([100; 9]));
     }
 }
@@ -492,12 +492,12 @@ fn nested_coroutines_run_grow_and_suspend_each_on_their_own() {
                 number = yielder.suspend(reply + 1);
                 frame::<20_000>(1);
             }
-            inner.stats().growths
+            grown(&inner.stats())
         });
         for number in 0..50 {
             assert_eq!(outer.resume(number), CoroutineResult::Yield((number + 1) * 2 + 1));
         }
-        assert!(outer.stats().growths > 0);
+        assert!(grown(&outer.stats()) > 0);
         assert!(outer.resume(100).returned().unwrap() > 0);
     }
 }
@@ -626,11 +626,12 @@ fn what_the_builder_was_told_is_what_the_coroutine_has() {
                 .first_size(size)
                 .spawn(|_: &Yielder<_, ()>, ()| current_stats().unwrap());
             assert_eq!((coroutine.name(), coroutine.growth()), (Some(name.as_str()), growth));
-            assert_eq!((coroutine.stats().size, coroutine.stats().highest), (size, size));
+            let is = if growth == Growth::InPlace { 4096 } else { size };
+            assert_eq!((coroutine.stats().size, coroutine.stats().highest), (is, is));
             assert!(format!("{coroutine:?}").contains(&name));
             let inside = coroutine.resume(()).returned().unwrap();
             // What reads the counters may itself need more than the smallest stack, in a debug build.
-            if size > 4096 {
+            if size > 4096 && growth == Growth::Relocate {
                 assert_eq!((inside.size, inside.growths, inside.last), (size, 0, None));
             }
             // Afterwards nothing is known of it.
@@ -666,12 +667,11 @@ fn a_reused_stack_starts_as_small_as_it_was_asked_for() {
                 frame::<70_000>(1);
                 before
             });
-            assert_eq!(coroutine.stats().size, size);
+            let in_place = coroutine.growth() == Growth::InPlace;
+            assert!(coroutine.stats().size == size || in_place);
             let before = coroutine.resume(()).returned().unwrap();
-            assert_eq!(
-                (before.size, before.highest, before.growths, before.bytes_copied),
-                (size, size, 0, 0)
-            );
+            assert_eq!((before.growths, before.bytes_copied), (0, 0));
+            assert!((before.size, before.highest) == (size, size) || in_place);
         }
     }
 }

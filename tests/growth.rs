@@ -103,14 +103,21 @@ fn the_counters_tell_what_happened() {
         });
         coroutine.resume(());
         let stats = coroutine.stats();
+        if coroutine.growth() == Growth::InPlace {
+            // The kernel made it larger, and says how large.
+            assert_eq!((stats.growths, stats.last, stats.bytes_copied), (0, None, 0));
+            assert!(
+                stats.size >= 12 << 10 && stats.size % 4096 == 0 && stats.highest == stats.size,
+                "{stats:?}"
+            );
+            continue;
+        }
         let last = stats.last.expect("it grew");
         assert!(stats.growths >= 1 && stats.size >= 8192 && stats.size.is_power_of_two(), "{stats:?}");
         assert_eq!((stats.highest, last.to), (stats.size, stats.size));
         assert!(last.from < last.to);
-        let moved = coroutine.growth() == Growth::Relocate;
-        assert_eq!(stats.bytes_copied >= 1024 && stats.words_rewritten > 0, moved, "{stats:?}");
-        assert_eq!(last.bytes > 0, moved);
-        assert_eq!(last.words > 0, moved);
+        assert!(stats.bytes_copied >= 1024 && stats.words_rewritten > 0, "{stats:?}");
+        assert!(last.bytes > 0 && last.words > 0);
     }
 }
 
@@ -478,7 +485,7 @@ fn registers_survive<const N: usize>(through: unsafe fn(*mut u64, usize)) {
                 let mut lines = expected();
                 let before = growths();
                 // SAFETY: the caller has seen to it that the processor has these registers.
-                unsafe { through(lines.as_mut_ptr(), current_stats().unwrap().size + 4096) };
+                unsafe { through(lines.as_mut_ptr(), current_stats().unwrap().size + 8192) };
                 assert!(growths() > before);
                 assert_eq!(lines, expected());
             });
@@ -939,6 +946,6 @@ fn a_larger_first_size_needs_no_growth() {
             frame::<15_000>(1);
             current_stats().unwrap()
         });
-        assert_eq!((stats.growths, stats.size), (0, 64 << 10));
+        assert_eq!(stats.growths, 0);
     }
 }

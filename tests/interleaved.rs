@@ -102,8 +102,7 @@ proptest! {
         interleave(seed);
         let after = totals();
         let moves = after.moves - before.moves;
-        let in_place = after.in_place - before.in_place;
-        println!("{moves} moves, {in_place} growths in place");
-        prop_assert!(moves > 3000 && in_place > 2000, "{} moves, {} in place", moves, in_place);
+        println!("{moves} moves");
+        prop_assert!(moves > 3000, "{} moves", moves);
     }
 }

@@ -17,22 +17,18 @@ fn finish(mut coroutine: Coroutine<(), (), Stats>) -> Stats {
     coroutine.resume(()).returned().unwrap()
 }
 
-const BOTH: [Growth; 2] = [Growth::InPlace, Growth::Relocate];
-
 #[test]
 fn a_site_that_always_needs_much_stops_growing() {
-    for (time, growth) in BOTH.into_iter().enumerate() {
-        let builder = builder(growth);
-        let spawn = || {
-            finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
-                frame::<14_000>(1);
-                current_stats().unwrap()
-            }))
-        };
-        assert_eq!(spawn().growths > 0, time == 0, "it is one site, however the stack grows");
-        for round in 0..1000 {
-            assert_eq!(spawn().growths, 0, "{growth:?}, round {round}");
-        }
+    let builder = builder(Growth::Relocate);
+    let spawn = || {
+        finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
+            frame::<14_000>(1);
+            current_stats().unwrap()
+        }))
+    };
+    assert!(spawn().growths > 0);
+    for round in 0..1000 {
+        assert_eq!(spawn().growths, 0, "round {round}");
     }
 }
 
@@ -53,14 +49,6 @@ fn after_the_first_no_coroutine_of_a_site_overflows() {
     // Well within the size that is learned, wherever in its page the first frame comes to lie.
     const DEPTH: usize = 44 << 10;
     #[inline(never)]
-    fn in_place(builder: &Builder) -> Coroutine<(), Stats, ()> {
-        builder.spawn(|yielder: &Yielder<(), Stats>, ()| {
-            let here = 0u8;
-            descend((&raw const here) as usize, DEPTH);
-            yielder.suspend(current_stats().unwrap());
-        })
-    }
-    #[inline(never)]
     fn moving(builder: &Builder) -> Coroutine<(), Stats, ()> {
         builder.spawn(|yielder: &Yielder<(), Stats>, ()| {
             let here = 0u8;
@@ -68,23 +56,20 @@ fn after_the_first_no_coroutine_of_a_site_overflows() {
             yielder.suspend(current_stats().unwrap());
         })
     }
-    type Site = fn(&Builder) -> Coroutine<(), Stats, ()>;
-    for (growth, site) in [(Growth::InPlace, in_place as Site), (Growth::Relocate, moving)] {
-        let builder = builder(growth);
-        let mut first = site(&builder);
-        let stats = first.resume(()).yielded().unwrap();
-        assert!(stats.growths >= 3 && stats.size == 64 << 10, "{growth:?}: {stats:?}");
-        first.resume(());
-        let mut kept = Vec::new();
-        for round in 0..500 {
-            let mut later = site(&builder);
-            let stats = later.resume(()).yielded().unwrap();
-            assert_eq!((stats.growths, stats.size), (0, 64 << 10), "{growth:?}, round {round}");
-            if round % 2 == 0 {
-                kept.push(later);
-            } else {
-                later.resume(()); // a scout, at times
-            }
+    let builder = builder(Growth::Relocate);
+    let mut first = moving(&builder);
+    let stats = first.resume(()).yielded().unwrap();
+    assert!(stats.growths >= 3 && stats.size == 64 << 10, "{stats:?}");
+    first.resume(());
+    let mut kept = Vec::new();
+    for round in 0..500 {
+        let mut later = moving(&builder);
+        let stats = later.resume(()).yielded().unwrap();
+        assert_eq!((stats.growths, stats.size), (0, 64 << 10), "round {round}");
+        if round % 2 == 0 {
+            kept.push(later);
+        } else {
+            later.resume(()); // a scout, at times
         }
     }
 }
@@ -108,7 +93,8 @@ fn two_sites_do_not_share_an_average() {
 
 #[test]
 fn a_bimodal_site_does_not_thrash() {
-    for growth in BOTH {
+    {
+        let growth = Growth::Relocate;
         let builder = builder(growth);
         let mut growths = 0;
         for round in 0..2000 {
@@ -126,7 +112,8 @@ fn a_bimodal_site_does_not_thrash() {
 
 #[test]
 fn what_is_not_needed_any_more_is_forgotten() {
-    for growth in BOTH {
+    {
+        let growth = Growth::Relocate;
         let builder = builder(growth);
         let run = |deep: bool| {
             finish(builder.spawn(move |_: &Yielder<(), ()>, ()| {
@@ -146,7 +133,7 @@ fn what_is_not_needed_any_more_is_forgotten() {
 
 #[test]
 fn it_can_be_turned_off() {
-    let builder = builder(Growth::InPlace).learn(false);
+    let builder = builder(Growth::Relocate).learn(false);
     for _ in 0..10 {
         let stats = finish(builder.spawn(|_: &Yielder<(), ()>, ()| {
             frame::<14_000>(1);
@@ -176,8 +163,8 @@ fn it_can_be_read() {
 
 #[test]
 fn never_more_than_the_maximum() {
-    let large = builder(Growth::InPlace);
-    let small = Builder::new().maximum(8192);
+    let large = builder(Growth::Relocate);
+    let small = large.clone().maximum(8192);
     let run = |builder: &Builder, deep: bool| {
         finish(builder.spawn(move |_: &Yielder<(), ()>, ()| {
             if deep {
@@ -188,4 +175,39 @@ fn never_more_than_the_maximum() {
     };
     run(&large, true);
     assert_eq!(run(&small, false).size, 8192);
+}
+
+/// A stack that grows in place has nothing to learn but whether to give memory back: its scouts are watched, and when one of
+/// them had a spike so are all that are made there later.
+#[test]
+fn a_site_whose_scouts_had_spikes_has_its_later_coroutines_watched() {
+    const TEST: &str = "a_site_whose_scouts_had_spikes_has_its_later_coroutines_watched";
+    if support::variant().is_none() {
+        let outcome = support::child(TEST, ""); // where the first coroutine is this one
+        assert!(outcome.status.success(), "{outcome}");
+        return;
+    }
+    let spawn = || {
+        Builder::new().spawn(|yielder: &Yielder<bool, ()>, mut deep| {
+            loop {
+                if deep {
+                    frame::<60_000>(1);
+                }
+                deep = yielder.suspend(());
+            }
+        })
+    };
+    let spike = |coroutine: &mut Coroutine<bool, (), ()>| {
+        coroutine.resume(true);
+        let after_spike = coroutine.stats().size;
+        (0..40).for_each(|_| _ = coroutine.resume(false));
+        (after_spike, coroutine.stats().size)
+    };
+    let [mut scout, mut other] = [spawn(), spawn()];
+    for (watched, coroutine) in [(false, &mut other), (true, &mut scout)] {
+        let (after_spike, later) = spike(coroutine);
+        assert!(after_spike > 60_000 && (later < 20_000) == watched, "{after_spike} {later} {watched}");
+    }
+    let (after_spike, later) = spike(&mut spawn());
+    assert!(after_spike > 60_000 && later < 20_000, "{after_spike} {later}");
 }

@@ -154,13 +154,14 @@ fn a_growth_without_memory_ends_in_a_report_at_worst() {
             for number in 0..6 {
                 let outcome = support::child(TEST, &format!("{way} {number}"));
                 if !outcome.status.success() {
+                    assert_eq!(way, MOVING, "a stack that grows in place needs no call: {outcome}");
                     assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{way} {number}: {outcome}");
                     assert!(outcome.stderr.contains("out of memory"), "{way} {number}: {outcome}");
                     reports += 1;
                 }
             }
         }
-        assert!(reports > 0, "a stack that grows in place needs its one call");
+        println!("{reports} reports");
         return;
     };
     let (way, number) = variant.split_once(' ').unwrap();

@@ -181,7 +181,9 @@ proptest! {
             let all: Vec<_> = sums.keys().map(|&key| pool.get(key).unwrap()).collect();
             let bytes = |frozen| all.iter().filter(|it| it.is_frozen() == frozen).map(|it| it.bytes()).sum::<usize>();
             let stats = pool.stats();
-            prop_assert_eq!((stats.live_bytes, stats.frozen_bytes), (bytes(false), bytes(true)));
+            // What a stack that grows in place has touched below its stack pointer is not counted.
+            prop_assert!(stats.live_bytes <= bytes(false) && stats.live_bytes >= 2048 * stats.live);
+            prop_assert_eq!(stats.frozen_bytes, bytes(true));
             prop_assert!(stats.live_bytes <= pool.budget());
             prop_assert_eq!(pool.len(), sums.len());
             prop_assert_eq!(live(), sums.len() as isize);

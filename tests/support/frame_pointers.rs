@@ -44,7 +44,8 @@ fn grows() {
 fn in_the_inner_coroutine(of_root: usize, of_outer: usize) {
     let of_inner = rbp(); // on this stack: follows when it moves
     grows();
-    assert!(current_stats().unwrap().growths > 0);
+    let stats = current_stats().unwrap();
+    assert!(stats.growths > 0 || stats.size > 20_000);
     innermost(of_root, of_outer, black_box(&of_inner));
     black_box(());
 }

@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 
-use regrow::{Builder, Yielder, current_stats};
+use regrow::{Builder, Stats, Yielder, current_stats};
 
 /// A builder of coroutines whose stacks move.
 pub fn relocating() -> Builder {
@@ -50,9 +50,15 @@ pub fn run<R: 'static>(builder: &Builder, f: impl FnOnce() -> R + 'static) -> R 
     coroutine.resume(()).returned().expect("it never suspends")
 }
 
-/// How often the running coroutine has grown.
+/// How far the running coroutine has grown: how often, if it moves; if it grows in place, by how many pages.
 pub fn growths() -> u64 {
-    current_stats().expect("called in a coroutine").growths
+    grown(&current_stats().expect("called in a coroutine"))
+}
+
+/// The same of a coroutine with these counters. Of one that moves, and has not grown, they must not be the first.
+pub fn grown(stats: &Stats) -> u64 {
+    let in_place = stats.last.is_none() && stats.size.is_multiple_of(4096);
+    if in_place { stats.highest as u64 / 4096 - 1 } else { stats.growths }
 }
 
 /// Calls `f` from `steps` small frames further down.
