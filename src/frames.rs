@@ -381,7 +381,7 @@ impl Frames {
             name: record.name.as_deref().map(str::to_owned),
             state: if fresh { State::NotStarted } else { State::Suspended },
             growth: record.growth,
-            size: record.size(),
+            size: record.stats().size,
             used: base as usize - sp,
             ..Self::finished()
         };
