@@ -49,6 +49,8 @@ fn run(depth: u64, log: &mut Log) -> Sums {
 /// The growths seen, each with how many levels down the recursion was.
 #[derive(Default)]
 struct Log {
+    /// Of a stack that grows in place there is nothing to see: the kernel does it.
+    moving: bool,
     deepest: u64,
     seen: u64,
     growths: Vec<(u64, LastGrowth)>,
@@ -56,7 +58,7 @@ struct Log {
 
 impl Log {
     fn look(&mut self, depth: u64) {
-        let Some(stats) = regrow::current_stats() else { return };
+        let Some(stats) = self.moving.then(regrow::current_stats).flatten() else { return };
         if stats.growths != self.seen {
             self.seen = stats.growths;
             self.growths.extend(stats.last.map(|growth| (self.deepest - depth, growth)));
@@ -68,6 +70,8 @@ struct Run {
     growth: Growth,
     growths: Vec<(u64, LastGrowth)>,
     result: Sums,
+    /// Bytes of stack at the end.
+    size: usize,
 }
 
 /// Enough for `depth` levels, in a debug build too.
@@ -83,12 +87,13 @@ fn on_a_coroutine(depth: u64, growth: Growth) -> Result<Run, regrow::Error> {
         builder = unsafe { builder.relocating() };
     }
     let mut coroutine = builder.try_spawn(move |_: &Yielder<(), ()>, ()| {
-        let mut log = Log::default();
+        let mut log = Log { moving: growth == Growth::Relocate, ..Log::default() };
         let result = run(depth, &mut log);
-        (result, log.growths)
+        let size = regrow::current_stats().map_or(0, |stats| stats.highest);
+        (result, log.growths, size)
     })?;
-    let (result, growths) = coroutine.resume(()).returned().expect("it does not suspend");
-    Ok(Run { growth, growths, result })
+    let (result, growths, size) = coroutine.resume(()).returned().expect("it does not suspend");
+    Ok(Run { growth, growths, result, size })
 }
 
 fn on_a_plain_thread(depth: u64) -> std::io::Result<Sums> {
@@ -98,15 +103,20 @@ fn on_a_plain_thread(depth: u64) -> std::io::Result<Sums> {
 
 impl Run {
     fn print(&self, expected: Sums) {
-        println!(
-            "{}",
-            if self.growth == Growth::Relocate { "growing by moving" } else { "growing in place" }
-        );
+        if self.growth == Growth::InPlace {
+            println!("growing in place: by the kernel, page by page, to {} bytes", self.size);
+            return self.print_result(expected);
+        }
+        println!("growing by moving");
         println!("{:>8} {:>12} {:>12} {:>12} {:>8} {:>12}", "depth", "from", "to", "copied", "words", "ns");
         for (depth, growth) in &self.growths {
             let LastGrowth { from, to, bytes, words, nanoseconds } = growth;
             println!("{depth:>8} {from:>12} {to:>12} {bytes:>12} {words:>8} {nanoseconds:>12}");
         }
+        self.print_result(expected);
+    }
+
+    fn print_result(&self, expected: Sums) {
         let verdict = if self.result == expected { "equal" } else { "DIFFERENT" };
         println!("result {:?}, on a plain thread {expected:?}: {verdict}", self.result);
     }

@@ -225,8 +225,10 @@ impl Builder {
     ///         first_size
     ///     })
     /// };
-    /// assert_eq!(first_sizes(Builder::new().learn(false)), [2048; 3]);
-    /// assert!(first_sizes(Builder::new())[2] > 10_000);
+    /// // SAFETY: nothing is kept outside the stacks.
+    /// let builder = unsafe { Builder::new().relocating() };
+    /// assert_eq!(first_sizes(builder.clone().learn(false)), [2048; 3]);
+    /// assert!(first_sizes(builder)[2] > 10_000);
     /// ```
     #[must_use]
     pub const fn learn(mut self, learn: bool) -> Self {

@@ -156,7 +156,7 @@ pub(crate) unsafe fn used_by_scout(record: *const Record) -> usize {
     }
 }
 
-/// What a spawn site has learned; see [`spawn_sites`].
+/// What a spawn site of coroutines that move has learned; see [`spawn_sites`].
 ///
 /// ```
 /// # #[inline(never)]
@@ -164,9 +164,11 @@ pub(crate) unsafe fn used_by_scout(record: *const Record) -> usize {
 /// #     std::hint::black_box([0u8; 10_000]);
 /// # }
 ///
-/// use regrow::{Coroutine, SpawnSite, Yielder};
+/// use regrow::{Builder, SpawnSite, Yielder};
+/// // SAFETY: nothing is kept outside the stacks.
+/// let builder = unsafe { Builder::new().relocating() };
 /// for _ in 0..10 {
-///     Coroutine::new(|_: &Yielder<(), ()>, ()| deeper()).resume(()); // 10,000 bytes
+///     builder.spawn(|_: &Yielder<(), ()>, ()| deeper()).resume(()); // 10,000 bytes
 /// }
 /// let sites: Vec<SpawnSite> = regrow::spawn_sites();
 /// assert_eq!(sites.len(), 1);

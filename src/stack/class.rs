@@ -15,7 +15,9 @@ pub(crate) const PAGE: usize = 4096;
 /// The smallest stack, in bytes: half a page; the record and the closure take the other half.
 ///
 /// ```
-/// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
+/// // SAFETY: nothing is kept outside the stack.
+/// let builder = unsafe { regrow::Builder::new().relocating() };
+/// let coroutine = builder.spawn(|_: &regrow::Yielder<(), ()>, ()| ());
 /// assert_eq!(coroutine.stats().size, regrow::MIN_SIZE);
 /// ```
 pub const MIN_SIZE: usize = 2048;
