@@ -28,7 +28,7 @@ use crate::stack::{Record, cache, class, guard};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
-use super::NotMoved;
+use super::reason::{self, NotMoved, Reason};
 use super::relocate::{self, Failure};
 
 /// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
@@ -118,7 +118,8 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
     // SAFETY: by the caller's word.
     unsafe {
         let record = (*handle.base).record();
-        if is_quiet(handle, &mut *record) {
+        // Suspended on another stack, it does not show how much of its own is in use.
+        if Record::holds(record, handle.sp) && is_quiet(handle, &mut *record) {
             // Without memory it stays as large as it is.
             let _ = shrink(handle);
         }
@@ -166,7 +167,7 @@ unsafe fn is_quiet(handle: &Handle, record: &mut Record) -> bool {
 /// was at first. True if it became smaller. After an error nothing has changed.
 ///
 /// # Safety
-/// The handle is that of a suspended coroutine, not marked.
+/// The handle is that of a coroutine suspended on its own stack, not marked.
 pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
     // SAFETY: by the caller's word.
     unsafe {
@@ -186,13 +187,17 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
             discard_unused(handle, record);
             record
         } else if (*record).is_pinned() {
+            reason::note(
+                record,
+                NotMoved { reason: Reason::Pinned, frame: switch::registers_of(handle.sp).pc() },
+            );
             return Ok(false);
         } else {
-            match relocate::relocate_suspended(handle, size) {
+            match relocate::relocate_parked(handle, size) {
                 Ok(moved) => moved.record,
                 Err(Failure::Kernel(error)) => return Err(error),
                 Err(Failure::Frame(reason, frame)) => {
-                    (*record).not_moved = Some(NotMoved { reason, frame });
+                    reason::note(record, NotMoved { reason, frame });
                     return Ok(false);
                 }
             }
