@@ -231,8 +231,8 @@ fn what_a_coroutine_asks_on_another_stack_is_about_its_own_or_nothing() {
     for builder in both_ways() {
         for place in PLACES {
             let mut coroutine = builder.spawn(move |_: &Yielder<(), ()>, ()| {
-                let before = current_stats().unwrap();
                 elsewhere(place, &mut || {
+                    let before = current_stats().unwrap();
                     let pin = pin();
                     for bytes in [0, 1000, 100_000, 1 << 40, usize::MAX] {
                         reserve(bytes).unwrap(); // as outside coroutines
@@ -384,7 +384,8 @@ fn a_coroutine_that_is_dropped_while_it_runs_is_leaked() {
     };
     let (growth, way) = variant.split_at(1);
     let (_, f) = ways.into_iter().find(|&(name, _)| name == way).unwrap();
-    f(&both_ways()[growth.parse::<usize>().unwrap()]);
+    // With room for what runs on its stack at the end: whether it can still grow there is another question.
+    f(&both_ways()[growth.parse::<usize>().unwrap()].clone().first_size(32 << 10));
 }
 
 // --- frozen ------------------------------------------------------------------------------------------------------
@@ -470,7 +471,7 @@ fn a_stack_that_was_frozen_or_refused_shrinks_by_itself_as_others_do() {
             assert!(coroutine.freeze().unwrap());
             coroutine.thaw().unwrap();
             coroutine.thaw().unwrap();
-            coroutine.frames();
+            let _ = coroutine.frames();
         });
         assert!(thawed <= plain && resumed <= plain && asked <= plain, "{plain} {thawed} {resumed} {asked}");
     }
