@@ -1,8 +1,12 @@
 //! Where a coroutine is, is known whatever is asked: suspended on another stack than its own, running, frozen.
 
-use std::arch::asm;
+use std::arch::{asm, global_asm};
 use std::cell::RefCell;
+use std::ffi::{CString, c_void};
 use std::hint::black_box;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::Command;
 use std::ptr;
 
 use regrow::frames::State;
@@ -326,7 +330,8 @@ fn exits_when_it_is_dropped(builder: &Builder) -> Coroutine<(), (), ()> {
 #[test]
 fn a_coroutine_that_is_dropped_while_it_runs_is_leaked() {
     const TEST: &str = "a_coroutine_that_is_dropped_while_it_runs_is_leaked";
-    let ways: [(&str, fn(&Builder)); 7] = [
+    type Way = (&'static str, fn(&Builder));
+    let ways: [Way; 7] = [
         ("runs", |builder| {
             OUTER.set(Some(exits(builder, exit_inside)));
             resume_outer();
@@ -479,7 +484,8 @@ fn a_stack_that_was_frozen_or_refused_shrinks_by_itself_as_others_do() {
 
 #[test]
 fn a_stack_that_was_touched_while_frozen_shrinks_by_itself_whatever_is_asked_first() {
-    let questions: [fn(&mut Coroutine<(), usize, ()>); 3] = [
+    type Question = fn(&mut Coroutine<(), usize, ()>);
+    let questions: [Question; 3] = [
         |_| (),
         |coroutine| {
             let _ = coroutine.shrink().unwrap();
@@ -528,5 +534,96 @@ fn a_stack_that_may_move_counts_every_refusal() {
         let why = coroutine.last_not_moved().unwrap();
         assert_eq!(why.reason, Reason::Pinned);
         assert!(!why.function().is_empty());
+    }
+}
+
+/// The yielder that code of another language is given, and gives back.
+extern "C" fn suspend(yielder: *const c_void) {
+    // SAFETY: it is the yielder of the coroutine that runs, passed on below.
+    unsafe { (*yielder.cast::<Yielder<(), ()>>()).suspend(()) }
+}
+
+type Caller = unsafe extern "C" fn(extern "C" fn(*const c_void), *const c_void);
+
+/// A coroutine that has suspended in what `caller` calls.
+fn suspended_in(caller: Caller) -> Coroutine<(), (), ()> {
+    let mut coroutine = relocating().spawn(move |yielder: &Yielder<(), ()>, ()| {
+        // SAFETY: it calls its argument with the other one.
+        unsafe { caller(suspend, ptr::from_ref(yielder).cast()) };
+    });
+    coroutine.resume(());
+    coroutine
+}
+
+// A frame without unwind data.
+global_asm!(
+    ".globl unknown_frame",
+    "unknown_frame:",
+    "sub rsp, 8",
+    "xchg rdi, rsi",
+    "call rsi",
+    "add rsp, 8",
+    "ret"
+);
+unsafe extern "C" {
+    fn unknown_frame(f: extern "C" fn(*const c_void), argument: *const c_void);
+}
+
+#[test]
+fn a_frame_without_a_map_is_counted_when_it_keeps_a_stack_from_being_frozen() {
+    let mut coroutine = suspended_in(unknown_frame);
+    for _ in 0..2 {
+        let before = count(Reason::NoMap);
+        assert!(!coroutine.freeze().unwrap());
+        assert!(count(Reason::NoMap) > before);
+        assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::NoMap);
+    }
+    assert!(coroutine.resume(()).returned().is_some());
+}
+
+/// A library of one function, which calls its argument; made and loaded now.
+fn load_library(name: &str) -> Caller {
+    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.c"));
+    let library = source.with_extension("so");
+    let code = "volatile int calls; void caller(void (*f)(const void *), const void *x) { f(x); calls++; }";
+    std::fs::write(&source, code).unwrap();
+    let mut command = Command::new("cc");
+    let made = command.args(["-O1", "-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().unwrap();
+    assert!(made.success());
+    let path = CString::new(library.as_os_str().as_bytes()).unwrap();
+    // SAFETY: loads the library just made, for good, and looks up its function, which is a `Caller`.
+    unsafe {
+        let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+        assert!(!handle.is_null());
+        let function = libc::dlsym(handle, c"caller".as_ptr());
+        std::mem::transmute::<*mut c_void, Option<Caller>>(function).unwrap()
+    }
+}
+
+/// Both in a process of their own: whatever else meets unknown code has the tables read again, too.
+#[test]
+fn code_that_was_loaded_since_is_looked_up_before_a_stack_stays() {
+    const TEST: &str = "code_that_was_loaded_since_is_looked_up_before_a_stack_stays";
+    match variant().as_deref() {
+        None => {
+            for which in ["freeze", "shrink"] {
+                let outcome = child(TEST, which);
+                assert!(outcome.status.success(), "{which}: {outcome}");
+            }
+        }
+        Some(which) => {
+            drop(relocating().spawn(|_: &Yielder<(), ()>, ()| ())); // the tables are read
+            let caller = load_library(which);
+            let mut coroutine = relocating().first_size(4096).spawn(move |yielder: &Yielder<(), ()>, ()| {
+                black_box(frame::<100_000>(1)); // by moving
+                // SAFETY: it calls its argument with the other one.
+                unsafe { caller(suspend, ptr::from_ref(yielder).cast()) };
+            });
+            coroutine.resume(());
+            assert_eq!(coroutine.last_not_moved(), None);
+            assert!(if which == "freeze" { coroutine.freeze() } else { coroutine.shrink() }.unwrap());
+            assert_eq!((coroutine.last_not_moved(), count(Reason::NoMap)), (None, 0));
+            assert!(coroutine.resume(()).returned().is_some());
+        }
     }
 }
