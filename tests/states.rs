@@ -442,13 +442,14 @@ fn a_frozen_coroutine_answers_as_before() {
 
 #[test]
 fn a_refusal_outlives_freezing_also_if_the_stack_never_grew() {
-    let mut coroutine = relocating().spawn(|yielder: &Yielder<(), ()>, ()| {
+    let mut coroutine = relocating().first_size(32 << 10).spawn(|yielder: &Yielder<(), ()>, ()| {
         stacker::grow(64 << 10, || yielder.suspend(()));
         yielder.suspend(());
     });
     coroutine.resume(());
     assert!(!coroutine.freeze().unwrap());
     coroutine.resume(());
+    assert_eq!(coroutine.stats().growths, 0);
     assert!(coroutine.freeze().unwrap());
     assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::OnAnotherStack);
     coroutine.thaw().unwrap();
@@ -515,6 +516,36 @@ fn a_stack_that_was_touched_while_frozen_shrinks_by_itself_whatever_is_asked_fir
             coroutine.resume(());
         }
         assert!(coroutine.stats().size < 50_000, "{:?}", coroutine.stats());
+    }
+}
+
+#[test]
+fn a_stack_that_could_not_shrink_when_it_was_asked_to_shrinks_by_itself_later() {
+    #[inline(never)]
+    fn uses_much(yielder: &Yielder<(), usize>) {
+        let mut live = [1u64; 8000];
+        yielder.suspend(black_box(&raw mut live) as usize);
+        black_box(&mut live);
+    }
+    for touched in [false, true] {
+        let builder = Builder::new().learn(false).shrink(Shrink::Eager).maximum(1 << 20);
+        let mut coroutine = builder.spawn(|yielder: &Yielder<(), usize>, ()| {
+            uses_much(yielder);
+            loop {
+                yielder.suspend(0);
+            }
+        });
+        let live = coroutine.resume(()).yielded().unwrap();
+        if touched {
+            assert!(coroutine.freeze().unwrap());
+            // SAFETY: a local of a suspended coroutine; whoever touches it thaws it.
+            assert_eq!(unsafe { ptr::read_volatile(live as *const u64) }, 1);
+        }
+        let _ = coroutine.shrink().unwrap(); // not far: nearly all of it is in use
+        for _ in 0..5 {
+            coroutine.resume(());
+        }
+        assert!(coroutine.stats().size < 64_000, "{:?}", coroutine.stats());
     }
 }
 
