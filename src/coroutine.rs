@@ -27,6 +27,10 @@ use crate::thread;
 /// destructors run; [`mem::forget`](core::mem::forget) leaks its stack and what is on it, no worse. In a program compiled with
 /// `panic = "abort"` nothing can unwind: there a suspended coroutine that is dropped is leaked.
 ///
+/// One that runs, or waits for a coroutine that it has resumed, can only be dropped by a destructor that `exit` runs inside: that
+/// of a thread-local that owns it. It is leaked, too, and can be asked what any other can; resuming it there is a mistake that
+/// nothing notices.
+///
 /// # Threads
 /// A coroutine is not `Send`:
 /// ```compile_fail,E0277
