@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::builder;
 use crate::error::Error;
-use crate::frames::Frames;
-use crate::grow::{self, NotMoved, Told};
+use crate::frames::{self, Frames};
+use crate::grow::{self, NotMoved, State, Told};
 use crate::stack::class::PAGE;
 use crate::stack::{self, Record};
 use crate::stats::{Growth, Stats};
@@ -27,6 +27,10 @@ use crate::thread;
 /// A panic in the coroutine comes out of `resume`. Dropping a suspended coroutine unwinds its frames, so their
 /// destructors run; [`mem::forget`](core::mem::forget) leaks its stack and what is on it, no worse. In a program compiled with
 /// `panic = "abort"` nothing can unwind: there a suspended coroutine that is dropped is leaked.
+///
+/// One that runs, or waits for a coroutine that it has resumed, can only be dropped by a destructor that `exit` runs inside: that
+/// of a thread-local that owns it. It is leaked, too, and can be asked what any other can; resuming it there is a mistake that
+/// nothing notices.
 ///
 /// # Threads
 /// A coroutine is not `Send`:
@@ -214,14 +218,15 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             panic!("cannot resume a frozen coroutine: {error}");
         }
         // SAFETY: it has not ended and is not frozen, so it is suspended, and takes an `In` with `RESUME`.
-        unsafe {
+        let reply = unsafe {
             grow::before_resume(&mut self.handle);
-            let reply = switch::resume(&mut self.handle, input.word(), RESUME);
-            if !self.done() {
-                grow::after_resume(&mut self.handle);
-            }
-            reply
+            switch::resume(&mut self.handle, input.word(), RESUME)
+        };
+        if !self.done() {
+            // SAFETY: it has not ended, so it has suspended again.
+            unsafe { grow::after_resume(&mut self.handle) };
         }
+        reply
     }
 
     /// Takes the result of a coroutine that has ended off its stack, and gives the stack back.
@@ -264,8 +269,11 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn started(&self) -> bool {
-        // SAFETY: a coroutine that has neither ended nor been frozen is suspended here.
-        self.done() || self.is_frozen() || !unsafe { switch::is_fresh(self.suspended_at()) }
+        match self.state() {
+            // SAFETY: it is suspended there.
+            State::Suspended(sp) => !unsafe { switch::is_fresh(sp) },
+            _ => true, // what was never resumed is on its own stack, and is not frozen
+        }
     }
 
     /// Has the processor fetch what a resume of this coroutine touches first: where it goes on, and its outermost frame.
@@ -301,8 +309,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn growth(&self) -> Growth {
-        let frozen = grow::peek(&self.handle, grow::Frozen::growth);
-        frozen.or_else(|| self.record().map(|record| record.growth)).unwrap_or(Growth::InPlace)
+        self.ask(grow::Frozen::growth, |record| record.growth).unwrap_or(Growth::InPlace)
     }
 
     /// Its name, while it has not ended.
@@ -312,11 +319,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn name(&self) -> Option<&str> {
-        match grow::peek(&self.handle, |frozen| frozen.name().map(ptr::from_ref)) {
-            // SAFETY: the name belongs to the coroutine, which is borrowed, wherever its record is.
-            Some(name) => name.map(|name| unsafe { &*name }),
-            None => self.record().and_then(|record| record.name.as_deref()),
-        }
+        let of_block = |frozen: &grow::Frozen| frozen.name().map(ptr::from_ref);
+        let name = self.ask(of_block, |record| record.name.as_deref().map(ptr::from_ref)).flatten();
+        // SAFETY: the name is on the heap and belongs to the coroutine, which is borrowed, wherever its record is.
+        name.map(|name| unsafe { &*name })
     }
 
     /// Its counters. All zero after its end, when its stack may be somebody else's.
@@ -327,8 +333,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let frozen = grow::peek(&self.handle, grow::Frozen::stats);
-        frozen.or_else(|| self.record().map(Record::stats)).unwrap_or(Stats::NONE)
+        self.ask(grow::Frozen::stats, Record::stats).unwrap_or(Stats::NONE)
     }
 
     /// Gives back what the stack has more than the suspended coroutine needs. True if there was something.
@@ -336,7 +341,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// One that grows in place gives back the memory of all pages below its stack pointer. One that moves becomes as small as it
     /// can be with as much room as is used now, and no smaller than it was at first; memory below that goes back to the kernel.
     ///
-    /// A stack that is [pinned](crate::pin()) does not move: it stays as it is, or gives back slack that was opened for it.
+    /// A stack that is [pinned](crate::pin()) does not move: it stays as it is, or gives back slack that was opened for it. Nor is
+    /// there anything to be had from a coroutine that suspended while its code was on another stack (as `stacker::grow` has it):
+    /// how much of its own is in use cannot be seen then.
     ///
     /// # Errors
     /// If the kernel has no memory for the smaller slot; nothing has changed then.
@@ -357,15 +364,15 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Ok::<(), regrow::Error>(())
     /// ```
     pub fn shrink(&mut self) -> Result<bool, Error> {
-        if self.done() || self.is_frozen() {
+        if !self.on_its_own_stack() {
             return Ok(false);
         }
-        let watched = self.handle.sp & switch::WATCHED;
-        self.handle.sp = self.suspended_at();
-        // SAFETY: it has not ended, so it is suspended.
-        let outcome = unsafe { grow::shrink(&mut self.handle) };
-        self.handle.sp |= watched;
-        outcome
+        // SAFETY: it is suspended there, and stays so.
+        unsafe {
+            let outcome = grow::shrink(&mut self.handle);
+            grow::after_resume(&mut self.handle);
+            outcome
+        }
     }
 
     /// Puts the coroutine's used bytes into a block of just their size and gives its stack to others. `true` if it is frozen
@@ -373,7 +380,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     ///
     /// For coroutines that are parked for long: one that holds almost nothing takes some hundred bytes. It is not frozen
     /// if something keeps its stack where it is: a [pin](crate::pin()), or, if it grows by moving, a frame that may not
-    /// move (see [`last_not_moved`](Self::last_not_moved)). One that never ran, or has ended, stays as it is.
+    /// move (see [`last_not_moved`](Self::last_not_moved)). One that never ran, has ended, or suspended while its code was on
+    /// another stack, stays as it is.
     ///
     /// A stack that grows in place keeps its address, and its slot. It may be touched while it is frozen, by any code on any
     /// thread: the fault handler thaws it then. But a system call that is given memory on a frozen stack fails with
@@ -417,18 +425,37 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Safety
     /// The list in `told` lives as long as the coroutine is frozen, or until [`tell`](Self::tell) names another.
     pub(crate) unsafe fn freeze_telling(&mut self, told: Told) -> Result<bool, Error> {
-        let frozen = self.is_frozen(); // until somebody touches it
-        if self.done() || frozen {
-            return Ok(frozen);
+        if self.is_frozen() {
+            return Ok(true); // until somebody touches it
         }
-        let watched = self.handle.sp & switch::WATCHED;
-        self.handle.sp = self.suspended_at();
-        // SAFETY: it has neither ended nor been frozen, so it is suspended; by the caller's word.
-        let outcome = unsafe { grow::freeze(&mut self.handle, told) };
-        if !self.is_frozen() {
-            self.handle.sp |= watched;
+        if !self.on_its_own_stack() {
+            return Ok(false);
         }
-        outcome
+        // SAFETY: it is suspended there, and stays so if it is not frozen; the list lives as long as the caller says.
+        unsafe {
+            let outcome = grow::freeze(&mut self.handle, told);
+            if !matches!(outcome, Ok(true)) {
+                grow::after_resume(&mut self.handle);
+            }
+            outcome
+        }
+    }
+
+    /// True if it is suspended on its own stack, where it can be shrunk and frozen: its handle then says just where. Counts a
+    /// stack that may move, and cannot because its code has gone over to another one.
+    fn on_its_own_stack(&mut self) -> bool {
+        match self.state() {
+            State::Suspended(sp) => {
+                self.handle.sp = sp;
+                true
+            }
+            State::Elsewhere(sp) => {
+                // SAFETY: it is suspended there.
+                unsafe { grow::refuse_elsewhere((*self.handle.base).record(), sp) };
+                false
+            }
+            _ => false,
+        }
     }
 
     /// Says whom to tell when the stack is touched, if it is frozen in place now.
@@ -454,8 +481,12 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         if self.handle.sp & switch::FROZEN == 0 {
             return Ok(());
         }
-        // SAFETY: it is frozen, as far as the handle knows.
-        unsafe { grow::thaw(&mut self.handle) }
+        // SAFETY: it is frozen, as far as the handle knows; without an error it is suspended then.
+        unsafe {
+            grow::thaw(&mut self.handle)?;
+            grow::after_resume(&mut self.handle);
+        }
+        Ok(())
     }
 
     /// True if the coroutine is [frozen](Self::freeze).
@@ -465,7 +496,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn is_frozen(&self) -> bool {
-        grow::is_frozen(&self.handle)
+        self.state().is_frozen()
     }
 
     /// Bytes of memory that the coroutine's stack and record take: of its block if it is frozen; of the pages of its slot that
@@ -477,23 +508,24 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let frozen = grow::peek(&self.handle, grow::Frozen::bytes);
-        frozen.or_else(|| self.record().map(Record::bytes)).unwrap_or(0)
+        self.ask(grow::Frozen::bytes, Record::bytes).unwrap_or(0)
     }
 
     /// As [`bytes`](Self::bytes), without asking the kernel: of a stack that grows in place, those of the pages from its stack
     /// pointer up.
     pub(crate) fn parked_bytes(&self) -> usize {
-        match self.record() {
-            Some(record) if record.growth == Growth::InPlace => {
-                let used = Record::end(record).wrapping_sub(self.suspended_at()).wrapping_add(RED_ZONE);
-                if used <= record.open { used.next_multiple_of(PAGE) } else { self.bytes() }
+        let of_record = |record: &Record| {
+            let used = Record::end(record).wrapping_sub(self.handle.sp).wrapping_add(RED_ZONE);
+            match record.growth {
+                Growth::InPlace if used <= record.open => used.next_multiple_of(PAGE),
+                _ => record.bytes(),
             }
-            _ => self.bytes(),
-        }
+        };
+        self.ask(grow::Frozen::bytes, of_record).unwrap_or(0)
     }
 
-    /// Why its stack grew in place when it last did although it may move; `None` if it never did.
+    /// Why its stack stayed where it was when that last happened although it may move: it grew in place, did not shrink, or was
+    /// not frozen. `None` if that never happened.
     ///
     /// ```
     /// #[inline(never)]
@@ -513,7 +545,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn last_not_moved(&self) -> Option<NotMoved> {
-        self.record().and_then(|record| record.not_moved)
+        self.ask(grow::Frozen::not_moved, |record| record.not_moved).flatten()
     }
 
     /// The frames on its stack, to look at: a table when printed, plain data otherwise. Reads unwind tables and the
@@ -528,24 +560,41 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn frames(&self) -> Frames {
-        if self.done() {
-            return Frames::finished();
+        let hidden = |state| Frames::hidden(state, self.name(), self.growth(), &self.stats());
+        match self.state() {
+            State::Ended => Frames::finished(),
+            State::FrozenHere | State::FrozenElsewhere(_) => hidden(frames::State::Frozen),
+            State::Elsewhere(_) => hidden(frames::State::OnAnotherStack),
+            State::Running(_) => hidden(frames::State::Running),
+            // SAFETY: it is suspended there, on its own stack.
+            State::Suspended(sp) => unsafe { Frames::of_suspended(sp, self.handle.base) },
         }
-        if self.is_frozen() {
-            return Frames::frozen(self.name().map(str::to_owned), self.stats());
-        }
-        // SAFETY: it has not ended, so it is suspended.
-        unsafe { Frames::of_suspended(self.suspended_at(), self.handle.base) }
     }
 
-    /// The stack pointer of a suspended coroutine. Its stack may have thawed without the handle knowing.
-    fn suspended_at(&self) -> usize {
-        self.handle.sp & !(switch::WATCHED | switch::FROZEN)
+    /// Where it is.
+    fn state(&self) -> State {
+        State::of(&self.handle)
+    }
+
+    /// Asks the block of a coroutine that is frozen, or the record of one that is not; nobody after its end.
+    fn ask<R>(
+        &self,
+        of_block: impl FnOnce(&grow::Frozen) -> R,
+        of_record: impl FnOnce(&Record) -> R,
+    ) -> Option<R> {
+        grow::peek(&self.handle, of_block).or_else(|| self.record().map(of_record))
     }
 
     fn record(&self) -> Option<&Record> {
-        // SAFETY: a coroutine that has neither ended nor been frozen has its record; it is written only while it runs.
-        (!self.done() && !self.is_frozen()).then(|| unsafe { &*(*self.handle.base).record() })
+        let record = match self.state() {
+            State::Ended | State::FrozenHere | State::FrozenElsewhere(_) => return None,
+            State::Running(running) => running.record(),
+            // SAFETY: it is suspended, so its base is where the handle says.
+            State::Suspended(_) | State::Elsewhere(_) => unsafe { (*self.handle.base).record() },
+        };
+        // SAFETY: the record of a coroutine that has neither ended nor is frozen is accessible. It is written only by this
+        // thread: while the coroutine runs, and through its handle, which is borrowed.
+        Some(unsafe { &*record })
     }
 
     /// Unwinds the frames of a suspended coroutine.
@@ -591,6 +640,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             // SAFETY: that list lives forever.
             unsafe { self.tell(Told::NOBODY) };
             return; // without memory to unwind it on it is leaked, like a coroutine that is forgotten
+        }
+        if let State::Running(_) = self.state() {
+            return; // by a destructor that `exit` runs inside: its frames are in use, and are leaked
         }
         self.handle.sp &= !switch::WATCHED;
         if self.started() {

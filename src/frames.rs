@@ -84,6 +84,7 @@ pub struct Frames {
 /// assert_eq!(coroutine.frames().state, State::Finished);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub enum State {
     /// It was never resumed: its stack is empty.
     NotStarted,
@@ -91,6 +92,12 @@ pub enum State {
     Suspended,
     /// It has frames, in a block: thaw it to see them.
     Frozen,
+    /// Its code has gone over to another stack (as `stacker::grow` does) and suspended there. It has frames on both, which cannot
+    /// be told apart from outside.
+    OnAnotherStack,
+    /// It runs, or waits for a coroutine that it has resumed. Only destructors see it so, of thread-locals, which `exit` runs when
+    /// it is called inside.
+    Running,
     /// It has ended: its stack has been given back.
     Finished,
 }
@@ -365,15 +372,15 @@ impl Frames {
         }
     }
 
-    pub(crate) fn frozen(name: Option<String>, stats: Stats) -> Self {
-        let Stats { size, .. } = stats;
-        Self { name, state: State::Frozen, growth: Growth::Relocate, size, ..Self::finished() }
+    /// Of one that has frames which are not shown.
+    pub(crate) fn hidden(state: State, name: Option<&str>, growth: Growth, stats: &Stats) -> Self {
+        Self { name: name.map(str::to_owned), state, growth, size: stats.size, ..Self::finished() }
     }
 
     /// Of the coroutine suspended at `sp`.
     ///
     /// # Safety
-    /// It is suspended there, or was never resumed, and `base` is its base.
+    /// It is suspended there, on its own stack, or was never resumed, and `base` is its base.
     pub(crate) unsafe fn of_suspended(sp: usize, base: *const Base) -> Self {
         // SAFETY: by the caller's word; the record is written only while the coroutine runs.
         let (record, fresh) = unsafe { (&*(*base).record(), switch::is_fresh(sp)) };
@@ -551,6 +558,10 @@ impl fmt::Display for Frames {
             State::NotStarted => "not started",
             State::Suspended => "suspended",
             State::Frozen => return writeln!(f, ", frozen: thaw it to see its frames"),
+            State::OnAnotherStack => {
+                return writeln!(f, ", suspended on another stack than its own: its frames are not shown");
+            }
+            State::Running => return writeln!(f, ", running: its frames are not shown"),
             State::Finished => return writeln!(f, ", finished: its stack has been given back"),
         };
         let growth = match self.growth {

@@ -73,7 +73,8 @@ impl Drop for Pinned {
     }
 }
 
-/// How many bytes the running coroutine's stack can still grow, and hold, without moving. `None` outside coroutines.
+/// How many bytes the running coroutine's stack can still grow, and hold, without moving. `None` outside coroutines, and on
+/// another stack that a coroutine's code has gone over to.
 ///
 /// A stack that moves has slack of its own size below it, 44 KiB at least, at most up to its maximum; one that
 /// grows in place all of its window. What is pinned and needs more ends the process with an overflow report: start such
@@ -88,8 +89,12 @@ impl Drop for Pinned {
 pub fn pinned_room() -> Option<usize> {
     let here = 0u8;
     let record = switch::running()?.record();
-    // SAFETY: the running coroutine's record is this thread's.
-    let (class, maximum) = unsafe { ((*record).class, (*record).maximum) };
+    // SAFETY: the running coroutine's record is accessible, and this thread's.
+    let (class, maximum, own) =
+        unsafe { ((*record).class, (*record).maximum, Record::holds(record, &raw const here as usize)) };
+    if !own {
+        return None;
+    }
     let window = class.window().min(class::open_bytes(maximum));
     Some(window.saturating_sub(Record::bytes_above(record, &raw const here as usize)))
 }

@@ -351,7 +351,6 @@ impl Running {
     }
 
     /// The coroutine that its resumer is, if it is one.
-    #[cfg(feature = "torture")]
     pub fn resumed_by(self) -> Option<Self> {
         // SAFETY: as in `base`.
         match unsafe { *self.word(32) } {

@@ -24,9 +24,11 @@ use core::slice;
 use core::sync::atomic::Ordering;
 use std::alloc::{Layout, alloc, dealloc};
 
-use super::obey::{self, Copied};
+use super::obey::{self, Copied, Stopped};
+use super::reason::{self, NotMoved, Reason};
 use super::relocate::suspended_registers;
 use super::rewrite::Window;
+use super::state::State;
 use super::touched::{Told, Touched};
 use super::{Maps, Shrink, Watch, in_place, shrink};
 use crate::error::Error;
@@ -113,6 +115,10 @@ impl Frozen {
         self.record()?.name.as_deref()
     }
 
+    pub(crate) fn not_moved(&self) -> Option<NotMoved> {
+        self.record()?.not_moved
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         let used = self.words as usize * WORD + usize::from(self.base_offset);
         let size = match self.growth {
@@ -134,26 +140,13 @@ impl Frozen {
     }
 }
 
-/// The block of a coroutine that is frozen and has no slot.
-fn block(handle: &Handle) -> Option<NonNull<Frozen>> {
-    let address = handle.sp & !switch::FROZEN;
-    if handle.base.is_null() { NonNull::new(address as *mut Frozen) } else { None }
-}
-
-/// True if the coroutine is frozen. One that is frozen in place may thaw at any moment.
-pub(crate) fn is_frozen(handle: &Handle) -> bool {
-    handle.sp & switch::FROZEN != 0 && (handle.base.is_null() || in_place::is_frozen(handle.base))
-}
-
-/// Lets `look` see the block of the coroutine, if it is frozen.
+/// Lets `look` see the block of the coroutine, if it is frozen. One that is frozen in place may have thawed meanwhile.
 pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
-    if handle.sp & switch::FROZEN == 0 {
-        return None;
-    }
-    match block(handle) {
+    match State::of(handle) {
         // SAFETY: a block without a slot is the coroutine's as long as the handle says so.
-        Some(block) => Some(look(unsafe { block.as_ref() })),
-        None => in_place::peek(handle.base, |frozen| look(frozen)),
+        State::FrozenElsewhere(block) => Some(look(unsafe { block.as_ref() })),
+        State::FrozenHere => in_place::peek(handle.base, |frozen| look(frozen)),
+        _ => None,
     }
 }
 
@@ -162,7 +155,7 @@ pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Optio
 /// # Safety
 /// The list lives as long as it is frozen.
 pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
-    if handle.sp & switch::FROZEN != 0 && block(handle).is_none() {
+    if let State::FrozenHere = State::of(handle) {
         in_place::peek(handle.base, |frozen| frozen.tell(told));
     }
 }
@@ -171,35 +164,32 @@ pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
 /// never ran, is pinned, or a frame cannot be moved.
 ///
 /// # Safety
-/// The handle is that of a suspended coroutine, not marked; the list in `told` lives as long as it is frozen.
+/// The handle is that of a coroutine suspended on its own stack, not marked; the list in `told` lives as long as it is frozen.
 pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
-    // SAFETY: by the caller's word.
+    // SAFETY: the caller says that it is suspended on its own stack: its record, and its words from what the suspend saved
+    // up to its base, are accessible and change no more until it is resumed.
     unsafe {
         let record = (*handle.base).record();
-        if (*record).is_pinned() || switch::is_fresh(handle.sp) {
+        if switch::is_fresh(handle.sp) {
             return Ok(false);
         }
         if (*record).growth == Growth::InPlace {
-            return in_place::freeze(handle, told);
+            return if (*record).is_pinned() { Ok(false) } else { in_place::freeze(handle, told) };
         }
-        let lowest = handle.sp - SAVED;
-        let count = (handle.base as usize - lowest) / WORD + 1;
+        if (*record).is_pinned() {
+            let frame = switch::registers_of(handle.sp).pc();
+            reason::note(record, NotMoved { reason: Reason::Pinned, frame });
+            return Ok(false);
+        }
+        let count = (handle.base as usize - (handle.sp - SAVED)) / WORD + 1;
         let block = Frozen::allocate(count)?;
-        let end = Record::end(record);
-        let words = Frozen::words_of(block);
-        ptr::copy_nonoverlapping(lowest as *const usize, words, count);
-        let (start, parked) = suspended_registers(handle.sp);
-        let copied = Copied {
-            lowest,
-            old: slice::from_raw_parts(lowest as *const usize, count),
-            new: slice::from_raw_parts_mut(words, count),
-            window: Window::new(lowest..end, NOWHERE),
-            parked,
+        let judged = match copy_to_nowhere(handle, block, count) {
+            Err((reason, _)) if reason::knows_more(reason) => copy_to_nowhere(handle, block, count),
+            judged => judged,
         };
-        let judged = obey::rewrite(&map::process().read(), &start, (*record).maps, copied);
         if let Err((reason, frame)) = judged {
             Frozen::deallocate(block, count);
-            (*record).not_moved = Some(super::NotMoved { reason, frame });
+            reason::note(record, NotMoved { reason, frame });
             return Ok(false);
         }
         block.write(Frozen::of(record, count));
@@ -215,12 +205,36 @@ pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
     }
 }
 
+/// Copies a stack into the words of a block, where what points into it points to [`NOWHERE`]. After an error the words are no good.
+///
+/// # Safety
+/// The handle is that of a coroutine suspended on its own stack, which moves; the block has room for its `count` words.
+unsafe fn copy_to_nowhere(handle: &Handle, block: NonNull<Frozen>, count: usize) -> Result<(), Stopped> {
+    let lowest = handle.sp - SAVED;
+    // SAFETY: the stack is suspended, so its words, from those that the suspend saved up to the first of the base, are
+    // accessible and do not change; those of the block are nobody else's yet.
+    unsafe {
+        let record = (*handle.base).record();
+        let words = Frozen::words_of(block);
+        ptr::copy_nonoverlapping(lowest as *const usize, words, count);
+        let (start, parked) = suspended_registers(handle.sp);
+        let copied = Copied {
+            lowest,
+            old: slice::from_raw_parts(lowest as *const usize, count),
+            new: slice::from_raw_parts_mut(words, count),
+            window: Window::new(lowest..Record::end(record), NOWHERE),
+            parked,
+        };
+        obey::rewrite(&map::process().read(), &start, (*record).maps, copied).map(drop)
+    }
+}
+
 /// Brings a frozen coroutine back onto a stack. After an error it is still frozen.
 ///
 /// # Safety
-/// The handle is that of a frozen coroutine.
+/// The handle is that of a frozen coroutine; if in place, it may have thawed without the handle knowing.
 pub(crate) unsafe fn thaw(handle: &mut Handle) -> Result<(), Error> {
-    let Some(block) = block(handle) else { return in_place::thaw(handle) };
+    let State::FrozenElsewhere(block) = State::of(handle) else { return in_place::thaw(handle) };
     // SAFETY: by the caller's word: a block that `freeze` made, and that is nobody else's.
     unsafe {
         let frozen = block.as_ref();
@@ -304,7 +318,10 @@ impl Frozen {
         unsafe {
             // What a scout's pages would tell is lost.
             (*record).scout = false;
-            let more = (*record).tidy || (*record).open != (*record).first_open;
+            let more = (*record).tidy
+                || (*record).open != (*record).first_open
+                || (*record).shrinks != 0
+                || (*record).not_moved.is_some();
             Self {
                 record: more.then(|| Box::new(record.cast::<MaybeUninit<Record>>().read())),
                 chain: Chain { next: ptr::null_mut() },

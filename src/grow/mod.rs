@@ -22,19 +22,21 @@ mod reserve;
 mod rewrite;
 mod scratch;
 mod shrink;
+mod state;
 mod touched;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
-pub(crate) use freeze::{Frozen, freeze, is_frozen, peek, tell, thaw};
+pub(crate) use freeze::{Frozen, freeze, peek, tell, thaw};
 pub use obey::Maps;
-pub(crate) use reason::record_unknown_code;
 pub use reason::{NotMoved, Reason, not_moved};
+pub(crate) use reason::{record_unknown_code, refuse_elsewhere};
 pub use reserve::reserve;
 pub use shrink::Shrink;
 pub(crate) use shrink::{Watch, after_resume, before_resume, is_watched_in_place, shrink};
+pub(crate) use state::State;
 pub(crate) use touched::{Told, Touched};
 #[cfg(feature = "torture")]
 pub(crate) use {context::PLACE, point::probe_loop_end};

@@ -3,9 +3,13 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::map;
+use crate::stack::Record;
+use crate::stats::Growth;
+use crate::switch;
 use crate::symbol;
 
-/// Why a stack whose growth is [`Growth::Relocate`](crate::Growth::Relocate) grew in place instead.
+/// Why a stack whose growth is [`Growth::Relocate`](crate::Growth::Relocate) stayed where it was: it grew in place, did not
+/// shrink, or was not frozen.
 ///
 /// ```
 /// # #[inline(never)]
@@ -43,10 +47,12 @@ pub enum Reason {
     Inconsistent,
     /// The kernel gave no memory for a larger slot.
     NoMemory,
+    /// The coroutine has suspended while its code was on another stack than its own: its frames cannot be walked.
+    OnAnotherStack,
 }
 
 /// All reasons, in the order of their counters.
-const REASONS: [Reason; 7] = [
+const REASONS: [Reason; 8] = [
     Reason::NotAGrowthPoint,
     Reason::Pinned,
     Reason::PinnedCode,
@@ -54,6 +60,7 @@ const REASONS: [Reason; 7] = [
     Reason::Imprecise,
     Reason::Inconsistent,
     Reason::NoMemory,
+    Reason::OnAnotherStack,
 ];
 
 /// A time a stack did not move; see [`Coroutine::last_not_moved`](crate::Coroutine::last_not_moved).
@@ -103,8 +110,8 @@ impl NotMoved {
 
 static COUNTS: [AtomicU64; REASONS.len()] = [const { AtomicU64::new(0) }; REASONS.len()];
 
-/// How often stacks of this process did not move, by reason. Cheap enough to leave on: counted when it
-/// happens, in the fault handler.
+/// How often stacks of this process that may move did not, by reason: to grow, to shrink, or to be frozen. Cheap enough to
+/// leave on: counted when it happens.
 ///
 /// ```
 /// for (reason, count) in regrow::not_moved() {
@@ -123,6 +130,35 @@ pub(crate) fn record_unknown_code() {
     if UNKNOWN_CODE.load(Ordering::Acquire) {
         map::record_loaded_objects(); // one thread at a time; the others wait here
         UNKNOWN_CODE.store(false, Ordering::Release);
+    }
+}
+
+/// True if the code that kept a stack in place was unknown, and more is known since now: then it may be tried again.
+/// Not for the handler.
+pub(super) fn knows_more(reason: Reason) -> bool {
+    reason == Reason::NoMap && !map::record_loaded_objects().added.is_empty()
+}
+
+/// Counts a time that the stack of this record did not move, and notes why.
+///
+/// # Safety
+/// `record` is that of a coroutine of this thread, and accessible.
+pub(super) unsafe fn note(record: *mut Record, why: NotMoved) {
+    count(why.reason);
+    // SAFETY: by the caller's word.
+    unsafe { (*record).not_moved = Some(why) };
+}
+
+/// Notes that a stack that may move cannot, because its coroutine has suspended at `sp`, on another stack.
+///
+/// # Safety
+/// `record` is that of such a coroutine, of this thread.
+pub(crate) unsafe fn refuse_elsewhere(record: *mut Record, sp: usize) {
+    // SAFETY: the record of a suspended coroutine is accessible, and so is what its suspend has left below `sp`.
+    unsafe {
+        if (*record).growth == Growth::Relocate {
+            note(record, NotMoved { reason: Reason::OnAnotherStack, frame: switch::registers_of(sp).pc() });
+        }
     }
 }
 

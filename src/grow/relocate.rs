@@ -27,7 +27,7 @@ use super::context::{Context, DWARF_PLACE, NAMES};
 use super::obey::{self, Copied, Words};
 use super::rewrite::Window;
 use super::scratch::Scratch;
-use super::{Done, Fault, Reason};
+use super::{Done, Fault, Reason, reason};
 use crate::error::Error;
 use crate::map::{self, Register, Registers};
 use crate::stack::class::{Class, PAGE, open_bytes};
@@ -131,6 +131,20 @@ pub(super) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Res
         handle.base = moved.base(handle.base);
         handle.sp = moved.window.moved(sp);
         Ok(moved)
+    }
+}
+
+/// As [`relocate_suspended`], where there is time to look for code that was loaded since its unwind tables were read.
+///
+/// # Safety
+/// The coroutine of `handle` is suspended on its own stack, and its owner made the promise about pointers.
+pub(super) unsafe fn relocate_parked(handle: &mut Handle, size: usize) -> Result<Moved, Failure> {
+    // SAFETY: the caller says that it is suspended; after a failure nothing has changed, so it still is.
+    unsafe {
+        match relocate_suspended(handle, size) {
+            Err(Failure::Frame(reason, _)) if reason::knows_more(reason) => relocate_suspended(handle, size),
+            outcome => outcome,
+        }
     }
 }
 

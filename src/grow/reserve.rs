@@ -10,7 +10,7 @@ use crate::switch::{self, Handle, RED_ZONE, Running};
 use crate::thread;
 
 /// Sees that the running coroutine has at least `bytes` of stack left, growing it now if it has not. Outside coroutines
-/// it does nothing.
+/// it does nothing, nor on another stack that a coroutine's code has gone over to: that one is not the coroutine's to grow.
 ///
 /// A stack that grows in place has all of its maximum from the start: of one the answer says whether that is enough. For one
 /// that moves it is of use for two things: deep recursion that is known beforehand, since a growth by fault costs the kernel's
@@ -43,11 +43,14 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     let mark = 0u8;
     let here = &raw const mark as usize;
     let Some(record) = switch::running().map(Running::record) else { return Ok(()) };
-    let need = Record::bytes_above(record, here).saturating_add(bytes).saturating_add(RED_ZONE);
+    let above = Record::bytes_above(record, here);
+    let need = above.saturating_add(bytes).saturating_add(RED_ZONE);
     // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
     let (open, size, maximum, growth) =
         unsafe { ((*record).open, (*record).size(), (*record).maximum, (*record).growth) };
-    if need <= open {
+    // SAFETY: as above.
+    let on_another_stack = !unsafe { Record::holds(record, here) };
+    if need <= open || on_another_stack {
         return Ok(());
     }
     let room = Error::Room { bytes, maximum };
@@ -119,8 +122,7 @@ unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
             Err(Failure::Frame(reason, frame)) => (reason, frame),
             Err(Failure::Kernel(_)) => (Reason::NoMemory, reserve as *const () as usize),
         };
-        reason::count(reason);
-        (*record).not_moved = Some(NotMoved { reason, frame });
+        reason::note(record, NotMoved { reason, frame });
         rsp
     }
 }

@@ -36,7 +36,7 @@ use crate::stack::{Record, cache, class};
 use crate::stats::{self, Growth};
 use crate::switch::{self, Handle, RED_ZONE};
 
-use super::NotMoved;
+use super::reason::{self, NotMoved, Reason};
 use super::relocate::{self, Failure};
 
 /// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
@@ -135,6 +135,9 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
     // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     unsafe {
         let record = (*handle.base).record();
+        if !Record::holds(record, handle.sp) {
+            return; // suspended on another stack: it does not show how much of its own is in use
+        }
         if (*record).growth == Growth::Relocate {
             if is_quiet(handle, &mut *record) {
                 // It moves, and its record with it. Without memory it stays as large as it is.
@@ -250,7 +253,7 @@ unsafe fn lay_mark(at: usize) -> bool {
 /// was at first. True if it became smaller. After an error nothing has changed.
 ///
 /// # Safety
-/// The handle is that of a suspended coroutine, not marked.
+/// The handle is that of a coroutine suspended on its own stack, not marked.
 pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
     // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     unsafe {
@@ -306,13 +309,15 @@ unsafe fn shrink_moving(handle: &mut Handle, record: *mut Record) -> Result<bool
             return Ok(true);
         }
         if (*record).is_pinned() {
+            let frame = switch::registers_of(handle.sp).pc();
+            reason::note(record, NotMoved { reason: Reason::Pinned, frame });
             return Ok(false);
         }
-        match relocate::relocate_suspended(handle, size) {
+        match relocate::relocate_parked(handle, size) {
             Ok(_) => Ok(true),
             Err(Failure::Kernel(error)) => Err(error),
             Err(Failure::Frame(reason, frame)) => {
-                (*record).not_moved = Some(NotMoved { reason, frame });
+                reason::note(record, NotMoved { reason, frame });
                 Ok(false)
             }
         }

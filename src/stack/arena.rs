@@ -115,6 +115,11 @@ impl Slot {
         (self.arena << INDEX_BITS | self.index).wrapping_add(1)
     }
 
+    /// True if it holds `address`, guard included.
+    pub(crate) fn holds(self, address: usize) -> bool {
+        (self.start()..self.end()).contains(&address)
+    }
+
     fn arena(self) -> &'static Arena {
         &ARENAS[self.arena as usize]
     }

@@ -122,7 +122,17 @@ impl Record {
         let mut between = record as usize;
         // SAFETY: subtracts.
         unsafe { asm!("sub {}, {}", inout(reg) between, in(reg) here, options(pure, nomem, nostack)) };
-        between + RECORD
+        between.wrapping_add(RECORD)
+    }
+
+    /// True if `here` is an address in the record's own slot. A coroutine's stack pointer need not be: its code may have gone over
+    /// to another stack, and suspended there.
+    ///
+    /// # Safety
+    /// `record` is a coroutine's, and accessible.
+    pub(crate) unsafe fn holds(record: *const Self, here: usize) -> bool {
+        // SAFETY: by the caller's word the record is accessible. Of two addresses that move together, as in `bytes_above`.
+        Self::bytes_above(record, here) <= unsafe { (*record).class.stride() }
     }
 
     /// The closure's place, for a closure of at most [`INLINE_CLOSURE`] bytes aligned to 16.

@@ -1,0 +1,77 @@
+//! Where a coroutine is: what the two words of its handle mean, decoded here and nowhere else.
+//!
+//! | `sp` | `base` | state |
+//! | --- | --- | --- |
+//! | [`ENDED`](switch::ENDED) | | ended |
+//! | block + [`FROZEN`](switch::FROZEN) | null | frozen elsewhere: in a block, without a slot |
+//! | address + `FROZEN` | its base | frozen here; suspended, if somebody has touched it since |
+//! | address | its base, from which this thread has entered a coroutine that waits or runs | running |
+//! | address in its slot | its base | suspended |
+//! | another address | its base | elsewhere: suspended, on a stack that is not its own |
+//!
+//! [`WATCHED`](switch::WATCHED) is no state. It says which way the next resume takes, and may be added to any of the last four.
+
+use core::ptr::NonNull;
+
+use super::Frozen;
+use super::in_place;
+use crate::stack::{Record, Slot};
+use crate::switch::{self, Base, Handle, Running};
+
+/// Where a coroutine is.
+#[derive(Clone, Copy)]
+pub(crate) enum State {
+    /// It has returned or panicked. Its stack may be somebody else's.
+    Ended,
+    /// In this block, without a slot.
+    FrozenElsewhere(NonNull<Frozen>),
+    /// In its slot, which is guarded. It may thaw at any moment.
+    FrozenHere,
+    /// It runs on this thread, or waits for a coroutine that it has resumed. The handle says where it was before.
+    ///
+    /// Its handle is borrowed by the resume meanwhile. The destructors that `exit` runs see it all the same, if a
+    /// thread-local owns it.
+    Running(Running),
+    /// Its stack pointer is this one, in its own slot.
+    Suspended(usize),
+    /// Its stack pointer is this one, on another stack: its code has gone over to that one, and suspended there.
+    Elsewhere(usize),
+}
+
+impl State {
+    /// Decodes a handle. Costs a step for each coroutine that runs or waits on this thread.
+    pub(crate) fn of(handle: &Handle) -> Self {
+        if handle.has_ended() {
+            return Self::Ended;
+        }
+        let sp = handle.sp & !(switch::WATCHED | switch::FROZEN);
+        if handle.sp & switch::FROZEN != 0 {
+            if handle.base.is_null() {
+                return NonNull::new(sp as *mut Frozen).map_or(Self::Ended, Self::FrozenElsewhere);
+            }
+            if in_place::is_frozen(handle.base) {
+                return Self::FrozenHere;
+            }
+        }
+        if let Some(running) = running(handle.base) {
+            return Self::Running(running);
+        }
+        // SAFETY: it has not ended, is not frozen and does not run here, so its base and its record are where the handle says.
+        let own = unsafe { Record::holds((*handle.base).record(), sp) };
+        if own { Self::Suspended(sp) } else { Self::Elsewhere(sp) }
+    }
+
+    /// True if it is in a block.
+    pub(crate) fn is_frozen(self) -> bool {
+        matches!(self, Self::FrozenElsewhere(_) | Self::FrozenHere)
+    }
+}
+
+/// The coroutine of this thread that runs, or waits for one that it has resumed, and had this base when it was resumed.
+/// Its stack may have moved since: then the base is in one of its old slots.
+fn running(base: *mut Base) -> Option<Running> {
+    let innermost = switch::running()?;
+    let slot = Slot::containing(base as usize)?.current();
+    let lives_there = |running: &Running| slot.holds(running.base() as usize);
+    core::iter::successors(Some(innermost), |running| running.resumed_by()).find(lives_there)
+}
