@@ -32,6 +32,14 @@ use crate::thread;
 /// of a thread-local that owns it. It is leaked, too, and can be asked what any other can; resuming it there is a mistake that
 /// nothing notices.
 ///
+/// Unwinding on drop aborts the process if a frame does not let it through: an `extern "C"` function, a `noexcept` one, a C++
+/// `catch (...)` that does not throw again. Resume such a coroutine to its end, or leak it.
+///
+/// # Thread-locals
+/// A thread-local may end, with its thread, before a coroutine that borrows it. A coroutine that is itself kept in a
+/// thread-local can so read freed memory. End or drop such coroutines before the thread ends.
+/// Libraries that ask the thread for the bounds of its stack get those of the thread's own stack, not of the coroutine's.
+///
 /// # Threads
 /// A coroutine is not `Send`:
 /// ```compile_fail,E0277
@@ -708,6 +716,12 @@ pub struct Yielder<In, Out> {
 
 impl<In, Out> Yielder<In, Out> {
     /// Suspends the coroutine with `value` for its resumer, and returns what it is resumed with.
+    ///
+    /// # What belongs to the thread
+    /// The count of panics belongs to the thread, not to the coroutine. So do not suspend in a destructor that runs because of
+    /// a panic or a C++ exception: until it is resumed, other code on the thread seems to panic. It poisons the mutexes that it
+    /// unlocks, and a panic in it may abort the process. Nor should a borrow of a thread-local, or a context that a library
+    /// keeps in one (an entered span, a runtime's guard), be held across a suspend: the resumer sees it.
     ///
     /// # Panics
     /// If it is called while another coroutine runs: a nested one that got hold of an outer one's yielder.

@@ -76,7 +76,8 @@ fn compile_as(
     let address = code.address();
     Compiled {
         maps: maps(compiled, &*isa, address, Verdict::Data).unwrap(),
-        _registration: register(compiled, &*isa, address, Verdict::Data).unwrap(),
+        // SAFETY: the code was compiled as `configure` asks for, lies at the address, and is kept with the maps.
+        _registration: unsafe { register(compiled, &*isa, address, Verdict::Data) }.unwrap(),
         returns: compiled.buffer.call_sites().map(|site| address + site.ret_addr as usize).collect(),
         size: compiled.buffer.frame_layout().unwrap().frame_to_fp_offset as usize + 8,
         code,

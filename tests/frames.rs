@@ -269,7 +269,8 @@ fn words_with_a_map_are_counted_by_it() {
         .word(Place::at(Register::RSP, 0), Verdict::Pointer)
         .rest(Verdict::Data)
         .source(Source::Llvm);
-    let _registration = map::register(vec![map]).unwrap();
+    // SAFETY: true of the assembly in this file.
+    let _registration = unsafe { map::register(vec![map]) }.unwrap();
     for builder in both_ways() {
         let frames = look_through(&builder, mapped);
         check(&frames);

@@ -477,17 +477,21 @@ fn pointers_in_registers_checked_in_are_found() {
 
 #[test]
 fn a_section_is_registered_once() {
-    let recorded = llvm::register(CHECKED_IN[0].1, Verdict::Ambiguous).unwrap();
+    // SAFETY: no code lies at the addresses in the section.
+    let recorded = unsafe { llvm::register(CHECKED_IN[0].1, Verdict::Ambiguous) }.unwrap();
     assert!(recorded.unusable.is_empty());
     let address = tables(CHECKED_IN[0].1).next().unwrap().unwrap().functions().next().unwrap().address;
     let source = || map::process().read().find(address as usize + 44).map(|map| (map.source(), map.rules()));
     assert_eq!(source(), Some((Source::Llvm, None)), "words, and no rules");
-    let again = llvm::register(CHECKED_IN[0].1, Verdict::Ambiguous).unwrap_err();
+    // SAFETY: as before, no code lies there.
+    let again = unsafe { llvm::register(CHECKED_IN[0].1, Verdict::Ambiguous) }.unwrap_err();
     assert!(matches!(again, llvm::Error::Refused(map::Error::Overlap { .. })), "{again}");
     drop(recorded);
     assert_eq!(source(), None);
     let cut = &CHECKED_IN[0].1[..100];
-    assert!(matches!(llvm::register(cut, Verdict::Data), Err(llvm::Error::Truncated { .. })));
+    // SAFETY: nothing is registered, as is asserted.
+    let outcome = unsafe { llvm::register(cut, Verdict::Data) };
+    assert!(matches!(outcome, Err(llvm::Error::Truncated { .. })));
 }
 
 #[test]
@@ -634,7 +638,8 @@ fn load(file: &object::File<'_>) -> (recorded::Code, Registration<'static>) {
         }
         memory[thunk + 15] = 0xc3;
     });
-    let registration = map::register_eh_frame(&code.bytes()[unwind_at..]).unwrap();
+    // SAFETY: the compiler's section, relocated for where it lies; it goes after the registration.
+    let registration = unsafe { map::register_eh_frame(&code.bytes()[unwind_at..]) }.unwrap();
     (code, registration)
 }
 
@@ -647,7 +652,8 @@ fn code_of_llvm_goes_on_with_the_moved_pointers_and_no_others() {
             let file = object::File::parse(&*data).unwrap();
             let (code, _unwind) = load(&file);
             let section = relocated(&file, ".llvm_stackmaps", code.address() as u64);
-            let recorded = llvm::register(&section, Verdict::Ambiguous).unwrap();
+            // SAFETY: the compiler's section, with the addresses of the code, which goes after the registration.
+            let recorded = unsafe { llvm::register(&section, Verdict::Ambiguous) }.unwrap();
             assert!(recorded.unusable.is_empty());
             let functions: Vec<_> = tables(&section).next().unwrap().unwrap().functions().collect();
             assert_eq!(functions.len(), 3);
@@ -741,7 +747,8 @@ fn a_renamed_section_is_found_by_the_symbols_of_the_linker() {
             (std::slice::from_raw_parts(bounds[0], length), libc::dlsym(handle, c"pairs".as_ptr()).addr())
         };
         map::record_loaded_objects();
-        let recorded = llvm::register(section, Verdict::Ambiguous).unwrap();
+        // SAFETY: the section of this program's own code, which stays.
+        let recorded = unsafe { llvm::register(section, Verdict::Ambiguous) }.unwrap();
         assert!(recorded.unusable.is_empty());
         let reader = map::process().read();
         let site = tables(section).next().unwrap().unwrap().sites().next().unwrap();

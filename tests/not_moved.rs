@@ -162,7 +162,8 @@ fn code_without_unwind_data_keeps_the_stack_in_place_and_is_named() {
     assert_eq!((why.reason, why.frame), (Reason::NoMap, code.address() + 3));
     assert!(count(Reason::NoMap) > before);
 
-    let registration = map::register(code.maps()).unwrap();
+    // SAFETY: the code's own maps, dropped before it is freed.
+    let registration = unsafe { map::register(code.maps()) }.unwrap();
     let moved = run();
     assert_eq!(moved.last_not_moved(), None);
     assert!(moved.stats().bytes_copied > 0);
@@ -194,7 +195,8 @@ fn maps_removed_and_added_while_other_threads_grow_are_read_whole() {
         })
         .collect();
     for _ in 0..300 {
-        let registration = map::register(code.maps()).unwrap();
+        // SAFETY: the code's own maps, dropped before it is freed.
+        let registration = unsafe { map::register(code.maps()) }.unwrap();
         std::thread::sleep(std::time::Duration::from_millis(1));
         drop(registration);
         std::thread::sleep(std::time::Duration::from_millis(1));

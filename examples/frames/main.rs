@@ -107,7 +107,8 @@ fn register_compiled_code() -> Registration<'static> {
         .word(Place::at(Register::RSP, 32), Verdict::Pointer)
         .register(Register::RBX, Verdict::Pointer)
         .rest(Verdict::Data);
-    map::register(vec![map]).expect("nobody else speaks for this code")
+    // SAFETY: true of the assembly above, which stays.
+    unsafe { map::register(vec![map]) }.expect("nobody else speaks for this code")
 }
 
 fn through_compiled_code<F: FnMut() -> u64>(f: &mut F) -> u64 {

@@ -136,7 +136,10 @@ impl Module {
             maps.extend(map::cranelift::maps(&code, isa, address, Verdict::Data)?);
             functions.push(Function { name, parameters, address, code });
         }
-        Ok(Self { functions, entry, _maps: map::register(maps)?, _code: code })
+        // SAFETY: the maps are of the code at these addresses, compiled as `Data` asks for. They are dropped before it is,
+        // with the module, which lives while its code runs.
+        let maps = unsafe { map::register(maps)? };
+        Ok(Self { functions, entry, _maps: maps, _code: code })
     }
 
     /// How the program is started.

@@ -115,20 +115,31 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
 
 /// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.
 pub(super) fn thaw(handle: &mut Handle) -> Result<(), Error> {
-    if let Some(slot) = Slot::containing(handle.base as usize)
-        && let Some(block) = undisturbed(|| thaw_slot(slot))?
-    {
-        // SAFETY: its stack is thawed: nobody knows of the block any more.
-        unsafe { Frozen::free(block) };
+    if let Some(slot) = Slot::containing(handle.base as usize) {
+        let mut left = None;
+        undisturbed(|| thaw_slot(slot, |block| left = Some(block)))?;
+        if let Some(block) = left {
+            // SAFETY: its stack is thawed: nobody knows of the block any more.
+            unsafe { Frozen::free(block) };
+        }
     }
     TOUCHED.free();
     handle.sp &= !switch::FROZEN;
     Ok(())
 }
 
-/// True if the stack with this base is frozen in place.
+/// True if the stack with this base is frozen in place. Waits while it is being thawed: its block may be on the list
+/// already, and whoever found it there is to see that it is frozen no longer.
 pub(super) fn is_frozen(base: *const Base) -> bool {
-    Slot::containing(base as usize).is_some_and(|slot| slot.meta().frozen.load(Ordering::Acquire) != 0)
+    Slot::containing(base as usize).is_some_and(|slot| {
+        loop {
+            match slot.meta().frozen.load(Ordering::Acquire) {
+                // SAFETY: no arguments.
+                BUSY => drop(unsafe { libc::sched_yield() }),
+                state => return state != 0,
+            }
+        }
+    })
 }
 
 /// Lets `look` see the block of the stack with this base, if it is frozen.
@@ -148,11 +159,11 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     if slot.meta().frozen.load(Ordering::Acquire) == 0 || !was_open(slot, address) {
         return false;
     }
-    match thaw_slot(slot) {
-        Ok(None) => {}
-        // SAFETY: a block that was just taken, of a stack that was frozen until now.
-        Ok(Some(block)) => unsafe { Touched::leave(block) },
-        Err(error) => report::cannot_thaw(slot, &error),
+    // SAFETY: the block is this thread's. Its list lives as long as the stack is frozen, and it is `BUSY` still: whoever
+    // drops the list first waits until it is not.
+    let outcome = thaw_slot(slot, |block| unsafe { Touched::leave(block) });
+    if let Err(error) = outcome {
+        report::cannot_thaw(slot, &error);
     }
     true
 }
@@ -226,15 +237,19 @@ fn take_block(slot: Slot) -> Option<NonNull<Frozen>> {
     }
 }
 
-/// Thaws a stack; returns its block, which is no longer needed. After an error it is still frozen.
-fn thaw_slot(slot: Slot) -> Result<Option<NonNull<Frozen>>, Error> {
-    let Some(block) = take_block(slot) else { return Ok(None) };
+/// Thaws a stack. `leave` gets its block, which is no longer needed, before anyone sees that the stack is thawed: from
+/// then on the owner of the list that the block names may be gone. After an error it is still frozen.
+fn thaw_slot(slot: Slot, leave: impl FnOnce(NonNull<Frozen>)) -> Result<(), Error> {
+    let Some(block) = take_block(slot) else { return Ok(()) };
     CHANGES.fetch_add(1, Ordering::SeqCst);
     // SAFETY: whoever has taken the block has block and stack alone.
     let outcome = unsafe { bring_back(slot, block) };
-    let left = if outcome.is_ok() { 0 } else { block.as_ptr() as usize };
-    slot.meta().frozen.store(left, Ordering::Release);
-    outcome.map(|()| Some(block))
+    let state = if outcome.is_ok() { 0 } else { block.as_ptr() as usize };
+    if outcome.is_ok() {
+        leave(block);
+    }
+    slot.meta().frozen.store(state, Ordering::Release);
+    outcome
 }
 
 /// Copies a stack from `lowest` on into its block, gives its pages back and guards them. After an error nothing has changed.

@@ -173,8 +173,10 @@ pub fn configure(flags: &mut impl Configurable) -> SetResult<()> {
 /// # let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
 /// # let address = 0x7200_0000;
 /// // Code that was freed, and its registration forgotten; then other code at the same address.
-/// let forgotten = cranelift::register(code, &*isa, address, Verdict::Ambiguous)?;
-/// let error = cranelift::register(code, &*isa, address, Verdict::Ambiguous).unwrap_err();
+/// // SAFETY: nothing runs at the address.
+/// let forgotten = unsafe { cranelift::register(code, &*isa, address, Verdict::Ambiguous)? };
+/// // SAFETY: nothing runs at the address.
+/// let error = unsafe { cranelift::register(code, &*isa, address, Verdict::Ambiguous) }.unwrap_err();
 /// assert!(matches!(error, cranelift::Error::Refused(map::Error::Overlap { .. })), "{error}");
 /// # drop(forgotten);
 /// # Ok::<_, Box<dyn std::error::Error>>(())
@@ -231,6 +233,16 @@ impl core::error::Error for Error {
 /// `rest` is the verdict on all that Cranelift does not record; read [above](self#what-cranelift-does-not-say)
 /// before it is [`Data`](Verdict::Data).
 ///
+/// # Safety
+///
+/// That of [`map::register`](super::register) for these maps:
+///
+/// - `isa` is what the code was compiled for, and the code lies at `address`, changed by relocations at most.
+/// - `rest` is true of all that Cranelift does not record. [`Verdict::Ambiguous`] always is. [`Verdict::Data`] is if the
+///   code keeps to [what is said above](self#what-cranelift-does-not-say).
+/// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
+///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
+///
 /// # Errors
 /// As [`maps`]; [`Error::Refused`] if the code at `address` has maps already.
 ///
@@ -255,7 +267,8 @@ impl core::error::Error for Error {
 /// let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
 /// // ... copied to executable memory at
 /// let address = 0x7100_0000;
-/// let registration = cranelift::register(code, &*isa, address, Verdict::Data)?;
+/// // SAFETY: the code lies at the address until the result is dropped, and was compiled with the settings of `configure`.
+/// let registration = unsafe { cranelift::register(code, &*isa, address, Verdict::Data)? };
 ///
 /// let rules_at = |offset| map::process().read().find(address + offset).unwrap().rules().unwrap();
 /// assert_eq!(rules_at(0), Ok(Rules::new(Cfa::rsp(8))));
@@ -264,13 +277,15 @@ impl core::error::Error for Error {
 /// drop(registration); // the code is freed
 /// # Ok::<_, Box<dyn std::error::Error>>(())
 /// ```
-pub fn register(
+pub unsafe fn register(
     code: &CompiledCode,
     isa: &dyn TargetIsa,
     address: usize,
     rest: Verdict,
 ) -> Result<Registration<'static>, Error> {
-    super::register(maps(code, isa, address, rest)?).map_err(Error::Refused)
+    let maps = maps(code, isa, address, rest)?;
+    // SAFETY: the code lies at `address` while the maps are registered, and `rest` is true of it: the caller's contract.
+    unsafe { super::register(maps) }.map_err(Error::Refused)
 }
 
 /// The maps of `code` when it lies at `address`, in ascending order: for its prologue, each of its calls, and all between.

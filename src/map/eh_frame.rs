@@ -207,11 +207,19 @@ impl fmt::Display for Report {
 pub fn record_loaded_objects() -> Report {
     static RECORDED: Mutex<Recorded> =
         Mutex::new(Recorded { changes: (0, 0), objects: Vec::new(), assembly: None });
-    RECORDED.lock().unwrap_or_else(PoisonError::into_inner).refresh(super::process())
+    RECORDED.lock().unwrap_or_else(PoisonError::into_inner).refresh(&super::PROCESS)
 }
 
 /// Adds the unwind tables of code that was compiled at run time: the contents of its `.eh_frame` section, at the address it
 /// was relocated for. The result removes them when it is dropped.
+///
+/// # Safety
+///
+/// Stacks are walked and moved by these tables. So the section is a complete `.eh_frame` section, at the address that it was
+/// relocated for, and what it says of the code is true: at each address of a function it finds the frame's caller. The
+/// result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the program
+/// runs. It may be dropped earlier: a stack with a frame of the code on it then stays where it is. The section itself is only
+/// read during the call.
 ///
 /// # Errors
 /// If a function is in other tables already, or larger than 2 GiB. What cannot be parsed is left out.
@@ -219,16 +227,17 @@ pub fn record_loaded_objects() -> Report {
 /// ```
 /// # fn code_and_tables() -> (Vec<u8>, Vec<u8>) { (vec![0xc3], vec![0; 4]) }
 /// let (code, eh_frame) = code_and_tables();
-/// let registration = regrow::map::register_eh_frame(&eh_frame)?;
+/// // SAFETY: the compiler made the tables for this code; they are removed before it is freed.
+/// let registration = unsafe { regrow::map::register_eh_frame(&eh_frame)? };
 /// // ... run it ... and when it is freed:
 /// drop(registration);
 /// # Ok::<(), regrow::map::Error>(())
 /// ```
-pub fn register_eh_frame(section: &[u8]) -> Result<Registration<'static>, Error> {
+pub unsafe fn register_eh_frame(section: &[u8]) -> Result<Registration<'static>, Error> {
     let tables = Tables::new(section, section.as_ptr() as usize, None);
     let mut functions = Functions::default();
     let _ = tables.each_in_order_of_section(|fde| functions.push(&tables, fde));
-    super::process().add(LayerName::Unwind, functions.maps).map(|(registration, _)| registration)
+    super::PROCESS.add(LayerName::Unwind, functions.maps).map(|(registration, _)| registration)
 }
 
 /// The objects that are in the table of the process.

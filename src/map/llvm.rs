@@ -184,7 +184,8 @@ impl core::error::Error for Error {
 /// ```
 /// use regrow::map::{self, Source, Verdict, llvm};
 /// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
-/// let recorded = llvm::register(section, Verdict::Ambiguous)?;
+/// // SAFETY: LLVM wrote the section for the code at the addresses in it.
+/// let recorded = unsafe { llvm::register(section, Verdict::Ambiguous)? };
 /// for statepoint in &recorded.unusable {
 ///     eprintln!("{statepoint}");
 /// }
@@ -232,15 +233,27 @@ pub struct Recorded {
 /// // SAFETY: the linker puts these around the section, which is not written after the program was loaded.
 /// let section = unsafe { std::slice::from_raw_parts(start, stop.addr() - start.addr()) };
 /// map::record_loaded_objects();
-/// let recorded = llvm::register(section, Verdict::Ambiguous)?;
+/// // SAFETY: LLVM wrote the section for code of this program, which stays.
+/// let recorded = unsafe { llvm::register(section, Verdict::Ambiguous)? };
 /// assert!(recorded.unusable.is_empty(), "{:?}", recorded.unusable);
 /// std::mem::forget(recorded); // for as long as the program runs
 /// # Ok::<_, llvm::Error>(())
 /// ```
 ///
+/// # Safety
+///
+/// That of [`map::register`](super::register) for all maps of the section:
+///
+/// - LLVM wrote the section, for the code that lies at the addresses in it, and those addresses have been filled in.
+/// - The words that it records for a statepoint are addresses or not in use. In particular nothing in it has the shape of
+///   a statepoint and is none.
+/// - `rest` is true of all other words. [`Verdict::Ambiguous`] always is.
+/// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
+///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
+///
 /// # Errors
 /// If the section cannot be read, or has maps already. Nothing is added then.
-pub fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
+pub unsafe fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
     let mut maps = Vec::new();
     let mut unusable = Vec::new();
     for table in tables(section) {
@@ -251,7 +264,9 @@ pub fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
             }
         }
     }
-    let registration = super::register(maps).map_err(Error::Refused)?;
+    // SAFETY: the section describes the code at the addresses in it, and the code outlives the result: the caller's
+    // contract, which is that of `map::register` for the maps made of it.
+    let registration = unsafe { super::register(maps) }.map_err(Error::Refused)?;
     Ok(Recorded { registration, unusable })
 }
 

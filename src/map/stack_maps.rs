@@ -26,7 +26,8 @@ use super::table::{Entry, Run, Table};
 
 /// Frame maps by code address: read by anyone at any time, a signal handler included, while others add and remove.
 ///
-/// The process has one, [`process`](super::process), and usually that is all there is to it.
+/// The process has one, [`process`](super::process), and usually that is all there is to it. No stack is moved by the maps
+/// in another one. So anything may be registered in that.
 ///
 /// ```
 /// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
@@ -313,6 +314,29 @@ impl fmt::Debug for StackMaps {
     }
 }
 
+/// The maps that stacks are moved by: anyone may read them. Adding to them is [`map::register`](super::register).
+///
+/// ```
+/// let maps = regrow::map::process();
+/// assert!(maps.read().find(8).is_none());
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct ProcessMaps(pub(super) &'static StackMaps);
+
+impl ProcessMaps {
+    /// As [`StackMaps::read`].
+    ///
+    /// ```
+    /// regrow::map::record_loaded_objects();
+    /// let here = regrow::map::process as fn() -> _ as usize;
+    /// assert!(regrow::map::process().read().find(here).is_some());
+    /// ```
+    #[inline]
+    pub fn read(self) -> Reader<'static> {
+        self.0.read()
+    }
+}
+
 /// What tables take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Size {
@@ -333,7 +357,8 @@ pub(super) struct Size {
 /// }
 /// let memory = vec![0xc3]; // ret
 /// let address = memory.as_ptr() as usize;
-/// let maps = map::register(vec![FrameMap::new(address..address + memory.len())])?;
+/// // SAFETY: the map says nothing of the code's frames but that all in them is ambiguous, which is always true.
+/// let maps = unsafe { map::register(vec![FrameMap::new(address..address + memory.len())])? };
 /// let code = Code { maps, memory };
 /// assert!(map::process().read().find(address).is_some());
 /// drop(code);

@@ -63,7 +63,9 @@ pub fn run(objects: Objects, code: impl FnOnce(*mut usize) -> usize) -> (usize, 
     CALLEE.get_or_init(|| {
         map::record_loaded_objects();
         let entry = callee as *const () as usize;
-        map::register(vec![FrameMap::new(entry..entry + 1).rules(Rules::new(Cfa::rsp(8)))]).unwrap()
+        let map = FrameMap::new(entry..entry + 1).rules(Rules::new(Cfa::rsp(8)));
+        // SAFETY: at a function's entry the frame holds the return address alone.
+        unsafe { map::register(vec![map]) }.unwrap()
     });
     let old = objects.old.as_ptr().cast_mut();
     MOVE.set(Some(Move { objects, log: Vec::new() }));
