@@ -38,8 +38,8 @@ pub enum Error {
         /// The kernel's answer.
         source: std::io::Error,
     },
-    /// The process has as many memory mappings as it may have. Only without
-    /// `MADV_GUARD_INSTALL` (Linux before 6.13), where each stack takes two.
+    /// The process has nearly as many memory mappings as it may have. Without `MADV_GUARD_INSTALL` (Linux before 6.13) each
+    /// stack takes two; new ones are refused while some are left for the rest of the program.
     Mappings {
         /// The kernel's answer.
         source: std::io::Error,
@@ -86,8 +86,8 @@ impl fmt::Display for Error {
             ),
             Self::Mappings { source } => write!(
                 f,
-                "too many memory mappings ({source}): this kernel has no MADV_GUARD_INSTALL (Linux 6.13), so each stack \
-                 takes two mappings; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
+                "too many memory mappings ({source}): without MADV_GUARD_INSTALL (Linux 6.13), and in locked memory, each \
+                 stack takes two; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
             ),
             Self::Room { bytes, maximum } => write!(
                 f,

@@ -245,7 +245,10 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         if alone() {
             ptr::copy_nonoverlapping(lowest as *const usize, words, frozen.words());
             if !guard::by_madvise() {
+                guard::forbid(start, open)?;
+                guard::discard(start, open);
                 set_forbidden(frozen, true);
+                return Ok(());
             }
             // Part of it may be gone after an error. If it cannot be brought back it is frozen, without gain.
             return match guard::close(start, open) {
@@ -264,7 +267,7 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         }
         let guarded = guard::by_madvise()
             && FORBIDDEN.load(Ordering::Relaxed) >= FEW
-            && guard::close(start, open).is_ok()
+            && guard::mark(start, open).is_ok()
             // With access they are one mapping with their neighbours.
             && guard::allow(start, open).is_ok();
         if !guarded {
@@ -287,7 +290,9 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
         let words = Frozen::words_of(block);
         let frozen = block.as_mut();
         if alone() {
-            remove_guard(start, open)?;
+            if guard::by_madvise() {
+                guard::open(start, open)?;
+            }
             if frozen.forbidden {
                 guard::allow(start, open)?;
                 set_forbidden(frozen, false);
@@ -328,5 +333,5 @@ fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
 /// As for [`guard::open`].
 unsafe fn remove_guard(start: usize, bytes: usize) -> Result<(), Error> {
     // SAFETY: by the caller's word.
-    if guard::by_madvise() { unsafe { guard::open(start, bytes) } } else { Ok(()) }
+    if guard::by_madvise() { unsafe { guard::unmark(start, bytes) } } else { Ok(()) }
 }

@@ -181,6 +181,8 @@ impl Slot {
     pub(crate) fn give(self, open: usize) {
         #[cfg(feature = "torture")]
         let _undisturbed = crate::torture::undisturbed();
+        // SAFETY: nobody uses the slot.
+        let open = if unsafe { guard::take_back(self.end() - open, open) } { 0 } else { open };
         self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         self.push();
     }

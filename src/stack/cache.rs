@@ -12,6 +12,7 @@ use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::arena::Slot;
 use super::class::{CLASSES, Class};
+use super::guard;
 use super::pages::Pages;
 use super::record::Record;
 use crate::error::Error;
@@ -99,6 +100,7 @@ fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result
         };
     }
     thread::prepare()?;
+    guard::leave_mappings()?;
     let (slot, now_open) = Slot::take(class, open)?;
     let record = Record::at(slot.end());
     // SAFETY: the slot is ours and its top page accessible.
