@@ -32,7 +32,7 @@
 //! each; so do all where guards cannot be installed without access (before Linux 6.15, or with guards by page protection).
 //!
 //! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
-//! are blocked, and it has room on its stack. The handler does not free blocks: it hangs them on a list.
+//! are blocked, it has room on its stack, and no process is forked in between (src/grow/forks.rs). The handler does not free blocks: it hangs them on a list.
 
 use core::cell::Cell;
 use core::ffi::c_int;
@@ -41,6 +41,7 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::alone::{alone, look_for_flag};
+use super::forks;
 use super::freeze::{Frozen, SAVED};
 use super::touched::{TOUCHED, Told, Touched};
 use crate::error::Error;
@@ -75,6 +76,7 @@ thread_local! {
 pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
     TOUCHED.free();
     look_for_flag();
+    forks::prepare()?;
     // SAFETY: by the caller's word; the block is nobody else's until it is in the slot's entry.
     unsafe {
         let record = (*handle.base).record();
@@ -142,7 +144,7 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     if slot.meta().frozen.load(Ordering::Acquire) == 0 || !was_open(slot, address) {
         return false;
     }
-    match thaw_slot(slot) {
+    match forks::apart(|| thaw_slot(slot)) {
         Ok(None) => {}
         // SAFETY: a block that was just taken, of a stack that was frozen until now.
         Ok(Some(block)) => unsafe { Touched::leave(block) },
@@ -183,7 +185,7 @@ fn undisturbed<R>(work: impl FnOnce() -> R) -> R {
             libc::sigdelset(mask.as_mut_ptr(), signal);
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, mask.as_ptr(), before.as_mut_ptr());
-        let result = work();
+        let result = forks::apart(work);
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         result
     }

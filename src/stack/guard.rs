@@ -14,7 +14,7 @@
 
 use core::ffi::c_int;
 use core::ops::Range;
-use core::sync::atomic::{AtomicBool, AtomicIsize, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicIsize, AtomicU8, AtomicUsize, Ordering};
 use std::io;
 
 use super::class::PAGE;
@@ -43,6 +43,9 @@ const MADV_DONTNEED_LOCKED: c_int = 24;
 
 /// By protection: how many more stacks may be opened before the mappings of the process are counted again.
 static LEFT: AtomicIsize = AtomicIsize::new(0);
+
+/// Frozen stacks that will take a slot when they thaw: their mappings are kept for them.
+static OWED: AtomicUsize = AtomicUsize::new(0);
 
 /// One mapping in so many is left to the rest of the program, and to stacks that must grow.
 const RESERVED: usize = 16;
@@ -83,6 +86,7 @@ pub(crate) fn leave_mappings() -> Result<(), Error> {
         return Ok(());
     }
     let Some((used, most)) = mappings() else { return Ok(()) };
+    let used = used + 2 * OWED.load(Ordering::Relaxed);
     let stacks = (most - most / RESERVED).saturating_sub(used) / 2;
     if stacks < FEWEST {
         LEFT.store(0, Ordering::Relaxed);
@@ -91,6 +95,17 @@ pub(crate) fn leave_mappings() -> Result<(), Error> {
     // Others take mappings, too: so they are counted again after half of what there is.
     LEFT.store((stacks / 2) as isize, Ordering::Relaxed);
     Ok(())
+}
+
+/// A stack has left its slot, and will take another one without asking [`leave_mappings`].
+pub(crate) fn owe() {
+    OWED.fetch_add(1, Ordering::Relaxed);
+    LEFT.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// It has taken it.
+pub(crate) fn paid() {
+    OWED.fetch_sub(1, Ordering::Relaxed);
 }
 
 /// How many mappings the process has, and how many it may have; `None` without `/proc`. System calls only.
