@@ -174,6 +174,20 @@ pub(crate) fn reserve_at<I: Iterator<Item = usize>>(
     Err(Error::Memory { doing: RESERVING, bytes, source: io::Error::from_raw_os_error(libc::ENOMEM) })
 }
 
+/// As [`reserve`] without access, at a multiple of `align`.
+pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error> {
+    let more = reserve(bytes + align, libc::PROT_NONE)?;
+    let start = more.next_multiple_of(align);
+    // SAFETY: what is before and after the part that is wanted was reserved above, and nobody knows of it.
+    unsafe {
+        if start > more {
+            unreserve(more, start - more);
+        }
+        unreserve(start + bytes, more + align - start);
+    }
+    Ok(start)
+}
+
 /// Gives reserved address space back.
 ///
 /// # Safety
