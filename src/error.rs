@@ -30,6 +30,10 @@ pub enum Error {
         maximum: usize,
     },
     /// The kernel refused memory or address space.
+    ///
+    /// All of a stack's slot counts as address space (`ulimit -v`), used or not. Only pages that were touched count as memory; but
+    /// with `vm.overcommit_memory=2` the kernel charges every page that could be written: where guards are markers the whole
+    /// slot, where they are by protection what is accessible of it.
     Memory {
         /// What regrow was doing.
         doing: &'static str,
