@@ -30,6 +30,10 @@ pub enum Error {
         maximum: usize,
     },
     /// The kernel refused memory or address space.
+    ///
+    /// All of a stack's slot counts as address space (`ulimit -v`), used or not. Only pages that were touched count as memory; but
+    /// with `vm.overcommit_memory=2` the kernel charges every page that could be written: where guards are markers the whole
+    /// slot, where they are by protection what is accessible of it.
     Memory {
         /// What regrow was doing.
         doing: &'static str,
@@ -38,8 +42,8 @@ pub enum Error {
         /// The kernel's answer.
         source: std::io::Error,
     },
-    /// The process has as many memory mappings as it may have. Only without
-    /// `MADV_GUARD_INSTALL` (Linux before 6.13), where each stack takes two.
+    /// The process has nearly as many memory mappings as it may have. Without `MADV_GUARD_INSTALL` (Linux before 6.13) each
+    /// stack takes two; new ones are refused while some are left for the rest of the program.
     Mappings {
         /// The kernel's answer.
         source: std::io::Error,
@@ -86,8 +90,8 @@ impl fmt::Display for Error {
             ),
             Self::Mappings { source } => write!(
                 f,
-                "too many memory mappings ({source}): this kernel has no MADV_GUARD_INSTALL (Linux 6.13), so each stack \
-                 takes two mappings; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
+                "too many memory mappings ({source}): without MADV_GUARD_INSTALL (Linux 6.13), and in locked memory, each \
+                 stack takes two; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
             ),
             Self::Room { bytes, maximum } => write!(
                 f,

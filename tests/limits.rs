@@ -131,6 +131,139 @@ fn running_out_of_mappings_is_an_error_that_names_the_setting() {
     nothing_is_lost(&builder, coroutines);
 }
 
+/// How many mappings the process can still make: it makes them, and takes them back.
+fn mappings_left(most: usize) -> usize {
+    let bytes = 2 * most * 4096;
+    let (none, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: a new mapping, of which every second page changes its protection, and that is gone afterwards.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), bytes, none, flags, -1, 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        let page = |number: usize| at.byte_add(number * 2 * 4096);
+        let split = (0..most).take_while(|&number| libc::mprotect(page(number), 4096, libc::PROT_READ) == 0);
+        let left = 2 * split.count();
+        libc::munmap(at, bytes);
+        left
+    }
+}
+
+#[test]
+fn mappings_are_left_for_the_rest_of_the_program() {
+    const TEST: &str = "mappings_are_left_for_the_rest_of_the_program";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
+    let builder = builder_of(&way);
+    let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    if most > 200_000 {
+        return eprintln!("skipped: vm.max_map_count is {most}");
+    }
+    let mut coroutines = Vec::with_capacity(most);
+    while let Ok(coroutine) = suspended::<16>(&builder) {
+        coroutines.push(coroutine);
+    }
+    let left = mappings_left(most);
+    assert!(left > most / 32, "{left} mappings left with {} coroutines", coroutines.len());
+    assert!(left < most / 4, "{left} mappings unused with {} coroutines", coroutines.len());
+}
+
+/// Those that the stock of the thread holds go with `trim`.
+#[test]
+fn mappings_go_back_when_coroutines_have_ended_and_the_thread_is_trimmed() {
+    const TEST: &str = "mappings_go_back_when_coroutines_have_ended_and_the_thread_is_trimmed";
+    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
+    let builder = builder_of(&way);
+    let before = mappings();
+    let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    let at_a_time = (most / 4).min(20_000);
+    for _ in 0..2 {
+        // Some of them have grown.
+        for _ in 0..2 {
+            let make = |n| match n % 10 {
+                0 => suspended::<5000>(&builder),
+                1 => suspended::<50_000>(&builder),
+                _ => suspended::<16>(&builder),
+            };
+            let many: Vec<_> = (0..at_a_time).map(|n| make(n).unwrap()).collect();
+            drop(many);
+        }
+        regrow::trim();
+        let after = mappings();
+        assert!(after <= before + 100, "{before} mappings, then {after}");
+    }
+}
+
+/// Takes all mappings that the process can still make.
+fn take_all_mappings(most: usize) {
+    let bytes = 2 * most * 4096;
+    let (none, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: a new mapping, of which every second page changes its protection.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), bytes, none, flags, -1, 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        let page = |number: usize| at.byte_add(number * 2 * 4096);
+        let split = |number| libc::mprotect(page(number), 4096, libc::PROT_READ) == 0;
+        assert!(!(0..most).all(split), "there are more than {most} mappings");
+    }
+}
+
+/// In place whoever takes the mappings, while a stack that moves has given its own away: there it is new coroutines.
+#[test]
+fn what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken() {
+    const TEST: &str = "what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken";
+    let Some(variant) = variant() else {
+        let variants = ["moving", "in place", "moving, alone", "in place, alone"];
+        return passes(TEST, &variants, &[("REGROW_GUARD", "protect")]);
+    };
+    let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    if most > 200_000 {
+        return eprintln!("skipped: vm.max_map_count is {most}");
+    }
+    let (way, alone) = variant.split_once(',').map_or((&*variant, false), |(way, _)| (way, true));
+    let builder = builder_of(way);
+    if alone {
+        // The harness runs a test in a thread. A child process has only one, and glibc is told so.
+        // SAFETY: the flag of the C library, true in the child; it only runs coroutines, and ends.
+        unsafe {
+            let child = libc::fork();
+            if child != 0 {
+                let mut status = -1;
+                assert_eq!(libc::waitpid(child, &mut status, 0), child);
+                return assert_eq!(status, 0);
+            }
+            let flag = libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr());
+            flag.cast::<u8>().as_mut().into_iter().for_each(|flag| *flag = 1);
+        }
+    }
+    let mut frozen: Vec<_> = (0..most / 20).map(|_| suspended::<16>(&builder).unwrap()).collect();
+    for coroutine in &mut frozen {
+        assert!(coroutine.freeze().unwrap());
+    }
+    let mut growing = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
+        yielder.suspend(());
+        frame::<9000>(1)
+    });
+    growing.resume(());
+    let mut others = Vec::with_capacity(most);
+    if way == "moving" {
+        while let Ok(coroutine) = suspended::<16>(&builder) {
+            others.push(coroutine);
+        }
+    } else {
+        take_all_mappings(most);
+    }
+    for mut coroutine in frozen {
+        assert_eq!(coroutine.resume(()).returned(), Some(17));
+    }
+    if way == "moving" {
+        take_all_mappings(most);
+    }
+    assert_eq!(growing.resume(()).returned(), Some(9000));
+    drop(others);
+    if alone {
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(0) };
+    }
+}
+
 #[test]
 fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
     const TEST: &str = "running_out_of_address_space_is_an_error_that_says_what_to_do";
@@ -153,6 +286,67 @@ fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
     // All of what there was has been used: a smaller arena is taken where a larger one is refused.
     assert!(coroutines.len() > 300, "only {} coroutines", coroutines.len());
     nothing_is_lost(&builder, coroutines);
+}
+
+/// Reserves what is free of a range of addresses, but for small pieces.
+fn reserve_all(start: usize, bytes: usize) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: a new mapping that replaces nothing.
+    let at = unsafe { libc::mmap(start as *mut _, bytes, libc::PROT_NONE, flags, -1, 0) };
+    if at == libc::MAP_FAILED && bytes > 16 << 20 {
+        reserve_all(start, bytes / 2);
+        reserve_all(start + bytes / 2, bytes / 2);
+    }
+}
+
+/// Valgrind gives a program such a one.
+#[test]
+fn moving_coroutines_can_be_made_where_only_low_addresses_are_free() {
+    const TEST: &str = "moving_coroutines_can_be_made_where_only_low_addresses_are_free";
+    if variant().is_none() {
+        return passes(TEST, &["moving"], &[]);
+    }
+    const LOW: usize = 1 << 38;
+    reserve_all(LOW, (1 << 47) - 4096 - LOW);
+    let make =
+        |n| if n % 2 == 0 { suspended::<16>(&relocating()) } else { suspended::<20_000>(&relocating()) };
+    let mut coroutines: Vec<_> = (0..500).map(|n| make(n).unwrap()).collect();
+    for (n, coroutine) in coroutines.iter_mut().enumerate() {
+        assert_eq!(coroutine.resume(()).returned(), Some([16, 20_000][n % 2] + 1));
+    }
+}
+
+/// The kernel makes no guard markers in locked memory.
+#[test]
+fn coroutines_are_made_and_grow_in_locked_memory() {
+    const TEST: &str = "coroutines_are_made_and_grow_in_locked_memory";
+    let variants = ["moving, before", "moving, after", "in place, before", "in place, after"];
+    let Some(variant) = variant() else { return passes(TEST, &variants, &[]) };
+    let (way, when) = variant.split_once(", ").unwrap();
+    let builder = builder_of(way);
+    let make = |n| match n % 3 {
+        0 => suspended::<16>(&builder).unwrap(),
+        1 => suspended::<5000>(&builder).unwrap(),
+        _ => suspended::<50_000>(&builder).unwrap(),
+    };
+    let mut coroutines = Vec::new();
+    if when == "after" {
+        coroutines.extend((0..3).map(make));
+    }
+    // SAFETY: no memory is touched.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {
+        return println!("skipped: memory may not be locked");
+    }
+    for round in 0..3 {
+        coroutines.extend((coroutines.len()..200).map(make));
+        for (n, coroutine) in coroutines.iter_mut().enumerate() {
+            // Frozen stacks, too.
+            assert!(n % 2 == 0 || coroutine.freeze().unwrap());
+            assert_eq!(coroutine.resume(()).returned(), Some([16, 5000, 50_000][n % 3] + 1), "{round}, {n}");
+        }
+        coroutines.clear();
+    }
+    assert_eq!(live(), 0);
 }
 
 /// After an error: what was refused was dropped, what there is works, and once it has ended as many are possible.

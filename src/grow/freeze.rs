@@ -35,7 +35,7 @@ use crate::error::Error;
 use crate::map;
 use crate::site::Site;
 use crate::stack::class::{Class, PAGE, open_bytes, size_of_open};
-use crate::stack::{Link, Record, Slot, cache};
+use crate::stack::{Link, Record, Slot, cache, guard};
 use crate::stats::{Growth, Stats};
 use crate::switch::{self, Base, Handle};
 
@@ -199,6 +199,7 @@ pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             let _ = cache::resize(record, (*record).first_open); // if that fails the slot is merely larger
         }
         cache::put(record);
+        guard::owe();
         handle.sp = block.as_ptr() as usize | switch::FROZEN;
         handle.base = ptr::null_mut();
         Ok(true)
@@ -241,7 +242,8 @@ pub(crate) unsafe fn thaw(handle: &mut Handle) -> Result<(), Error> {
         let count = frozen.words as usize;
         let used = count * WORD + usize::from(frozen.base_offset);
         let size = shrink::fitting(used + used / 2, 1 << frozen.first_log).min(1 << frozen.maximum_log);
-        let record = cache::take(Class::moving(size), open_bytes(size))?;
+        let record = cache::take_again(Class::moving(size), open_bytes(size))?;
+        guard::paid();
         let end = Record::end(record);
         let base = end - usize::from(frozen.base_offset);
         let lowest = base + WORD - count * WORD;

@@ -35,7 +35,7 @@
 //! each; so do all where guards cannot be installed without access (before Linux 6.15, or with guards by page protection).
 //!
 //! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
-//! are blocked, and it has room on its stack. The handler does not free blocks: it hangs them on a list.
+//! are blocked, it has room on its stack, and no process is forked in between (src/grow/forks.rs). The handler does not free blocks: it hangs them on a list.
 
 use core::cell::Cell;
 use core::ffi::c_int;
@@ -44,6 +44,7 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::alone::{alone, look_for_flag};
+use super::forks;
 use super::freeze::{Frozen, SAVED};
 use super::touched::{TOUCHED, Told, Touched};
 use crate::error::Error;
@@ -78,6 +79,7 @@ thread_local! {
 pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
     TOUCHED.free();
     look_for_flag();
+    forks::prepare()?;
     // SAFETY: by the caller's word; the block is nobody else's until it is in the slot's entry.
     unsafe {
         let record = (*handle.base).record();
@@ -161,7 +163,7 @@ pub(super) fn serve(slot: Slot, address: usize) -> bool {
     }
     // SAFETY: the block is this thread's. Its list lives as long as the stack is frozen, and it is `BUSY` still: whoever
     // drops the list first waits until it is not.
-    let outcome = thaw_slot(slot, |block| unsafe { Touched::leave(block) });
+    let outcome = forks::apart(|| thaw_slot(slot, |block| unsafe { Touched::leave(block) }));
     if let Err(error) = outcome {
         report::cannot_thaw(slot, &error);
     }
@@ -200,7 +202,7 @@ fn undisturbed<R>(work: impl FnOnce() -> R) -> R {
             libc::sigdelset(mask.as_mut_ptr(), signal);
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, mask.as_ptr(), before.as_mut_ptr());
-        let result = work();
+        let result = forks::apart(work);
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         result
     }
@@ -266,7 +268,10 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         if alone() {
             ptr::copy_nonoverlapping(lowest as *const usize, words, frozen.words());
             if !guard::by_madvise() {
+                guard::forbid(start, open)?;
+                guard::discard(start, open);
                 set_forbidden(frozen, true);
+                return Ok(());
             }
             // Part of it may be gone after an error. If it cannot be brought back it is frozen, without gain.
             return match guard::close(start, open) {
@@ -285,7 +290,7 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         }
         let guarded = guard::by_madvise()
             && FORBIDDEN.load(Ordering::Relaxed) >= FEW
-            && guard::close(start, open).is_ok()
+            && guard::mark(start, open).is_ok()
             // With access they are one mapping with their neighbours.
             && guard::allow(start, open).is_ok();
         if !guarded {
@@ -308,7 +313,9 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
         let words = Frozen::words_of(block);
         let frozen = block.as_mut();
         if alone() {
-            remove_guard(start, open)?;
+            if guard::by_madvise() {
+                guard::open(start, open)?;
+            }
             if frozen.forbidden {
                 guard::allow(start, open)?;
                 set_forbidden(frozen, false);
@@ -349,5 +356,5 @@ fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
 /// As for [`guard::open`].
 unsafe fn remove_guard(start: usize, bytes: usize) -> Result<(), Error> {
     // SAFETY: by the caller's word.
-    if guard::by_madvise() { unsafe { guard::open(start, bytes) } } else { Ok(()) }
+    if guard::by_madvise() { unsafe { guard::unmark(start, bytes) } } else { Ok(()) }
 }

@@ -12,6 +12,7 @@
 mod alone;
 mod context;
 mod fault;
+mod forks;
 mod freeze;
 mod in_place;
 mod obey;

@@ -16,9 +16,9 @@ mod census;
 
 pub use census::{Slots, slots};
 
-use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use super::class::{CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
+use super::class::{ALIGN, CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
 use super::pages::Pages;
 use super::{carry, guard};
 use crate::error::Error;
@@ -61,6 +61,8 @@ struct Arena {
     /// Slots from here on were never used.
     fresh: AtomicU32,
     class: AtomicU8,
+    /// It lies where there was room, not where addresses look like no common data.
+    anywhere: AtomicBool,
 }
 
 #[expect(clippy::declare_interior_mutable_const, reason = "an initialiser, copied into statics")]
@@ -71,6 +73,7 @@ const NO_ARENA: Arena = Arena {
     slots: AtomicU32::new(0),
     fresh: AtomicU32::new(0),
     class: AtomicU8::new(0),
+    anywhere: AtomicBool::new(false),
 };
 
 static ARENAS: [Arena; MAX_ARENAS] = [NO_ARENA; MAX_ARENAS];
@@ -186,6 +189,8 @@ impl Slot {
     pub(crate) fn give(self, open: usize) {
         #[cfg(feature = "torture")]
         let _undisturbed = crate::torture::undisturbed();
+        // SAFETY: nobody uses the slot.
+        let open = if unsafe { guard::take_back(self.end() - open, open) } { 0 } else { open };
         self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         self.push();
     }
@@ -268,7 +273,7 @@ impl Slot {
 
     /// It lies where no stack is to be.
     fn is_left_out(self) -> bool {
-        next_place(self.class(), self.start()) != self.start()
+        self.arena().next_place(self.start()) != self.start()
     }
 
     /// `None` if none of the batch may be used.
@@ -309,13 +314,19 @@ impl Arena {
     fn class(&self) -> Class {
         Class::from_index(self.class.load(Ordering::Relaxed) as usize)
     }
+
+    /// The first address from `from` on where one of its slots may start.
+    fn next_place(&self, from: usize) -> usize {
+        if self.anywhere.load(Ordering::Relaxed) { from } else { next_place(self.class(), from) }
+    }
 }
 
 /// How many fresh slots are taken at a time from `start` on, after `used` others: [`FEW`] within 2 MiB, or a quarter as many.
 /// Guards take time and page tables, which a program with a few coroutines shall not spend on many. Or all that are left
 /// out there.
-fn batch(class: Class, start: usize, used: u32) -> u32 {
-    match next_place(class, start) - start {
+fn batch(arena: &Arena, start: usize, used: u32) -> u32 {
+    let class = arena.class();
+    match arena.next_place(start) - start {
         0 => (((2 << 20) / class.stride()) as u32).min(FEW).max(used / 4).clamp(1, MOST_AT_A_TIME),
         left_out => left_out.div_ceil(class.stride()) as u32,
     }
@@ -332,7 +343,7 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
             let slots = arena.slots.load(Ordering::Relaxed);
             let after = |fresh| {
                 let start = Slot { arena: number, index: fresh }.start();
-                slots.min(fresh + batch(class, start, fresh))
+                slots.min(fresh + batch(arena, start, fresh))
             };
             let taken = arena.fresh.fetch_update(Ordering::AcqRel, Ordering::Acquire, |fresh| {
                 (fresh < slots).then(|| after(fresh))
@@ -345,18 +356,24 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
     }
 }
 
-fn reserve_arena(class: Class, bytes: usize) -> Result<usize, Error> {
+/// Address space for an arena, and whether it lies where there was room.
+fn reserve_arena(class: Class, bytes: usize) -> Result<(usize, bool), Error> {
     if !class.is_moving() {
-        return guard::reserve(bytes, libc::PROT_NONE);
+        return guard::reserve(bytes, libc::PROT_NONE).map(|start| (start, true));
     }
-    guard::reserve_at(bytes, |free| {
+    let wanted = guard::reserve_at(bytes, |free| {
         let first = arenas_below(free);
         let top = match TOP.compare_exchange(0, first, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => first,
             Err(top) => top,
         };
         arena_places(class, free.min(top), bytes)
-    })
+    });
+    match wanted {
+        Ok(start) => Ok((start, false)),
+        // A process whose addresses are few, or all low, as under Valgrind.
+        Err(_) => guard::reserve_aligned(bytes, ALIGN).map(|start| (start, true)),
+    }
 }
 
 /// Adds an arena, eight times the last one of its class, less where the kernel refuses so much.
@@ -367,9 +384,9 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
         None => ((64 << 20) / class.stride()).clamp(4, 64) as u32,
     };
     let mut slots = largest.min(MAX_SLOTS);
-    let start = loop {
+    let (start, anywhere) = loop {
         match reserve_arena(class, slots as usize * class.stride()) {
-            Ok(start) => break start,
+            Ok(found) => break found,
             Err(error) if slots == 1 => return Err(error),
             Err(_) => slots = slots.div_ceil(4),
         }
@@ -403,8 +420,9 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     arena.meta.store(meta as *mut Meta, Ordering::Relaxed);
     arena.slots.store(slots, Ordering::Relaxed);
     arena.class.store(class.index() as u8, Ordering::Relaxed);
+    arena.anywhere.store(anywhere, Ordering::Relaxed);
     arena.end.store(start + bytes, Ordering::Release);
-    if class.is_moving() {
+    if !anywhere {
         TOP.fetch_min(start - 1, Ordering::Relaxed);
     }
     // Two threads may add one each; the loser's slots are found when the winner's are used up or never:

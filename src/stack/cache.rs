@@ -17,6 +17,7 @@ use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::arena::Slot;
 use super::class::{CLASSES, Class, PAGE};
+use super::guard;
 use super::pages::{Pages, resident};
 use super::record::Record;
 use crate::error::Error;
@@ -146,13 +147,24 @@ pub(crate) fn take(class: Class, open: usize) -> Result<*mut Record, Error> {
     match CACHE.with(|cache| cache.pop(class)) {
         // SAFETY: a slot just taken is ours, its record accessible.
         Some(record) if unsafe { (*record).open } == open => Ok(record),
-        other => take_slowly(class, open, other),
+        other => take_slowly(class, open, other, guard::leave_mappings),
     }
+}
+
+/// As [`take`], for a stack that there was before: it is not refused in order to leave mappings to others.
+pub(crate) fn take_again(class: Class, open: usize) -> Result<*mut Record, Error> {
+    let cached = CACHE.with(|cache| cache.pop(class));
+    take_slowly(class, open, cached, || Ok(()))
 }
 
 #[cold]
 #[inline(never)]
-fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result<*mut Record, Error> {
+fn take_slowly(
+    class: Class,
+    open: usize,
+    cached: Option<*mut Record>,
+    may_be_made: fn() -> Result<(), Error>,
+) -> Result<*mut Record, Error> {
     if let Some(record) = cached {
         // A stack that moves was cached with another size than is wanted now.
         // SAFETY: a slot just taken is ours, its record accessible.
@@ -166,6 +178,7 @@ fn take_slowly(class: Class, open: usize, cached: Option<*mut Record>) -> Result
         };
     }
     thread::prepare()?;
+    may_be_made()?;
     let (slot, now_open) = Slot::take(class, open)?;
     let record = Record::at(slot.end());
     // SAFETY: the slot is ours and its top page accessible.

@@ -5,12 +5,16 @@
 //! | `madvise(MADV_GUARD_INSTALL)` | Linux 6.13 | none | 0.7 µs |
 //! | page protection (`region`) | always | two a stack, `vm.max_map_count` bounds them | 2.5 µs |
 //!
-//! The environment variable `REGROW_GUARD=protect` asks for the second on any kernel.
+//! The environment variable `REGROW_GUARD=protect` asks for the second on any kernel. In locked memory (`mlockall`) the kernel
+//! refuses markers: there, too, guards are pages without access, call by call.
+//!
+//! With guards by protection a stack that ends is mapped anew ([`renew`]): what was written to keeps a mapping from being one with
+//! its neighbours, on kernels before 6.16 at least, and then the process would run out of them.
 //! All of it is system calls on address ranges: safe to call in the fault handler once [`detect`] ran.
 
 use core::ffi::c_int;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicIsize, AtomicU8, AtomicUsize, Ordering};
 use std::io;
 
 use super::class::PAGE;
@@ -30,6 +34,24 @@ const RESERVING: &str = "reserving address space for stacks";
 const PLACES: usize = 10_000;
 
 static MEANS: AtomicU8 = AtomicU8::new(UNKNOWN);
+
+/// The kernel once refused a marker because memory is locked: there may be guards of both kinds.
+static LOCKED: AtomicBool = AtomicBool::new(false);
+
+/// `MADV_DONTNEED` for locked memory (Linux 5.18).
+const MADV_DONTNEED_LOCKED: c_int = 24;
+
+/// By protection: how many more stacks may be opened before the mappings of the process are counted again.
+static LEFT: AtomicIsize = AtomicIsize::new(0);
+
+/// Frozen stacks that will take a slot when they thaw: their mappings are kept for them.
+static OWED: AtomicUsize = AtomicUsize::new(0);
+
+/// One mapping in so many is left to the rest of the program, and to stacks that must grow.
+const RESERVED: usize = 16;
+
+/// With room for fewer stacks than this no more are made: each time would take a count.
+const FEWEST: usize = 32;
 
 /// Finds out which means this kernel has. Called before the first slot is made, never in the handler.
 pub(crate) fn detect() {
@@ -57,6 +79,68 @@ pub(crate) fn by_madvise() -> bool {
     MEANS.load(Ordering::Relaxed) == MADVISE
 }
 
+/// Whether a new stack may be made: an error if the process would have too few mappings left. Then `malloc` goes on working,
+/// and a running stack that must grow finds some. Not in the handler, which may use the last one.
+pub(crate) fn leave_mappings() -> Result<(), Error> {
+    if by_madvise() || LEFT.fetch_sub(1, Ordering::Relaxed) > 0 {
+        return Ok(());
+    }
+    let Some((used, most)) = mappings() else { return Ok(()) };
+    let used = used + 2 * OWED.load(Ordering::Relaxed);
+    let stacks = (most - most / RESERVED).saturating_sub(used) / 2;
+    if stacks < FEWEST {
+        LEFT.store(0, Ordering::Relaxed);
+        return Err(Error::Mappings { source: io::Error::from_raw_os_error(libc::ENOMEM) });
+    }
+    // Others take mappings, too: so they are counted again after half of what there is.
+    LEFT.store((stacks / 2) as isize, Ordering::Relaxed);
+    Ok(())
+}
+
+/// A stack has left its slot, and will take another one without asking [`leave_mappings`].
+pub(crate) fn owe() {
+    OWED.fetch_add(1, Ordering::Relaxed);
+    LEFT.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// It has taken it.
+pub(crate) fn paid() {
+    OWED.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// How many mappings the process has, and how many it may have; `None` without `/proc`. System calls only.
+fn mappings() -> Option<(usize, usize)> {
+    let mut most = 0;
+    read(c"/proc/sys/vm/max_map_count", |text| {
+        for digit in text.iter().filter(|byte| byte.is_ascii_digit()) {
+            most = most * 10 + usize::from(digit - b'0');
+        }
+    })?;
+    let mut used = 0;
+    read(c"/proc/self/maps", |text| used += text.iter().filter(|&&byte| byte == b'\n').count())?;
+    Some((used, most))
+}
+
+/// Shows the text of a file to `each`, piece by piece. `None` if it cannot be read.
+fn read(path: &core::ffi::CStr, mut each: impl FnMut(&[u8])) -> Option<()> {
+    let mut piece = [0; 2048];
+    // SAFETY: the path ends with a zero; the kernel writes at most what the piece holds; the descriptor is ours.
+    unsafe {
+        let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        if file < 0 {
+            return None;
+        }
+        let end = loop {
+            match libc::read(file, piece.as_mut_ptr().cast(), piece.len()) {
+                length @ 1.. => each(&piece[..length as usize]),
+                end => break end,
+            }
+        };
+        libc::close(file);
+        (end == 0).then_some(())
+    }
+}
+
 /// New private address space, `bytes` long, with this protection.
 pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
     reserve_near(0, bytes, protection)
@@ -67,7 +151,7 @@ fn reserve_near(wanted: usize, bytes: usize, protection: c_int) -> Result<usize,
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new mapping, where the kernel likes, touches nothing that exists.
     let at = unsafe { libc::mmap(wanted as *mut _, bytes, protection, flags, -1, 0) };
-    if at == libc::MAP_FAILED { Err(memory(RESERVING, bytes)) } else { Ok(at as usize) }
+    if at == libc::MAP_FAILED { Err(refused(RESERVING, bytes)) } else { Ok(at as usize) }
 }
 
 /// As [`reserve`] without access, at one of `places`, which are tried in turn: those below an address where that much is free.
@@ -88,6 +172,20 @@ pub(crate) fn reserve_at<I: Iterator<Item = usize>>(
         unsafe { unreserve(at, bytes) };
     }
     Err(Error::Memory { doing: RESERVING, bytes, source: io::Error::from_raw_os_error(libc::ENOMEM) })
+}
+
+/// As [`reserve`] without access, at a multiple of `align`.
+pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error> {
+    let more = reserve(bytes + align, libc::PROT_NONE)?;
+    let start = more.next_multiple_of(align);
+    // SAFETY: what is before and after the part that is wanted was reserved above, and nobody knows of it.
+    unsafe {
+        if start > more {
+            unreserve(more, start - more);
+        }
+        unreserve(start + bytes, more + align - start);
+    }
+    Ok(start)
 }
 
 /// Gives reserved address space back.
@@ -158,12 +256,16 @@ const MOST_AT_ONCE: usize = 64;
 /// # Safety
 /// The range is page-aligned and inside a slot that belongs to the caller.
 pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
-    if by_madvise() {
-        // SAFETY: the caller vouches for the range.
-        return unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_REMOVE), bytes) };
+    // SAFETY: the caller vouches for the range.
+    unsafe {
+        if by_madvise() {
+            unmark(start, bytes)?;
+            if !LOCKED.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+        }
+        protect(start, bytes, region::Protection::READ_WRITE)
     }
-    // SAFETY: the same.
-    unsafe { protect(start, bytes, region::Protection::READ_WRITE) }
 }
 
 /// Makes pages inaccessible and gives their memory back.
@@ -171,26 +273,93 @@ pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]; the contents are lost unless there is an error.
 pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
-    if by_madvise() {
-        // SAFETY: the caller vouches for the range.
-        return unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) };
-    }
-    // In this order: after an error the contents are what they were.
-    // SAFETY: the same.
+    // SAFETY: the caller vouches for the range.
     unsafe {
+        if by_madvise() {
+            match mark(start, bytes) {
+                // Locked memory: the kernel installs no markers there.
+                Err(Error::Memory { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                    LOCKED.store(true, Ordering::Relaxed);
+                }
+                other => return other,
+            }
+        } else if renew(start, bytes).is_ok() {
+            return Ok(());
+        }
+        // In this order: after an error the contents are what they were.
         protect(start, bytes, region::Protection::NONE)?;
         discard(start, bytes);
     }
     Ok(())
 }
 
+/// Makes guard markers of pages. An error where memory is locked.
+///
+/// # Safety
+/// As for [`close`]. Only where guards are markers.
+pub(crate) unsafe fn mark(start: usize, bytes: usize) -> Result<(), Error> {
+    // SAFETY: the caller vouches for the range.
+    unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) }
+}
+
+/// Removes guard markers, and leaves the protection.
+///
+/// # Safety
+/// As for [`open`]. Only where guards are markers.
+pub(crate) unsafe fn unmark(start: usize, bytes: usize) -> Result<(), Error> {
+    // SAFETY: the caller vouches for the range.
+    unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_REMOVE), bytes) }
+}
+
+/// By protection: takes back all accessible pages of a slot that nobody uses, with their mappings. True if it did.
+///
+/// # Safety
+/// As for [`close`].
+pub(crate) unsafe fn take_back(start: usize, bytes: usize) -> bool {
+    // SAFETY: the caller vouches for the range.
+    let done = !by_madvise() && unsafe { renew(start, bytes) }.is_ok();
+    if done {
+        LEFT.fetch_add(1, Ordering::Relaxed);
+    }
+    done
+}
+
+/// Maps pages anew, without access: nothing keeps them from being one mapping with their neighbours.
+///
+/// # Safety
+/// As for [`close`].
+unsafe fn renew(start: usize, bytes: usize) -> Result<(), Error> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: the caller vouches for the range, whose contents nobody needs.
+    unsafe {
+        let at = libc::mmap(start as *mut _, bytes, libc::PROT_NONE, flags, -1, 0);
+        if at == libc::MAP_FAILED {
+            return Err(refused("mapping stack pages anew", bytes));
+        }
+        // As the arena is; mappings that differ in this stay two.
+        libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE);
+    }
+    Ok(())
+}
+
 /// Takes the access to pages away, guards or not, and leaves their contents.
+///
+/// By protection they stay a mapping of their own, since they differ from the guards around them in whether they are dumped:
+/// so [`allow`] needs no new one, of which there may be none.
 ///
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
     // SAFETY: the caller vouches for the range.
-    unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_NONE), bytes) }
+    unsafe {
+        if !by_madvise() {
+            check(libc::madvise(start as *mut _, bytes, libc::MADV_DONTDUMP), bytes)?;
+        }
+        check(libc::mprotect(start as *mut _, bytes, libc::PROT_NONE), bytes)
+    }
 }
 
 /// Undoes [`forbid`]: what is not a guard is accessible.
@@ -199,7 +368,13 @@ pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
 /// As for [`open`].
 pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
     // SAFETY: the caller vouches for the range.
-    unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
+    unsafe {
+        check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes)?;
+        if !by_madvise() {
+            libc::madvise(start as *mut _, bytes, libc::MADV_DODUMP);
+        }
+    }
+    Ok(())
 }
 
 /// Gives the memory of accessible pages back; they read as zeros afterwards.
@@ -208,7 +383,11 @@ pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
 /// As for [`open`]; the contents are lost.
 pub(crate) unsafe fn discard(start: usize, bytes: usize) {
     // SAFETY: the caller vouches for the range. Failing only means that the memory stays.
-    unsafe { libc::madvise(start as *mut _, bytes, libc::MADV_DONTNEED) };
+    unsafe {
+        if libc::madvise(start as *mut _, bytes, libc::MADV_DONTNEED) != 0 {
+            libc::madvise(start as *mut _, bytes, MADV_DONTNEED_LOCKED);
+        }
+    }
 }
 
 /// # Safety
@@ -217,17 +396,18 @@ unsafe fn protect(start: usize, bytes: usize, protection: region::Protection) ->
     // SAFETY: the caller vouches for the range.
     match unsafe { region::protect(start as *const u8, bytes, protection) } {
         Ok(()) => Ok(()),
-        Err(region::Error::SystemCall(libc::ENOMEM)) => {
-            Err(Error::Mappings { source: io::Error::from_raw_os_error(libc::ENOMEM) })
-        }
-        Err(_) => Err(memory("protecting stack pages", bytes)),
+        Err(_) => Err(refused("protecting stack pages", bytes)),
     }
 }
 
 fn check(answer: c_int, bytes: usize) -> Result<(), Error> {
-    if answer == 0 { Ok(()) } else { Err(memory("changing guard pages", bytes)) }
+    if answer == 0 { Ok(()) } else { Err(refused("changing guard pages", bytes)) }
 }
 
-fn memory(doing: &'static str, bytes: usize) -> Error {
-    Error::Memory { doing, bytes, source: io::Error::last_os_error() }
+/// What the kernel's refusal just now is about: memory, or mappings if the process has no more.
+fn refused(doing: &'static str, bytes: usize) -> Error {
+    let source = io::Error::last_os_error();
+    let is_about_mappings = source.raw_os_error() == Some(libc::ENOMEM)
+        && mappings().is_some_and(|(used, most)| used + 4 >= most);
+    if is_about_mappings { Error::Mappings { source } } else { Error::Memory { doing, bytes, source } }
 }

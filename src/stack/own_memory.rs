@@ -1,50 +1,85 @@
 //! This process's memory through `/proc/self/mem`: read and written whatever its protection says.
 //!
-//! The file is opened once. Before each use it is made sure that it is still that file, and of this process: after a
-//! `fork` it would be the parent's memory, and a program may close descriptors it knows nothing of. The fault handler uses
-//! it, too: system calls only.
+//! The file is opened once. Before each use it is made sure that it is still that file: a program may close descriptors it
+//! knows nothing of. In a child made by `fork` it would be the parent's memory; so what is known of it lies on a page that the
+//! kernel gives a child as zeros. (The process id does not tell them apart: in a new pid namespace the child of process 1 is
+//! process 1.) The fault handler uses it, too: system calls only.
 
 use core::ffi::c_int;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::io;
 
+use super::class::PAGE;
+use super::guard;
 use crate::error::Error;
 
-/// The open file: process id, descriptor, and bits of the inode's number. 0: not opened yet.
-static FILE: AtomicU64 = AtomicU64::new(0);
+/// Where it is kept which file is open; null before there is such a page.
+static KEPT: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
 
-const INODE_BITS: u32 = 22;
+const INODE_BITS: u32 = 40;
 const DESCRIPTOR_BITS: u32 = 20;
 
 /// `/proc/self/mem`, open.
-pub(crate) struct OwnMemory(c_int);
+pub(crate) struct OwnMemory {
+    file: c_int,
+    /// It stays open.
+    kept: bool,
+}
+
+impl Drop for OwnMemory {
+    fn drop(&mut self) {
+        if !self.kept {
+            // SAFETY: opened by `open`, and nobody else's.
+            unsafe { libc::close(self.file) };
+        }
+    }
+}
+
+/// The descriptor that is kept open and bits of its inode's number; 0: not opened yet, in this process. `None` where the
+/// kernel has no such page.
+fn kept() -> Option<&'static AtomicU64> {
+    // SAFETY: null, or a page that is never unmapped, whose zeros are an `AtomicU64`.
+    if let Some(kept) = unsafe { KEPT.load(Ordering::Acquire).as_ref() } {
+        return Some(kept);
+    }
+    let page = guard::reserve(PAGE, libc::PROT_READ | libc::PROT_WRITE).ok()?;
+    let new = page as *mut AtomicU64;
+    // SAFETY: the page was reserved above; nobody knows of it unless it is published, and then it is not unmapped.
+    unsafe {
+        if libc::madvise(page as *mut _, PAGE, libc::MADV_WIPEONFORK) != 0 {
+            guard::unreserve(page, PAGE);
+            return None;
+        }
+        match KEPT.compare_exchange(ptr::null_mut(), new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => Some(&*new),
+            Err(other) => {
+                guard::unreserve(page, PAGE);
+                Some(&*other)
+            }
+        }
+    }
+}
 
 impl OwnMemory {
     /// An error where there is no such file, or it may not be opened.
     pub(crate) fn open() -> Result<Self, Error> {
-        let known = FILE.load(Ordering::Acquire);
+        let kept = kept();
+        let known = kept.map_or(0, |kept| kept.load(Ordering::Acquire));
         if known != 0 && describe(descriptor(known)) == Some(known) {
-            return Ok(Self(descriptor(known)));
+            return Ok(Self { file: descriptor(known), kept: true });
         }
-        // SAFETY: a constant path; the descriptor is ours until it is published.
-        unsafe {
-            let file = libc::open(c"/proc/self/mem".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
-            if file < 0 {
-                return Err(failed());
-            }
-            let new = describe(file);
-            let published = new.is_some_and(|new| {
-                FILE.compare_exchange(known, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
-            });
-            if published {
-                return Ok(Self(file));
-            }
-            libc::close(file);
+        // SAFETY: a constant path.
+        let file = unsafe { libc::open(c"/proc/self/mem".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        if file < 0 {
+            return Err(failed());
         }
-        // Another thread was faster; or the descriptor is too large to be kept, then it still is `known`.
-        let other = FILE.load(Ordering::Acquire);
-        let too_large = || Error::OwnMemory { source: io::Error::from_raw_os_error(libc::EMFILE) };
-        (other != known).then(|| Self(descriptor(other))).ok_or_else(too_large)
+        // Not kept where another thread was faster, or the descriptor is too large.
+        let publish = |kept: &AtomicU64, new| {
+            kept.compare_exchange(known, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        };
+        let kept = kept.zip(describe(file)).is_some_and(|(kept, new)| publish(kept, new));
+        Ok(Self { file, kept })
     }
 
     /// Reads `bytes` at the address `from`, with or without access to it. An error if it could not read all.
@@ -54,7 +89,7 @@ impl OwnMemory {
     pub(crate) unsafe fn read(&self, from: usize, to: *mut u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: by the caller's word.
         all(bytes, |done| unsafe {
-            libc::pread(self.0, to.add(done).cast(), bytes - done, (from + done) as libc::off_t)
+            libc::pread(self.file, to.add(done).cast(), bytes - done, (from + done) as libc::off_t)
         })
     }
 
@@ -65,7 +100,7 @@ impl OwnMemory {
     pub(crate) unsafe fn write(&self, to: usize, from: *const u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: by the caller's word.
         all(bytes, |done| unsafe {
-            libc::pwrite(self.0, from.add(done).cast(), bytes - done, (to + done) as libc::off_t)
+            libc::pwrite(self.file, from.add(done).cast(), bytes - done, (to + done) as libc::off_t)
         })
     }
 }
@@ -92,7 +127,7 @@ const fn descriptor(file: u64) -> c_int {
     (file >> INODE_BITS & ((1 << DESCRIPTOR_BITS) - 1)) as c_int
 }
 
-/// What [`FILE`] says of a descriptor in this process.
+/// What is kept of a descriptor in this process.
 fn describe(descriptor: c_int) -> Option<u64> {
     // SAFETY: plain data for system calls.
     unsafe {
@@ -101,7 +136,6 @@ fn describe(descriptor: c_int) -> Option<u64> {
             return None;
         }
         let inode = (about.st_ino ^ about.st_dev << 7) & ((1 << INODE_BITS) - 1);
-        let process = libc::getpid() as u64;
-        Some(process << (INODE_BITS + DESCRIPTOR_BITS) | (descriptor as u64) << INODE_BITS | inode)
+        Some(1 << (INODE_BITS + DESCRIPTOR_BITS) | (descriptor as u64) << INODE_BITS | inode)
     }
 }
