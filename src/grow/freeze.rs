@@ -57,6 +57,8 @@ pub(crate) struct Frozen {
     /// Words that follow: from what the suspend saved to the first word of the base.
     words: u32,
     pub(super) entry: u32,
+    /// In place only: the most pages that were seen to have memory.
+    highest: u32,
     base_offset: u16,
     first_log: u8,
     maximum_log: u8,
@@ -127,9 +129,17 @@ impl Frozen {
         };
         let (counters, highest) = match self.record() {
             Some(record) => (record.counters(), record.highest),
-            None => (Stats::NONE, 1 << self.first_log),
+            None => (Stats::NONE, self.first_highest()),
         };
         Stats { size, highest: highest.max(size), ..counters }
+    }
+
+    /// The most bytes that a stack ever had about which there is no more to say.
+    fn first_highest(&self) -> usize {
+        match self.growth {
+            Growth::InPlace => self.highest as usize * PAGE,
+            Growth::Relocate => 1 << self.first_log,
+        }
     }
 
     /// # Safety
@@ -330,6 +340,7 @@ impl Frozen {
                 site: (*record).site,
                 words: words as u32,
                 entry: 0,
+                highest: ((*record).highest / PAGE) as u32,
                 base_offset: (*record).base_offset,
                 first_log: (*record).first_log,
                 maximum_log: (*record).maximum.trailing_zeros() as u8,
@@ -383,7 +394,7 @@ impl Frozen {
             (*record).watch = Watch::new(self.shrink);
             (*record).first_log = self.first_log;
             (*record).base_offset = self.base_offset;
-            (*record).highest = size;
+            (*record).highest = if self.growth == Growth::InPlace { self.first_highest() } else { size };
             (*record).scout = false;
         }
     }

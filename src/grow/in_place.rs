@@ -51,6 +51,7 @@ use crate::error::Error;
 use crate::report;
 use crate::stack::class::PAGE;
 use crate::stack::own_memory::OwnMemory;
+use crate::stack::pages::resident;
 use crate::stack::{Record, Slot, guard};
 use crate::switch::{self, Base, Handle};
 
@@ -89,6 +90,8 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             return Ok(false);
         }
         let pages = (slot.end() - lowest).div_ceil(PAGE);
+        let unused = resident(slot.end() - (*record).open..slot.end() - pages * PAGE);
+        (*record).highest = (*record).highest.max(pages * PAGE + unused);
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
         let mut block = Frozen::allocate(words)?;
         block.write(Frozen::of(record, words));
@@ -108,8 +111,10 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             Frozen::free(block);
             return Err(error);
         }
-        // What is below the stack pointer is needed by nobody, frozen or not.
-        slot.pages().discard(slot.class().window(), pages * PAGE);
+        if unused != 0 {
+            // What is below the stack pointer is needed by nobody, frozen or not.
+            slot.pages().discard(slot.class().window(), pages * PAGE);
+        }
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
