@@ -487,7 +487,8 @@ impl<'a> Table<'a> {
     ///         maps.push(map?);
     ///     }
     /// }
-    /// let registration = map::register(maps)?;
+    /// // SAFETY: the section is that of code which is nowhere loaded, so no frame is at these addresses.
+    /// let registration = unsafe { map::register(maps)? };
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub fn frame_maps(
@@ -1005,7 +1006,8 @@ impl Words {
 /// # let mut section = include_bytes!("../../tests/llvm/statepoint-registers.bin").to_vec();
 /// # section[236] = 0; // of rbx
 /// // A statepoint with a pointer in rax, which the callee may overwrite.
-/// let recorded = llvm::register(&section, Verdict::Ambiguous)?;
+/// // SAFETY: the section is that of code which is nowhere loaded, so no frame is at these addresses.
+/// let recorded = unsafe { llvm::register(&section, Verdict::Ambiguous)? };
 /// let unusable = Unusable { return_address: 0x40_0029, reason: Reason::Register(0) };
 /// assert_eq!(recorded.unusable, [unusable]);
 /// println!("judged by its value: {unusable}");
