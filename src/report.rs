@@ -103,6 +103,20 @@ pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
     out.abort()
 }
 
+/// A signal whose handler has no stack of its own came where a coroutine's stack had no room for it.
+pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
+    let mut out = Stderr::new();
+    let _ = write!(
+        out,
+        "regrow: a signal came where a coroutine's stack had no room for its handler\nfatal error: lost signal, one of"
+    );
+    for signal in candidates {
+        let _ = write!(out, " {signal}");
+    }
+    let _ = writeln!(out, "\n  install their handlers with SA_ONSTACK");
+    out.abort()
+}
+
 /// How a coroutine is called in reports.
 struct Name(*const Record);
 

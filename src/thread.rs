@@ -149,28 +149,3 @@ extern "C" fn end_of_thread(stack: *mut c_void) {
         guard::unreserve(stack, PAGE + stack_size());
     }
 }
-
-/// Signals whose handler does not run on an alternate stack.
-///
-/// Such a handler runs on whatever stack is current: on a coroutine's it needs room there, makes
-/// the stack grow, and with [`Growth::Relocate`](crate::Growth::Relocate) may hold pointers to it. Install handlers
-/// with `SA_ONSTACK`.
-///
-/// ```
-/// assert!(!regrow::signals_on_coroutine_stacks().contains(&libc::SIGSEGV));
-/// ```
-#[must_use]
-pub fn signals_on_coroutine_stacks() -> Vec<i32> {
-    (1..=libc::SIGRTMAX())
-        .filter(|&signal| {
-            // SAFETY: `sigaction` is plain data; the call only reads the disposition.
-            unsafe {
-                let mut now: libc::sigaction = core::mem::zeroed();
-                libc::sigaction(signal, ptr::null(), &mut now) == 0
-                    && now.sa_sigaction != libc::SIG_DFL
-                    && now.sa_sigaction != libc::SIG_IGN
-                    && now.sa_flags & libc::SA_ONSTACK == 0
-            }
-        })
-        .collect()
-}

@@ -50,13 +50,17 @@ fn say(text: &str) {
 fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
     const TEST: &str = "a_wild_pointer_in_a_coroutine_dies_by_sigsegv";
     static CONSTANT: u64 = 5;
-    let wild: [(&str, fn()); 5] = [
+    let wild: [(&str, fn()); 6] = [
         ("null", || {
             load(0);
         }),
         ("null, written", || store(8)),
         ("not canonical", || {
             load(0x8000_0000_0000_0000);
+        }),
+        ("privileged", || {
+            // SAFETY: none: it is made to fault.
+            unsafe { asm!("hlt") };
         }),
         ("read-only", || store(&raw const CONSTANT as usize)),
         ("called", || {
@@ -334,6 +338,178 @@ fn sigsegv_from_outside_kills_as_it_would_have() {
                     unsafe { libc::pause() };
                 }
             });
+        }
+    }
+}
+
+// --- signals whose frame does not fit ----------------------------------------------------------------------------
+
+fn count(signal: c_int) {
+    // SAFETY: plain data for a system call; without SA_ONSTACK, as most programs do it.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = counts as *const () as usize;
+        assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
+    }
+}
+
+/// Sends this thread a signal where the stack has 64 bytes left above `lowest`.
+#[inline(never)]
+fn signalled_at(lowest: usize, signal: c_int) {
+    // SAFETY: the code uses no stack while `rsp` is elsewhere, and a signal's handler only what is above `lowest`.
+    unsafe {
+        asm!(
+            "mov {kept}, rsp",
+            "mov rsp, {low}",
+            "syscall",
+            "mov rsp, {kept}",
+            kept = out(reg) _,
+            low = in(reg) lowest + 64,
+            inlateout("rax") libc::SYS_tgkill => _,
+            in("rdi") libc::getpid(),
+            in("rsi") libc::gettid(),
+            in("rdx") signal,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+}
+
+/// The lowest accessible address of a coroutine's first page.
+#[inline(never)]
+fn lowest() -> usize {
+    let local = black_box(0u8);
+    &raw const local as usize / 4096 * 4096
+}
+
+/// The lowest address of a page with nothing below it.
+fn a_page_with_a_guard() -> usize {
+    // SAFETY: a new mapping.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let guard = libc::mmap(ptr::null_mut(), 8192, libc::PROT_NONE, flags, -1, 0) as usize;
+        libc::mprotect((guard + 4096) as *mut c_void, 4096, libc::PROT_READ | libc::PROT_WRITE);
+        guard + 4096
+    }
+}
+
+#[test]
+fn a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told() {
+    const TEST: &str = "a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told";
+    match variant().as_deref() {
+        None => {
+            for how in ["before any fault", "after a growth"] {
+                let outcome = child(TEST, how);
+                assert!(outcome.status.success(), "{how}: {outcome}");
+                assert!(outcome.stderr.contains("went on"), "{how}: {outcome}");
+            }
+            let outcome = child(TEST, "of two");
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+            assert!(outcome.stderr.contains("lost signal, one of 10 12\n"), "{outcome}");
+        }
+        Some(how) => {
+            if how == "after a growth" {
+                in_a_coroutine(&relocating(), || ());
+            } else {
+                run(&relocating(), || ());
+            }
+            count(libc::SIGUSR1);
+            if how == "of two" {
+                count(libc::SIGUSR2);
+            }
+            run(&relocating(), || {
+                for _ in 0..2 {
+                    signalled_at(lowest(), libc::SIGUSR1);
+                }
+                assert_eq!(COUNTED.load(Ordering::Relaxed), 2);
+                frame::<9000>(1);
+                assert!(growths() > 0);
+            });
+            say("went on");
+        }
+    }
+}
+
+#[test]
+fn a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed() {
+    const TEST: &str = "a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed";
+    match variant().as_deref() {
+        None => {
+            for how in ["what std installed", "the default action"] {
+                let outcome = child(TEST, how);
+                assert!(outcome.status.success(), "{how}: {outcome}");
+                assert!(outcome.stderr.contains("went on"), "{how}: {outcome}");
+            }
+        }
+        Some(how) => {
+            if how == "the default action" {
+                install(libc::SIG_DFL, 0);
+            }
+            in_a_coroutine(&relocating(), || ());
+            count(libc::SIGUSR1);
+            let lowest = a_page_with_a_guard();
+            for _ in 0..3 {
+                signalled_at(lowest, libc::SIGUSR1);
+            }
+            in_a_coroutine(&relocating(), || say("went on"));
+        }
+    }
+}
+
+#[test]
+fn a_protection_fault_near_the_end_of_a_stack_is_no_lost_signal() {
+    match variant() {
+        None => {
+            let outcome = child("a_protection_fault_near_the_end_of_a_stack_is_no_lost_signal", "");
+            assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{outcome}");
+        }
+        Some(_) => {
+            in_a_coroutine(&relocating(), || ());
+            count(libc::SIGUSR1);
+            run(&relocating(), || load(0x8000_0000_0000_0000));
+        }
+    }
+}
+
+/// Lets the kernel refuse handlers for SIGBUS from now on.
+fn refuse_handlers_for_sigbus() {
+    let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let if_equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let mut filter = [
+        step(load, 0, 0, 0), // the number of the call
+        step(if_equal, 0, 5, libc::SYS_rt_sigaction as u32),
+        step(load, 0, 0, 16), // its first argument
+        step(if_equal, 0, 3, libc::SIGBUS as u32),
+        step(load, 0, 0, 24), // its second, of which the lower half says enough
+        step(if_equal, 1, 0, 0),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: a filter of this length, read by the call.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+    }
+}
+
+#[test]
+fn a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there() {
+    const TEST: &str = "a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there";
+    match variant() {
+        None => {
+            let outcome = child(TEST, "");
+            assert_eq!(outcome.status.code(), Some(42), "{outcome}");
+            assert!(outcome.stderr.contains("reached with siginfo"), "{outcome}");
+        }
+        Some(_) => {
+            install(with_siginfo as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK);
+            refuse_handlers_for_sigbus();
+            for _ in 0..3 {
+                assert!(matches!(regrow::prepare_thread(), Err(regrow::Error::Handler { .. })));
+            }
+            load(FAULT_AT);
         }
     }
 }

@@ -15,6 +15,7 @@ mod fault;
 mod forks;
 mod freeze;
 mod in_place;
+mod lost;
 mod obey;
 mod point;
 mod reason;
