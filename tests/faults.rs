@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, child, child_command, frame, growths, relocating, run, variant};
+use support::{both_ways, child, child_command, frame, growths, relocating, run, signalled_at, variant};
 
 /// Reads a word by one instruction that is no growth point. What compilers emit, without their checks.
 #[inline(never)]
@@ -353,28 +353,6 @@ fn count(signal: c_int) {
     }
 }
 
-/// Sends this thread a signal where the stack has 64 bytes left above `lowest`.
-#[inline(never)]
-fn signalled_at(lowest: usize, signal: c_int) {
-    // SAFETY: the code uses no stack while `rsp` is elsewhere, and a signal's handler only what is above `lowest`.
-    unsafe {
-        asm!(
-            "mov {kept}, rsp",
-            "mov rsp, {low}",
-            "syscall",
-            "mov rsp, {kept}",
-            kept = out(reg) _,
-            low = in(reg) lowest + 64,
-            inlateout("rax") libc::SYS_tgkill => _,
-            in("rdi") libc::getpid(),
-            in("rsi") libc::gettid(),
-            in("rdx") signal,
-            out("rcx") _,
-            out("r11") _,
-        );
-    }
-}
-
 /// The lowest accessible address of a coroutine's first page.
 #[inline(never)]
 fn lowest() -> usize {
@@ -582,6 +560,27 @@ fn an_overflow_at_the_maximum_is_reported() {
             let builder = &builders[way.parse::<usize>().unwrap()];
             let builder = builder.clone().name("deep one").maximum(16 << 10);
             run(&builder, || black_box(recurses_for_ever(0)));
+        }
+    }
+}
+
+/// What a report reads may be damaged: here, the coroutine's name.
+#[test]
+fn a_fault_while_a_report_is_written_ends_by_sigabrt() {
+    match variant() {
+        None => {
+            let outcome = child("a_fault_while_a_report_is_written_ends_by_sigabrt", "");
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+        }
+        Some(_) => {
+            let name: std::sync::Arc<str> = "n".repeat(1 << 20).into();
+            let page = (name.as_ptr() as usize).next_multiple_of(4096);
+            let builder = Builder::new().maximum(4096).name(name);
+            run(&builder, move || {
+                // SAFETY: pages in the middle of the name, which only the report reads.
+                unsafe { libc::mprotect(page as *mut c_void, 64 << 10, libc::PROT_NONE) };
+                frame::<50_000>(1);
+            });
         }
     }
 }
