@@ -30,7 +30,8 @@ use crate::report;
 use crate::stack::{Record, Slot, class::MAX_SIZE};
 use crate::switch::{self, RED_ZONE};
 
-const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
+/// The signals of faults, which the handler is for.
+pub(crate) const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
 /// The handlers that were there before ours. Written once, before the first coroutine exists.
 struct Previous([UnsafeCell<MaybeUninit<libc::sigaction>>; SIGNALS.len()]);

@@ -28,9 +28,9 @@ mod state;
 mod touched;
 
 pub(crate) use context::{Context, NAMES};
-pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
+pub(crate) use fault::{SIGNALS, install_handler};
 pub(crate) use freeze::{Frozen, freeze, peek, tell, thaw};
 pub use obey::Maps;
 pub use reason::{NotMoved, Reason, not_moved};
