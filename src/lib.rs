@@ -32,7 +32,8 @@
 //! # What it takes from the process
 //!
 //! The first coroutine installs a handler for SIGSEGV and SIGBUS, once; the first of each thread replaces the thread's alternate
-//! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. The first coroutine
+//! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. A library that holds this
+//! crate is never unloaded from then on. The first coroutine
 //! that may move reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]), and opens a descriptor of
 //! `userfaultfd`, which stays open: by it moving stacks take their pages along. Without it they are copied.
 //!

@@ -49,6 +49,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
         Some(key) => *key,
         None => {
             guard::detect();
+            stay_loaded();
             let key = create_key()?;
             grow::install_handler()?;
             let _ = PROCESS.set(key);
@@ -97,6 +98,18 @@ pub fn trim() -> usize {
 #[must_use]
 pub fn cached_bytes() -> usize {
     cache::bytes()
+}
+
+/// Sees that the library this code is in is never unloaded, if it is one: the handler and the destructor of the key are called
+/// after whoever loaded it has closed it. The program itself stays anyway: nothing is found for it, or it changes nothing.
+fn stay_loaded() {
+    // SAFETY: plain data. The name it is filled with lasts as long as the object is loaded, which it is: its code runs.
+    unsafe {
+        let mut object: libc::Dl_info = core::mem::zeroed();
+        if libc::dladdr(stay_loaded as *const c_void, &mut object) != 0 && !object.dli_fname.is_null() {
+            libc::dlopen(object.dli_fname, libc::RTLD_NOW | libc::RTLD_NODELETE | libc::RTLD_NOLOAD);
+        }
+    }
 }
 
 /// `pthread` calls the key's destructor after those of Rust's thread-locals, which may still drop coroutines.
