@@ -2,12 +2,13 @@
 
 use core::ffi::c_int;
 use core::ptr;
+use std::sync::Once;
 
 /// Signals whose handler does not run on an alternate stack.
 ///
 /// Such a handler runs on whatever stack is current: on a coroutine's it needs room there, makes
 /// the stack grow, and with [`Growth::Relocate`](crate::Growth::Relocate) may hold pointers to it. Install handlers
-/// with `SA_ONSTACK`.
+/// with `SA_ONSTACK`, or call [`keep_signals_off_coroutine_stacks`].
 ///
 /// ```
 /// assert!(!regrow::signals_on_coroutine_stacks().contains(&libc::SIGSEGV));
@@ -15,6 +16,32 @@ use core::ptr;
 #[must_use]
 pub fn signals_on_coroutine_stacks() -> Vec<i32> {
     without_own_stack().map(|(signal, _)| signal).collect()
+}
+
+/// Adds `SA_ONSTACK` to all handlers without it. Returns the signals whose handlers had none.
+///
+/// The first coroutine that may move does it, for there may be no room for a signal on its stack. Call this when handlers have
+/// been installed since, by libraries perhaps. They then run on the alternate stack of the thread that they interrupt: 128 KiB
+/// on one that is [prepared](crate::prepare_thread), as little as 8 KiB on another, and as before on one without.
+///
+/// ```
+/// # extern "C" fn handler(_: i32) {}
+/// // SAFETY: the handler does nothing.
+/// unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
+/// assert!(regrow::keep_signals_off_coroutine_stacks().contains(&libc::SIGUSR1));
+/// assert!(regrow::signals_on_coroutine_stacks().is_empty());
+/// ```
+pub fn keep_signals_off_coroutine_stacks() -> Vec<i32> {
+    without_own_stack()
+        .filter(|&(signal, handler)| give_own_stack(signal, handler))
+        .map(|(signal, _)| signal)
+        .collect()
+}
+
+/// Does it before the first coroutine that may move.
+pub(crate) fn keep_off_moving_stacks() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| drop(keep_signals_off_coroutine_stacks()));
 }
 
 /// The signals that have a handler without `SA_ONSTACK`, and the handler. System calls only: the fault handler asks, too.

@@ -409,6 +409,35 @@ fn a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told() {
 }
 
 #[test]
+fn handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it() {
+    match variant() {
+        None => {
+            let outcome =
+                child("handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it", "");
+            assert!(outcome.status.success(), "{outcome}");
+        }
+        Some(_) => {
+            let ours = [libc::SIGUSR1, libc::SIGUSR2];
+            for signal in ours {
+                count(signal);
+            }
+            run(&Builder::new(), || ());
+            assert_eq!(regrow::signals_on_coroutine_stacks(), ours, "a stack that stays has room for all");
+            run(&relocating(), move || {
+                for signal in ours {
+                    signalled_at(lowest(), signal);
+                }
+            });
+            assert_eq!(COUNTED.load(Ordering::Relaxed), 2);
+            count(libc::SIGTERM);
+            assert_eq!(regrow::keep_signals_off_coroutine_stacks(), [libc::SIGTERM]);
+            run(&relocating(), || signalled_at(lowest(), libc::SIGTERM));
+            assert_eq!(COUNTED.load(Ordering::Relaxed), 3);
+        }
+    }
+}
+
+#[test]
 fn a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed() {
     const TEST: &str = "a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed";
     match variant().as_deref() {
