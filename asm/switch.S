@@ -1,4 +1,4 @@
-// The out-of-line part of the switch: the first frame of every coroutine, and the thread's variable.
+// The out-of-line part of the switch: the first frame of every coroutine, and the thread's variables.
 //
 // The switch itself is inlined into its callers: asm/resume.s, asm/suspend.s, asm/finish.s.
 // src/switch.rs draws what they leave where.
@@ -17,6 +17,16 @@
     .p2align 3
 regrow_resumer:
     .zero 8
+
+// regrow_words: what else of a thread the fault handler reads or writes (src/thread.rs, `Words`). Initial-exec as well: of a
+// library that was loaded later, other thread-local variables may be allocated at their first use.
+    .globl  regrow_words
+    .hidden regrow_words
+    .type   regrow_words, @object
+    .size   regrow_words, 40
+    .p2align 3
+regrow_words:
+    .zero 40
 
 // regrow_entry: where a coroutine's first resume lands. Its frame is the outermost one on the stack
 // and lasts as long as the coroutine.

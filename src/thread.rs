@@ -7,6 +7,7 @@
 //!   | guard page | HANDLER_STACK + what the kernel needs for a signal frame |
 //! ```
 
+use core::arch::asm;
 use core::cell::Cell;
 use core::ffi::c_void;
 use core::ptr;
@@ -20,9 +21,39 @@ use crate::stack::{cache, class::PAGE, guard};
 /// For the handler itself: enough for the relocator and the reports in a debug build.
 const HANDLER_STACK: usize = 128 << 10;
 
-thread_local! {
-    /// This thread's alternate stack, 0 before it has one. Constant, without a destructor.
-    static SIGNAL_STACK: Cell<usize> = const { Cell::new(0) };
+/// What of a thread the fault handler reads or writes, but for who runs: words in the thread's static block, 0 at first. Those
+/// of `thread_local!` may be allocated at their first use, in a library that was loaded later.
+#[repr(C)]
+pub(crate) struct Words {
+    /// This thread's alternate stack, 0 before it has one.
+    signal_stack: Cell<usize>,
+    /// Where this thread's stock of slots is, once it is prepared.
+    pub stock: Cell<*const cache::Cache>,
+    /// Address and count of changes at this thread's latest fault that had no reason any more (src/grow/in_place.rs).
+    pub missed: Cell<[usize; 2]>,
+    /// Not 0 while this thread forks (src/grow/forks.rs).
+    pub forks: Cell<usize>,
+}
+
+// As many bytes as asm/switch.S has for them.
+const _: () = assert!(size_of::<Words>() == 40);
+
+/// This thread's.
+#[inline]
+pub(crate) fn words() -> &'static Words {
+    let words: *const Words;
+    // Not a pure function: a coroutine may go on in another thread.
+    // SAFETY: computes an address in this thread's static block, whose own address is its first word. The words last as long
+    // as the thread, are zeros at first, which is right for each, and a shared reference to cells is not sent elsewhere.
+    unsafe {
+        asm!(
+            "mov {words}, [rip + regrow_words@GOTTPOFF]",
+            "add {words}, fs:[0]",
+            words = out(reg) words,
+            options(nostack, readonly),
+        );
+        &*words
+    }
 }
 
 /// Makes this thread able to run coroutines. Creating one does it; a thread that resumes coroutines
@@ -38,7 +69,7 @@ thread_local! {
 /// std::thread::spawn(|| regrow::prepare_thread().unwrap()).join().unwrap();
 /// ```
 pub fn prepare_thread() -> Result<(), Error> {
-    if SIGNAL_STACK.get() == 0 { prepare() } else { Ok(()) }
+    if words().signal_stack.get() == 0 { prepare() } else { Ok(()) }
 }
 
 /// As [`prepare_thread`], and the alternate stack is there again if somebody took it away. It costs at least one system call, so
@@ -56,14 +87,15 @@ pub(crate) fn prepare() -> Result<(), Error> {
             key
         }
     };
-    let ours = SIGNAL_STACK.get();
+    let ours = words().signal_stack.get();
     if ours == 0 {
         let new = guard::reserve(PAGE + stack_size(), libc::PROT_READ | libc::PROT_WRITE)?;
         // SAFETY: the lowest page of a mapping made above, used by nobody.
         unsafe { libc::mprotect(new as *mut _, PAGE, libc::PROT_NONE) };
         install(new)?;
         unblock_faults();
-        SIGNAL_STACK.set(new);
+        words().stock.set(cache::of_this_thread());
+        words().signal_stack.set(new);
         // SAFETY: the key was created in this process and is never deleted.
         unsafe { libc::pthread_setspecific(key, new as *const c_void) };
     } else if !is_installed(ours) {
@@ -156,7 +188,7 @@ fn is_installed(stack: usize) -> bool {
 
 /// The end of this thread's signal stack, for other short work that must not be on the current stack.
 pub(crate) fn signal_stack_end() -> Option<usize> {
-    let stack = SIGNAL_STACK.get();
+    let stack = words().signal_stack.get();
     (stack != 0).then(|| stack + PAGE + stack_size())
 }
 
@@ -168,7 +200,7 @@ fn stack_size() -> usize {
 
 extern "C" fn end_of_thread(stack: *mut c_void) {
     cache::flush();
-    SIGNAL_STACK.set(0);
+    words().signal_stack.set(0);
     let stack = stack as usize;
     // SAFETY: plain data for a system call; the mapping is the one this thread made, and no signal
     // handler runs on it, since this function does.

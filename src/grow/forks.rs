@@ -11,20 +11,14 @@
 //! Both write before they read, in one order for all threads, so at least one sees the other. Only `fork` runs what
 //! `pthread_atfork` was told; a child made by a bare `clone` has to leave frozen stacks alone.
 
-use core::cell::Cell;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::io;
 
 use crate::error::Error;
+use crate::thread;
 
 static CHANGING: AtomicUsize = AtomicUsize::new(0);
 static FORKING: AtomicUsize = AtomicUsize::new(0);
-
-thread_local! {
-    /// This thread is forking. What else is to be done before and after a fork may touch frozen stacks: it must not wait for
-    /// itself. Constant, without a destructor.
-    static FORKS: Cell<bool> = const { Cell::new(false) };
-}
 
 /// Sees that forks wait. Before the first stack is frozen, not in the handler.
 pub(super) fn prepare() -> Result<(), Error> {
@@ -46,7 +40,7 @@ pub(super) fn prepare() -> Result<(), Error> {
 /// Does work during which a slot is `BUSY`; in the handler, too. Not within itself.
 pub(super) fn apart<R>(work: impl FnOnce() -> R) -> R {
     CHANGING.fetch_add(1, Ordering::SeqCst);
-    while FORKING.load(Ordering::SeqCst) != 0 && !FORKS.get() {
+    while FORKING.load(Ordering::SeqCst) != 0 && thread::words().forks.get() == 0 {
         CHANGING.fetch_sub(1, Ordering::SeqCst);
         while FORKING.load(Ordering::SeqCst) != 0 {
             wait();
@@ -58,8 +52,9 @@ pub(super) fn apart<R>(work: impl FnOnce() -> R) -> R {
     result
 }
 
+/// What else is to be done before and after a fork may touch frozen stacks: this thread must not wait for itself.
 extern "C" fn before() {
-    FORKS.set(true);
+    thread::words().forks.set(1);
     FORKING.fetch_add(1, Ordering::SeqCst);
     while CHANGING.load(Ordering::SeqCst) != 0 {
         wait();
@@ -68,14 +63,14 @@ extern "C" fn before() {
 
 extern "C" fn in_parent() {
     FORKING.fetch_sub(1, Ordering::SeqCst);
-    FORKS.set(false);
+    thread::words().forks.set(0);
 }
 
 /// Other threads that were forking, or waiting for that, are not in the child.
 extern "C" fn in_child() {
     FORKING.store(0, Ordering::SeqCst);
     CHANGING.store(0, Ordering::SeqCst);
-    FORKS.set(false);
+    thread::words().forks.set(0);
 }
 
 fn wait() {

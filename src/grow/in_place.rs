@@ -37,7 +37,6 @@
 //! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
 //! are blocked, it has room on its stack, and no process is forked in between (src/grow/forks.rs). The handler does not free blocks: it hangs them on a list.
 
-use core::cell::Cell;
 use core::ffi::c_int;
 use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
@@ -54,6 +53,7 @@ use crate::stack::own_memory::OwnMemory;
 use crate::stack::pages::resident;
 use crate::stack::{Record, Slot, guard};
 use crate::switch::{self, Base, Handle};
+use crate::thread;
 
 /// `Meta::frozen` of a slot that is being frozen or thawed.
 const BUSY: usize = 1;
@@ -66,11 +66,6 @@ static FORBIDDEN: AtomicUsize = AtomicUsize::new(0);
 
 /// How often a stack was frozen or thawed.
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
-
-thread_local! {
-    /// Address and [`CHANGES`] at this thread's latest fault that had no reason any more.
-    static MISSED: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
-}
 
 /// Freezes a suspended coroutine that grows in place, and has run. `false` if it is suspended on another stack.
 /// After an error nothing has changed.
@@ -189,7 +184,9 @@ fn open_bytes(slot: Slot) -> usize {
 /// the address. Then the instruction may just have come too early, and is to be tried again.
 pub(super) fn came_too_early(slot: Slot, address: usize) -> bool {
     let changes = CHANGES.load(Ordering::SeqCst);
-    changes != 0 && was_open(slot, address) && MISSED.replace((address, changes)) != (address, changes)
+    changes != 0
+        && was_open(slot, address)
+        && thread::words().missed.replace([address, changes]) != [address, changes]
 }
 
 /// Does something during which a slot is `BUSY`, outside the handler. Signals are blocked: a handler of the program's that

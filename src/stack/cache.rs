@@ -13,6 +13,7 @@
 
 use core::cell::Cell;
 use core::cmp::Ordering::{Equal, Greater, Less};
+use core::ptr;
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::arena::Slot;
@@ -35,7 +36,7 @@ const KEPT: usize = 8 * PAGE;
 const OFTEN: u32 = 8;
 const SELDOM: u32 = 512;
 
-struct Cache {
+pub(crate) struct Cache {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
@@ -47,7 +48,7 @@ struct Cache {
 }
 
 thread_local! {
-    // Without a destructor and constant: reading it is one load, in the handler too.
+    // Without a destructor and constant. The handler has its address from `thread::words`.
     // `thread` gives the slots back when the thread ends.
     static CACHE: Cache = const {
         Cache {
@@ -200,7 +201,9 @@ fn take_slowly(
 /// As [`take`], for the fault handler. Returns the slot, how many bytes of it are accessible, and whether they are warm: were
 /// used before, and not given back.
 pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize, bool), Error> {
-    let cached = CACHE.with(|cache| if cache.busy.get() { None } else { cache.pop(class) });
+    // SAFETY: null, or where this thread's stock is, which lasts as long as the thread.
+    let cache = unsafe { thread::words().stock.get().as_ref() }.filter(|cache| !cache.busy.get());
+    let cached = cache.and_then(|cache| cache.pop(class));
     match cached.and_then(|record| Record::slot(record).map(|slot| (slot, record))) {
         // SAFETY: a slot just taken is ours, its record accessible.
         Some((slot, record)) => Ok((slot, unsafe { (*record).open }, true)),
@@ -262,6 +265,11 @@ unsafe fn give_back(record: *mut Record) {
         unsafe { slot.pages().discard(open, 0) };
         slot.give(open);
     }
+}
+
+/// Where this thread's stock is.
+pub(crate) fn of_this_thread() -> *const Cache {
+    CACHE.with(|cache| ptr::from_ref(cache))
 }
 
 /// Bytes of memory in this thread's stock, as they are counted.
