@@ -1,7 +1,9 @@
-//! A library that has installed the fault handler stays when it is closed. Each in a child process, with a library of its own
+//! The crate in a library that is loaded at run time: once it has installed the fault handler it stays when it is closed, and
+//! the handler does not ask the loader for thread-local variables. Each in a child process, with a library of its own
 //! copy of the crate (`tests/unload/plugin.rs`).
 #![cfg(target_env = "gnu")]
 
+use std::cell::Cell;
 use std::ffi::{CString, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -56,6 +58,34 @@ fn compile(to: &Path) {
     assert!(status.unwrap().success());
 }
 
+thread_local!(static ARMED: Cell<bool> = const { Cell::new(false) });
+
+/// Ends the process from here on if the library asks where a thread-local variable is.
+extern "C" fn arm(armed: bool) {
+    ARMED.set(armed);
+}
+
+/// What libraries ask, in front of the loader's: it may lock and allocate.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn __tls_get_addr(variable: *mut c_void) -> *mut c_void {
+    static LOADERS: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+    if ARMED.get() {
+        // SAFETY: ends the process.
+        unsafe { libc::_exit(99) }
+    }
+    if LOADERS.load(Ordering::Relaxed).is_null() {
+        // SAFETY: a constant name.
+        LOADERS.store(unsafe { libc::dlsym(libc::RTLD_NEXT, c"__tls_get_addr".as_ptr()) }, Ordering::Relaxed);
+    }
+    // SAFETY: the loader's function, which has this signature.
+    unsafe {
+        let loaders = LOADERS.load(Ordering::Relaxed);
+        std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_void) -> *mut c_void>(loaders)(
+            variable,
+        )
+    }
+}
+
 /// The library, loaded.
 struct Plugin(*mut c_void);
 
@@ -75,7 +105,7 @@ impl Plugin {
         // SAFETY: the function has this signature.
         let sum = unsafe {
             let deep = libc::dlsym(self.0, c"plugin_deep".as_ptr());
-            std::mem::transmute::<*mut c_void, extern "C" fn(u64) -> u64>(deep)(400)
+            std::mem::transmute::<*mut c_void, extern "C" fn(u64, extern "C" fn(bool)) -> u64>(deep)(400, arm)
         };
         assert_eq!(sum, 400 * 401 / 2);
     }
@@ -146,4 +176,31 @@ fn a_library_that_has_installed_the_handler_stays_when_it_is_closed() {
     }
     // SAFETY: none: it is made to fault.
     unsafe { std::ptr::without_provenance::<u8>(std::hint::black_box(16)).read_volatile() };
+}
+
+#[test]
+fn the_handler_of_a_library_asks_the_loader_for_no_thread_local() {
+    const TEST: &str = "the_handler_of_a_library_asks_the_loader_for_no_thread_local";
+    if variant().is_none() {
+        path();
+        let outcome = child(TEST, "");
+        assert!(outcome.status.success(), "{outcome}");
+        return;
+    }
+    let plugin = Plugin::load();
+    plugin.grows();
+    // SAFETY: the function has this signature; the address is that of a local variable of a coroutine that is never dropped.
+    let frozen = unsafe {
+        let frozen = libc::dlsym(plugin.0, c"plugin_frozen".as_ptr());
+        std::mem::transmute::<*mut c_void, extern "C" fn() -> usize>(frozen)()
+    };
+    // A thread that the library knows nothing of.
+    std::thread::spawn(move || {
+        arm(true);
+        // SAFETY: as above.
+        assert_eq!(unsafe { (frozen as *const u64).read_volatile() }, 5);
+        arm(false);
+    })
+    .join()
+    .unwrap();
 }
