@@ -269,7 +269,7 @@ unsafe fn give_back(record: *mut Record) {
 
 /// Where this thread's stock is.
 pub(crate) fn of_this_thread() -> *const Cache {
-    CACHE.with(|cache| ptr::from_ref(cache))
+    CACHE.with(ptr::from_ref)
 }
 
 /// Bytes of memory in this thread's stock, as they are counted.
