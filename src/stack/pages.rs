@@ -73,8 +73,8 @@ impl Pages {
 
 /// How many bytes of `range`, whole pages, the kernel has given memory to. All of them, should it not say.
 pub(crate) fn resident(range: Range<usize>) -> usize {
-    // Small, since it lies on the stack that is asked about.
-    let mut pages = [0u8; 256];
+    // No larger, since it may lie on the stack that is asked about.
+    let mut pages = [0u8; 1024];
     let mut sum = 0;
     for start in range.clone().step_by(pages.len() * PAGE) {
         let bytes = (range.end - start).min(pages.len() * PAGE);
