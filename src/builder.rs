@@ -498,7 +498,6 @@ where
         // SAFETY: the same.
         unsafe {
             if grow::is_watched_in_place(&*record) {
-                (*record).tidy = true;
                 coroutine.watch();
             }
         }
@@ -527,7 +526,6 @@ where
     unsafe {
         let coroutine = fill_with_closure(record, f, &plan, name);
         (*record).site = site;
-        (*record).scout = false;
         if site.count() {
             site::send_scout(record);
         }

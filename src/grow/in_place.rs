@@ -90,7 +90,8 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             return Ok(false);
         }
         let pages = (slot.end() - lowest).div_ceil(PAGE);
-        let unused = resident(slot.end() - (*record).open..slot.end() - pages * PAGE);
+        let bottom = slot.end() - pages * PAGE;
+        let unused = if was_passed(bottom) { resident(slot.end() - (*record).open..bottom) } else { 0 };
         (*record).highest = (*record).highest.max(pages * PAGE + unused);
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
         let mut block = Frozen::allocate(words)?;
@@ -111,13 +112,21 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             Frozen::free(block);
             return Err(error);
         }
-        if unused != 0 {
-            // What is below the stack pointer is needed by nobody, frozen or not.
-            slot.pages().discard(slot.class().window(), pages * PAGE);
-        }
+        // What is below the stack pointer is needed by nobody, frozen or not.
+        slot.pages().discard(slot.class().window(), pages * PAGE);
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
+}
+
+/// False if the bottom of a page of a stack is as the kernel gave it: then what is below was hardly used, and the kernel need
+/// not be asked. (A frame may have stepped over it; that makes a difference for `Stats::highest` only.)
+///
+/// # Safety
+/// `bottom` is the start of an accessible page of a suspended stack.
+unsafe fn was_passed(bottom: usize) -> bool {
+    // SAFETY: a line at the start of an accessible page; nobody writes to a stack that is suspended.
+    unsafe { (bottom as *const [u64; 8]).read_volatile() != [0; 8] }
 }
 
 /// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.

@@ -19,7 +19,7 @@ use super::arena::Slot;
 use super::class::{CLASSES, Class, PAGE};
 use super::guard;
 use super::pages::{Pages, resident};
-use super::record::Record;
+use super::record::{Record, SCOUT};
 use crate::error::Error;
 use crate::site;
 use crate::thread;
@@ -185,7 +185,8 @@ fn take_slowly(
     unsafe {
         (*record).open = now_open;
         (*record).class = class;
-        (*record).scout = !class.is_moving() && site::is_scouts_turn();
+        let scout = !class.is_moving() && site::is_scouts_turn();
+        (*record).counted = if scout { SCOUT } else { 0 };
         if now_open > open {
             resize(record, open).inspect_err(|_| slot.give(now_open))?;
         }

@@ -61,7 +61,6 @@ unsafe fn tidy(record: *mut Record) {
     unsafe {
         drop((*record).name.take());
         learn(record);
-        (*record).scout = false;
         drop((*record).pins.take());
         give_back_old(core::mem::take(&mut (*record).old));
         // What was opened below the first size of a stack that moves is closed again: its memory goes back and the
