@@ -51,7 +51,7 @@ use crate::error::Error;
 use crate::report;
 use crate::stack::class::PAGE;
 use crate::stack::own_memory::OwnMemory;
-use crate::stack::pages::resident;
+use crate::stack::pages::{resident, was_passed};
 use crate::stack::{Record, Slot, guard};
 use crate::switch::{self, Base, Handle};
 
@@ -117,16 +117,6 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
-}
-
-/// False if the bottom of a page of a stack is as the kernel gave it: then what is below was hardly used, and the kernel need
-/// not be asked. (A frame may have stepped over it; that makes a difference for `Stats::highest` only.)
-///
-/// # Safety
-/// `bottom` is the start of an accessible page of a suspended stack.
-unsafe fn was_passed(bottom: usize) -> bool {
-    // SAFETY: a line at the start of an accessible page; nobody writes to a stack that is suspended.
-    unsafe { (bottom as *const [u64; 8]).read_volatile() != [0; 8] }
 }
 
 /// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.

@@ -3,10 +3,11 @@
 //! The stock of a thread is bounded by [`BUDGET`] bytes of memory; what is above it goes to the free list of its class with
 //! its memory given back. When the thread ends all of it does.
 //!
-//! A slot of a stack that moves counts for what is accessible of it. How much memory is in one that stays only the kernel
-//! knows, and asking takes a hundred times as long as putting. So *samples* are asked about, and all count for the average
-//! of those. A sample with more than [`KEPT`] bytes is cut down to that. Samples are frequent where they differ from the
-//! average, and rare where they agree with it: [`OFTEN`], [`SELDOM`].
+//! A slot of a stack that moves counts for what is accessible of it. One that stays counts for a page, if the bottom of that page
+//! is as the kernel gave it. How much memory is in the others only the kernel knows, and asking takes a hundred times as
+//! long as putting. So *samples* are asked about, and each counts for the average of those. A sample with more than [`KEPT`]
+//! bytes is cut down to that. Samples are frequent where they differ from the average, and rare where they agree with
+//! it: [`OFTEN`], [`SELDOM`].
 //!
 //! The fault handler takes from the same stock, so that growing finds warm memory. It may have
 //! interrupted `take` or `put` (they run on coroutine stacks too): `busy` tells it to leave the stock alone.
@@ -18,7 +19,7 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use super::arena::Slot;
 use super::class::{CLASSES, Class, PAGE};
 use super::guard;
-use super::pages::{Pages, resident};
+use super::pages::{Pages, resident, was_passed};
 use super::record::{Record, SCOUT};
 use crate::error::Error;
 use crate::site;
@@ -30,7 +31,7 @@ const BUDGET: usize = 8 << 20;
 /// What is left of the memory of a sample.
 const KEPT: usize = 8 * PAGE;
 
-/// One of how many stacks that stay is a sample, at the most and at the least.
+/// One of how many stacks that stay, and have used more than a page, is a sample, at the most and at the least.
 const OFTEN: u32 = 8;
 const SELDOM: u32 = 512;
 
@@ -38,7 +39,7 @@ struct Cache {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
-    /// So many stacks that stay are put before the next sample, and were before the last one.
+    /// So many of those stacks are put before the next sample, and were before the last one.
     until_sample: Cell<u32>,
     interval: Cell<u32>,
     /// Bytes of memory in a sample, on average; the latest count for more.
@@ -105,6 +106,10 @@ impl Cache {
         if class.is_moving() {
             // SAFETY: the record of an accessible slot is readable.
             return unsafe { (*record).open };
+        }
+        // SAFETY: the lowest line of the slot's top page, which is accessible, and the caller's.
+        if !unsafe { was_passed(Record::end(record) - PAGE) } {
+            return PAGE;
         }
         let until_sample = self.until_sample.get() - 1;
         self.until_sample.set(until_sample);
