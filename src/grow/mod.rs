@@ -36,7 +36,7 @@ pub use reason::{NotMoved, Reason, not_moved};
 pub(crate) use reason::{record_unknown_code, refuse_elsewhere};
 pub use reserve::reserve;
 pub use shrink::Shrink;
-pub(crate) use shrink::{Watch, after_resume, before_resume, is_watched_in_place, shrink};
+pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
 pub(crate) use state::State;
 pub(crate) use touched::{Told, Touched};
 #[cfg(feature = "torture")]

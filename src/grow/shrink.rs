@@ -169,7 +169,7 @@ pub(crate) unsafe fn after_resume(handle: &mut Handle) {
 }
 
 /// True if the coroutine, whose stack stays, is watched.
-pub(crate) fn is_watched_in_place(record: &Record) -> bool {
+fn is_watched_in_place(record: &Record) -> bool {
     // SAFETY: sites are statics.
     let is_spiky = || unsafe { record.site.as_ref() }.is_some_and(Site::is_spiky);
     match record.watch.policy {

@@ -11,7 +11,7 @@ mod record;
 
 pub(crate) use arena::{Link, OLD, Slot};
 pub use arena::{Slots, slots};
-pub(crate) use record::{INLINE_CLOSURE, Record};
+pub(crate) use record::{INLINE_CLOSURE, Record, SCOUT};
 
 use core::sync::atomic::Ordering;
 

@@ -164,7 +164,7 @@ impl Record {
         unsafe {
             (*record).old = 0;
             (*record).shrinks = 0;
-            (*record).scout = (*record).counted == SCOUT;
+            (*record).scout = false;
             (*record).site = core::ptr::null();
             (&raw mut (*record).name).write(None);
             (&raw mut (*record).pins).write(None);
