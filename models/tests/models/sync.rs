@@ -1,0 +1,127 @@
+//! What src/sync.rs is for the library: atomics of loom's.
+//!
+//! They differ from loom's in three ways. They can be made in constants: the atomic of loom's comes with the first use.
+//! `SeqCst` holds: for loom it is `AcqRel`, but its fences are right, so there is one on each side of such an access. (That
+//! is a little more than `SeqCst` promises.) And to drop one is to write it, so nobody may use it at the same time or later.
+
+use std::cell::OnceCell;
+
+use loom::sync::atomic::fence;
+
+pub(crate) use loom::sync::atomic::Ordering;
+
+/// Lets other threads run, one of which is waited for.
+pub(crate) fn let_others_run() {
+    loom::thread::yield_now();
+}
+
+/// Does what has this order.
+fn ordered<R>(order: Ordering, access: impl FnOnce() -> R) -> R {
+    if order != Ordering::SeqCst {
+        return access();
+    }
+    fence(Ordering::SeqCst);
+    let result = access();
+    fence(Ordering::SeqCst);
+    result
+}
+
+macro_rules! atomic {
+    ($name:ident $(<$parameter:ident>)?, $value:ty) => {
+        #[derive(Debug)]
+        pub(crate) struct $name $(<$parameter>)? {
+            first: $value,
+            atomic: OnceCell<loom::sync::atomic::$name $(<$parameter>)?>,
+        }
+
+        // SAFETY: loom runs one thread at a time, all of them on one thread of the system's, and does not change over to
+        // another while it makes an atomic.
+        unsafe impl $(<$parameter>)? Send for $name $(<$parameter>)? {}
+        // SAFETY: as said above, no two threads use the cell at once.
+        unsafe impl $(<$parameter>)? Sync for $name $(<$parameter>)? {}
+
+        impl $(<$parameter>)? $name $(<$parameter>)? {
+            pub(crate) const fn new(first: $value) -> Self {
+                Self { first, atomic: OnceCell::new() }
+            }
+
+            fn atomic(&self) -> &loom::sync::atomic::$name $(<$parameter>)? {
+                self.atomic.get_or_init(|| loom::sync::atomic::$name::new(self.first))
+            }
+
+            pub(crate) fn load(&self, order: Ordering) -> $value {
+                ordered(order, || self.atomic().load(order))
+            }
+
+            pub(crate) fn store(&self, value: $value, order: Ordering) {
+                ordered(order, || self.atomic().store(value, order));
+            }
+
+            pub(crate) fn swap(&self, value: $value, order: Ordering) -> $value {
+                ordered(order, || self.atomic().swap(value, order))
+            }
+
+            pub(crate) fn compare_exchange(
+                &self,
+                seen: $value,
+                new: $value,
+                success: Ordering,
+                failure: Ordering,
+            ) -> Result<$value, $value> {
+                ordered(success, || self.atomic().compare_exchange(seen, new, success, failure))
+            }
+
+            pub(crate) fn compare_exchange_weak(
+                &self,
+                seen: $value,
+                new: $value,
+                success: Ordering,
+                failure: Ordering,
+            ) -> Result<$value, $value> {
+                self.compare_exchange(seen, new, success, failure)
+            }
+        }
+
+        impl $(<$parameter>)? Drop for $name $(<$parameter>)? {
+            fn drop(&mut self) {
+                if let Some(atomic) = self.atomic.get_mut()
+                    && !std::thread::panicking()
+                {
+                    atomic.with_mut(|_| ());
+                }
+            }
+        }
+    };
+}
+
+macro_rules! adding {
+    ($name:ident, $value:ty) => {
+        impl $name {
+            pub(crate) fn fetch_add(&self, value: $value, order: Ordering) -> $value {
+                ordered(order, || self.atomic().fetch_add(value, order))
+            }
+
+            pub(crate) fn fetch_sub(&self, value: $value, order: Ordering) -> $value {
+                ordered(order, || self.atomic().fetch_sub(value, order))
+            }
+        }
+    };
+}
+
+macro_rules! zero {
+    ($name:ident) => {
+        impl Default for $name {
+            fn default() -> Self {
+                Self::new(0)
+            }
+        }
+    };
+}
+
+atomic!(AtomicPtr<T>, *mut T);
+atomic!(AtomicU32, u32);
+atomic!(AtomicU64, u64);
+atomic!(AtomicUsize, usize);
+adding!(AtomicUsize, usize);
+zero!(AtomicU32);
+zero!(AtomicUsize);
