@@ -99,7 +99,9 @@ fn whoever_takes_a_slot_knows_all_that_was_done_to_it_before() {
                 link.into_iter().for_each(|link| slots.push(link));
             })
         });
-        threads.map(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         slots.assert_each_is_in_one_place([]);
     });
 }
@@ -115,7 +117,9 @@ fn slots_that_are_put_back_at_the_same_time_are_all_there() {
             thread::spawn(move || slots.push(link))
         });
         let third = slots.take();
-        threads.map(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         slots.assert_each_is_in_one_place([third]);
     });
 }

@@ -1,6 +1,7 @@
 //! What src/sync.rs is for the library: atomics of loom's.
 //!
-//! They differ from loom's in three ways. They can be made in constants: the atomic of loom's comes with the first use.
+//! They differ from loom's in three ways. They can be made in constants: the atomic of loom's comes with the first use, which
+//! a model sees to before it starts threads.
 //! `SeqCst` holds: for loom it is `AcqRel`, but its fences are right, so there is one on each side of such an access. (That
 //! is a little more than `SeqCst` promises.) And to drop one is to write it, so nobody may use it at the same time or later.
 

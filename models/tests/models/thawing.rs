@@ -35,16 +35,24 @@ unsafe impl Send for Model {}
 unsafe impl Sync for Model {}
 
 impl Model {
-    /// The stack is not frozen.
+    /// The stack is not frozen, and the list empty.
     fn new() -> Arc<Self> {
         let list = Box::new(StdUnsafeCell::new(ManuallyDrop::new(Touched::new())));
-        Arc::new(Self {
+        let model = Self {
             custody: Custody::default(),
             accessible: Mutex::new(true),
             stack: UnsafeCell::new(BYTES),
             block: StdUnsafeCell::new(Frozen::new(list.get().cast(), ENTRY)),
             list,
-        })
+        };
+        assert!(!model.custody.is_frozen() && model.list().is_empty());
+        Arc::new(model)
+    }
+
+    fn frozen() -> Arc<Self> {
+        let model = Self::new();
+        model.freeze();
+        model
     }
 
     fn list(&self) -> &Touched {
@@ -128,41 +136,34 @@ impl Model {
     }
 }
 
-fn check(model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    // With more the models take minutes.
-    builder.preemption_bound = Some(3);
-    builder.check(model);
-}
-
 fn spawn(model: &Arc<Model>, work: impl FnOnce(&Model) + 'static) -> thread::JoinHandle<()> {
     let model = model.clone();
     thread::spawn(move || work(&model))
 }
 
+// No more than two threads wait in one model: loom lets two that wait give way to each other for ever.
+
 /// Fails if `thaw` publishes before it leaves the block, if `put` stores with `Relaxed` or `settled` loads with it, and if
 /// `leave` exchanges with `Relaxed`, or `take` of the list with it.
 #[test]
 fn the_owner_of_a_stack_that_is_not_frozen_may_drop_the_list() {
-    check(|| {
-        let model = Model::new();
-        model.freeze();
-        let threads = [spawn(&model, Model::touch), spawn(&model, Model::touch)];
+    loom::model(|| {
+        let model = Model::frozen();
+        let toucher = spawn(&model, Model::touch);
         let by_owner = model.thaw();
         let entries: Vec<_> = model.list().entries().collect();
         assert_eq!(entries, if by_owner { vec![] } else { vec![ENTRY] });
         model.drop_list();
         assert!(model.was_freed());
-        threads.map(|thread| thread.join().unwrap());
+        toucher.join().unwrap();
     });
 }
 
 /// Fails if `is_frozen` does not wait while the stack is `BUSY`.
 #[test]
 fn a_stack_whose_block_is_on_the_list_is_seen_as_thawed() {
-    check(|| {
-        let model = Model::new();
-        model.freeze();
+    loom::model(|| {
+        let model = Model::frozen();
         let toucher = spawn(&model, Model::touch);
         for entry in model.list().take() {
             assert_eq!(entry, ENTRY);
@@ -175,19 +176,60 @@ fn a_stack_whose_block_is_on_the_list_is_seen_as_thawed() {
     });
 }
 
+/// Fails if `take` looks and then stores without an exchange.
+#[test]
+fn a_stack_that_two_threads_touch_is_thawed_once() {
+    loom::model(|| {
+        let model = Model::frozen();
+        let toucher = spawn(&model, Model::touch);
+        model.touch();
+        // Whoever touched it sees it as it was; nobody waits for the others.
+        assert!(model.custody.is_frozen_or_busy() || !model.list().is_empty());
+        toucher.join().unwrap();
+        assert_eq!(model.list().entries().count(), 1);
+        model.drop_list();
+        assert!(model.was_freed());
+    });
+}
+
 /// Fails if `begin` leaves the word as it is, if `take` looks and then stores without an exchange, and if `put` comes before
 /// the bytes are back.
 #[test]
 fn whoever_touches_a_stack_while_it_freezes_finds_its_bytes() {
-    check(|| {
+    loom::model(|| {
         let model = Model::new();
-        let threads = [spawn(&model, Model::touch), spawn(&model, Model::touch)];
+        let toucher = spawn(&model, Model::touch);
         model.freeze();
         model.peek();
         model.thaw();
         model.touch();
-        threads.map(|thread| thread.join().unwrap());
         model.drop_list();
         assert!(model.was_freed());
+        toucher.join().unwrap();
+    });
+}
+
+/// Fails if `leave` writes the link after its exchange, or does not try again.
+#[test]
+fn blocks_that_are_left_at_the_same_time_are_all_on_the_list() {
+    loom::model(|| {
+        let list = Arc::new(Touched::new());
+        assert!(list.is_empty());
+        let leave = |entry| {
+            let list = list.clone();
+            thread::spawn(move || {
+                let block = Box::into_raw(Box::new(Frozen::new(&raw const *list, entry)));
+                // SAFETY: the block is new. The list lives until the last of its users is gone.
+                unsafe { Touched::leave(NonNull::new(block).unwrap()) };
+            })
+        };
+        let threads = [leave(1), leave(2)];
+        let mut entries: Vec<_> = list.take().collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        entries.extend(list.take());
+        entries.sort_unstable();
+        assert_eq!(entries, [1, 2]);
     });
 }
