@@ -5,6 +5,8 @@ use std::sync::Arc;
 use loom::cell::UnsafeCell;
 use loom::thread;
 
+use crate::check;
+
 use crate::free_list::{FreeList, Link};
 use crate::sync::AtomicU32;
 
@@ -70,7 +72,7 @@ impl Slots {
 /// 1 back, and the exchange of the first makes 2 the newest, which the other has.
 #[test]
 fn a_slot_that_comes_back_meanwhile_does_not_bring_back_what_was_behind_it() {
-    loom::model(|| {
+    check(|| {
         let slots = Slots::new(3);
         let other = {
             let slots = slots.clone();
@@ -90,7 +92,7 @@ fn a_slot_that_comes_back_meanwhile_does_not_bring_back_what_was_behind_it() {
 /// does not know what the one before did. Fails if `push` writes `next` after its exchange: what was on the list is lost.
 #[test]
 fn whoever_takes_a_slot_knows_all_that_was_done_to_it_before() {
-    loom::model(|| {
+    check(|| {
         let slots = Slots::new(1);
         let threads = [(); 2].map(|()| {
             let slots = slots.clone();
@@ -109,7 +111,7 @@ fn whoever_takes_a_slot_knows_all_that_was_done_to_it_before() {
 /// Fails if `push` writes `next` after its exchange: what was on the list is lost.
 #[test]
 fn slots_that_are_put_back_at_the_same_time_are_all_there() {
-    loom::model(|| {
+    check(|| {
         let slots = Slots::new(3);
         let (first, second) = (slots.take().unwrap(), slots.take().unwrap());
         let threads = [first, second].map(|link| {

@@ -22,3 +22,10 @@ mod touched;
 mod free_lists;
 mod readers;
 mod thawing;
+
+/// Runs a model in every order that has at most three preemptions. (Without a bound some models take minutes.)
+fn check(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(model);
+}

@@ -7,6 +7,8 @@ use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
 use loom::thread;
 
+use crate::check;
+
 use crate::published::{Published, Retired};
 
 /// Values 0, 1, ..., to be published in this order.
@@ -74,13 +76,6 @@ impl Model {
         meanwhile();
         value.read();
     }
-}
-
-fn check(model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    // With more the models take minutes.
-    builder.preemption_bound = Some(3);
-    builder.check(model);
 }
 
 /// Fails if a reader loads `current` before it counts itself in, or a writer looks at the counters before it stores the new

@@ -33,6 +33,9 @@ macro_rules! atomic {
         pub(crate) struct $name $(<$parameter>)? {
             first: $value,
             atomic: OnceCell<loom::sync::atomic::$name $(<$parameter>)?>,
+            /// How often it was loaded. loom looks for another order of two accesses only if no third comes between, such as a
+            /// load by one of the two threads. Since loads count, it looks for other orders of theirs, too.
+            count: OnceCell<loom::sync::atomic::AtomicUsize>,
         }
 
         // SAFETY: loom runs one thread at a time, all of them on one thread of the system's, and does not change over to
@@ -43,14 +46,19 @@ macro_rules! atomic {
 
         impl $(<$parameter>)? $name $(<$parameter>)? {
             pub(crate) const fn new(first: $value) -> Self {
-                Self { first, atomic: OnceCell::new() }
+                Self { first, atomic: OnceCell::new(), count: OnceCell::new() }
             }
 
             fn atomic(&self) -> &loom::sync::atomic::$name $(<$parameter>)? {
                 self.atomic.get_or_init(|| loom::sync::atomic::$name::new(self.first))
             }
 
+            fn count(&self) -> &loom::sync::atomic::AtomicUsize {
+                self.count.get_or_init(|| loom::sync::atomic::AtomicUsize::new(0))
+            }
+
             pub(crate) fn load(&self, order: Ordering) -> $value {
+                self.count().fetch_add(1, Ordering::Relaxed);
                 ordered(order, || self.atomic().load(order))
             }
 

@@ -10,6 +10,8 @@ use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
 use loom::thread;
 
+use crate::check;
+
 use crate::custody::Custody;
 use crate::freeze::Frozen;
 use crate::touched::Touched;
@@ -147,7 +149,7 @@ fn spawn(model: &Arc<Model>, work: impl FnOnce(&Model) + 'static) -> thread::Joi
 /// `leave` exchanges with `Relaxed`, or `take` of the list with it.
 #[test]
 fn the_owner_of_a_stack_that_is_not_frozen_may_drop_the_list() {
-    loom::model(|| {
+    check(|| {
         let model = Model::frozen();
         let toucher = spawn(&model, Model::touch);
         let by_owner = model.thaw();
@@ -162,7 +164,7 @@ fn the_owner_of_a_stack_that_is_not_frozen_may_drop_the_list() {
 /// Fails if `is_frozen` does not wait while the stack is `BUSY`.
 #[test]
 fn a_stack_whose_block_is_on_the_list_is_seen_as_thawed() {
-    loom::model(|| {
+    check(|| {
         let model = Model::frozen();
         let toucher = spawn(&model, Model::touch);
         for entry in model.list().take() {
@@ -179,7 +181,7 @@ fn a_stack_whose_block_is_on_the_list_is_seen_as_thawed() {
 /// Fails if `take` looks and then stores without an exchange.
 #[test]
 fn a_stack_that_two_threads_touch_is_thawed_once() {
-    loom::model(|| {
+    check(|| {
         let model = Model::frozen();
         let toucher = spawn(&model, Model::touch);
         model.touch();
@@ -196,7 +198,7 @@ fn a_stack_that_two_threads_touch_is_thawed_once() {
 /// the bytes are back.
 #[test]
 fn whoever_touches_a_stack_while_it_freezes_finds_its_bytes() {
-    loom::model(|| {
+    check(|| {
         let model = Model::new();
         let toucher = spawn(&model, Model::touch);
         model.freeze();
@@ -212,7 +214,7 @@ fn whoever_touches_a_stack_while_it_freezes_finds_its_bytes() {
 /// Fails if `leave` writes the link after its exchange, or does not try again.
 #[test]
 fn blocks_that_are_left_at_the_same_time_are_all_on_the_list() {
-    loom::model(|| {
+    check(|| {
         let list = Arc::new(Touched::new());
         assert!(list.is_empty());
         let leave = |entry| {
