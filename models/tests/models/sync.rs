@@ -27,15 +27,21 @@ fn ordered<R>(order: Ordering, access: impl FnOnce() -> R) -> R {
     result
 }
 
+/// What loom has of an atomic.
+#[derive(Debug)]
+struct Made<A> {
+    atomic: A,
+    /// How often it was loaded. loom looks for another order of two accesses only if no third comes between, such as a load by
+    /// one of the two threads. Since loads count, it looks for other orders of theirs, too.
+    loads: loom::sync::atomic::AtomicUsize,
+}
+
 macro_rules! atomic {
     ($name:ident $(<$parameter:ident>)?, $value:ty) => {
         #[derive(Debug)]
         pub(crate) struct $name $(<$parameter>)? {
             first: $value,
-            atomic: OnceCell<loom::sync::atomic::$name $(<$parameter>)?>,
-            /// How often it was loaded. loom looks for another order of two accesses only if no third comes between, such as a
-            /// load by one of the two threads. Since loads count, it looks for other orders of theirs, too.
-            count: OnceCell<loom::sync::atomic::AtomicUsize>,
+            made: OnceCell<Made<loom::sync::atomic::$name $(<$parameter>)?>>,
         }
 
         // SAFETY: loom runs one thread at a time, all of them on one thread of the system's, and does not change over to
@@ -46,28 +52,27 @@ macro_rules! atomic {
 
         impl $(<$parameter>)? $name $(<$parameter>)? {
             pub(crate) const fn new(first: $value) -> Self {
-                Self { first, atomic: OnceCell::new(), count: OnceCell::new() }
+                Self { first, made: OnceCell::new() }
             }
 
-            fn atomic(&self) -> &loom::sync::atomic::$name $(<$parameter>)? {
-                self.atomic.get_or_init(|| loom::sync::atomic::$name::new(self.first))
-            }
-
-            fn count(&self) -> &loom::sync::atomic::AtomicUsize {
-                self.count.get_or_init(|| loom::sync::atomic::AtomicUsize::new(0))
+            fn made(&self) -> &Made<loom::sync::atomic::$name $(<$parameter>)?> {
+                self.made.get_or_init(|| Made {
+                    atomic: loom::sync::atomic::$name::new(self.first),
+                    loads: loom::sync::atomic::AtomicUsize::new(0),
+                })
             }
 
             pub(crate) fn load(&self, order: Ordering) -> $value {
-                self.count().fetch_add(1, Ordering::Relaxed);
-                ordered(order, || self.atomic().load(order))
+                self.made().loads.fetch_add(1, Ordering::Relaxed);
+                ordered(order, || self.made().atomic.load(order))
             }
 
             pub(crate) fn store(&self, value: $value, order: Ordering) {
-                ordered(order, || self.atomic().store(value, order));
+                ordered(order, || self.made().atomic.store(value, order));
             }
 
             pub(crate) fn swap(&self, value: $value, order: Ordering) -> $value {
-                ordered(order, || self.atomic().swap(value, order))
+                ordered(order, || self.made().atomic.swap(value, order))
             }
 
             pub(crate) fn compare_exchange(
@@ -77,7 +82,7 @@ macro_rules! atomic {
                 success: Ordering,
                 failure: Ordering,
             ) -> Result<$value, $value> {
-                ordered(success, || self.atomic().compare_exchange(seen, new, success, failure))
+                ordered(success, || self.made().atomic.compare_exchange(seen, new, success, failure))
             }
 
             pub(crate) fn compare_exchange_weak(
@@ -93,10 +98,10 @@ macro_rules! atomic {
 
         impl $(<$parameter>)? Drop for $name $(<$parameter>)? {
             fn drop(&mut self) {
-                if let Some(atomic) = self.atomic.get_mut()
+                if let Some(made) = self.made.get_mut()
                     && !std::thread::panicking()
                 {
-                    atomic.with_mut(|_| ());
+                    made.atomic.with_mut(|_| ());
                 }
             }
         }
@@ -107,11 +112,11 @@ macro_rules! adding {
     ($name:ident, $value:ty) => {
         impl $name {
             pub(crate) fn fetch_add(&self, value: $value, order: Ordering) -> $value {
-                ordered(order, || self.atomic().fetch_add(value, order))
+                ordered(order, || self.made().atomic.fetch_add(value, order))
             }
 
             pub(crate) fn fetch_sub(&self, value: $value, order: Ordering) -> $value {
-                ordered(order, || self.atomic().fetch_sub(value, order))
+                ordered(order, || self.made().atomic.fetch_sub(value, order))
             }
         }
     };
