@@ -88,8 +88,8 @@ fn a_slot_that_comes_back_meanwhile_does_not_bring_back_what_was_behind_it() {
     });
 }
 
-/// Fails if `push` exchanges with `Relaxed`, or `pop` with `Relaxed` and looks with `Relaxed`, either time: the next owner
-/// does not know what the one before did. Fails if `push` writes `next` after its exchange: what was on the list is lost.
+/// Fails if `push` exchanges with `Relaxed`, or if `pop` looks and exchanges without `Acquire`: the next owner does not know
+/// what the one before did.
 #[test]
 fn whoever_takes_a_slot_knows_all_that_was_done_to_it_before() {
     check(|| {
@@ -108,7 +108,8 @@ fn whoever_takes_a_slot_knows_all_that_was_done_to_it_before() {
     });
 }
 
-/// Fails if `push` writes `next` after its exchange: what was on the list is lost.
+/// Fails if `push` writes `next` after its exchange, or `pop` looks a second time without `Acquire`: what was on the list is
+/// lost.
 #[test]
 fn slots_that_are_put_back_at_the_same_time_are_all_there() {
     check(|| {

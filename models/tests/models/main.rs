@@ -8,7 +8,6 @@ mod freeze;
 mod sync;
 
 #[path = "../../../src/grow/custody.rs"]
-#[expect(dead_code, reason = "no model needs all of it")]
 mod custody;
 #[path = "../../../src/stack/free_list.rs"]
 #[expect(dead_code, reason = "no model needs all of it")]
@@ -23,9 +22,14 @@ mod free_lists;
 mod readers;
 mod thawing;
 
+use sync::{FENCE, Fence};
+
 /// Runs a model in every order that has at most three preemptions. (Without a bound some models take minutes.)
-fn check(model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
-    builder.check(model);
+fn check(model: impl Fn() + Copy + Send + Sync + 'static) {
+    for fence in [Fence::Before, Fence::After] {
+        FENCE.set(fence);
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(model);
+    }
 }

@@ -78,9 +78,8 @@ impl Model {
     }
 }
 
-/// Fails if a reader loads `current` before it counts itself in, or a writer looks at the counters before it stores the new
-/// value; if a writer looks at one counter only; if any of these accesses is not `SeqCst`: the reader's count, its load, the
-/// writer's store, its look at a counter.
+/// Fails if a reader loads `current` before it counts itself in, or leaves with `Relaxed`; if its count or its load is not
+/// `SeqCst`, or nothing of the writer's is.
 #[test]
 fn what_a_reader_has_is_not_freed_while_a_writer_replaces_it_twice() {
     check(|| {
@@ -95,7 +94,8 @@ fn what_a_reader_has_is_not_freed_while_a_writer_replaces_it_twice() {
     });
 }
 
-/// Fails after the same changes, and if what is replaced next may be freed by what was seen of the counters before.
+/// Fails after the same changes; if a writer looks at the counters before it stores the new value; and if it frees what it has
+/// replaced when one of the counters was at zero.
 #[test]
 fn what_two_readers_have_is_not_freed_by_two_writers() {
     check(|| {
@@ -115,7 +115,7 @@ fn what_two_readers_have_is_not_freed_by_two_writers() {
     });
 }
 
-/// Fails if a writer frees nothing, or waits for more than each counter at zero once.
+/// Fails if a writer frees nothing, or looks at one counter only.
 #[test]
 fn once_no_reader_is_left_the_next_writer_frees_all() {
     check(|| {

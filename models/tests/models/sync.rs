@@ -1,11 +1,10 @@
 //! What src/sync.rs is for the library: atomics of loom's.
 //!
 //! They differ from loom's in three ways. They can be made in constants: the atomic of loom's comes with the first use, which
-//! a model sees to before it starts threads.
-//! `SeqCst` holds: for loom it is `AcqRel`, but its fences are right, so there is one on each side of such an access. (That
-//! is a little more than `SeqCst` promises.) And to drop one is to write it, so nobody may use it at the same time or later.
+//! a model sees to before it starts threads. `SeqCst` holds: for loom it is `AcqRel`, but its fences are right, so there is
+//! one beside each such access. And to drop one is to write it, so nobody may use it at the same time or later.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 
 use loom::sync::atomic::fence;
 
@@ -16,14 +15,29 @@ pub(crate) fn let_others_run() {
     loom::thread::yield_now();
 }
 
+/// On which side of a `SeqCst` access its fence is. With either there is one between any two such accesses of a thread. Each
+/// shows other accesses that have to be `SeqCst` and are not.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fence {
+    Before,
+    After,
+}
+
+thread_local! {
+    /// In the model that runs on this thread.
+    pub(crate) static FENCE: Cell<Fence> = const { Cell::new(Fence::Before) };
+}
+
 /// Does what has this order.
 fn ordered<R>(order: Ordering, access: impl FnOnce() -> R) -> R {
-    if order != Ordering::SeqCst {
-        return access();
-    }
-    fence(Ordering::SeqCst);
+    let fence_here = |side| {
+        if order == Ordering::SeqCst && FENCE.get() == side {
+            fence(Ordering::SeqCst);
+        }
+    };
+    fence_here(Fence::Before);
     let result = access();
-    fence(Ordering::SeqCst);
+    fence_here(Fence::After);
     result
 }
 
@@ -50,6 +64,7 @@ macro_rules! atomic {
         // SAFETY: as said above, no two threads use the cell at once.
         unsafe impl $(<$parameter>)? Sync for $name $(<$parameter>)? {}
 
+        #[allow(dead_code, reason = "each is used in some ways only")]
         impl $(<$parameter>)? $name $(<$parameter>)? {
             pub(crate) const fn new(first: $value) -> Self {
                 Self { first, made: OnceCell::new() }
