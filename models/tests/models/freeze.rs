@@ -40,6 +40,9 @@ impl Frozen {
     }
 
     pub(crate) fn link_to(&mut self, next: *mut Self) {
+        if std::thread::panicking() {
+            return; // the model has failed: that is enough
+        }
         // SAFETY: the pointer is valid for this call, in which loom sees that nobody else uses it.
         self.next.with_mut(|link| unsafe { *link = next });
     }

@@ -78,8 +78,8 @@ impl Model {
     }
 }
 
-/// Fails if a reader loads `current` before it counts itself in, or leaves with `Relaxed`; if its count or its load is not
-/// `SeqCst`, or nothing of the writer's is.
+/// Fails if a reader loads `current` before it counts itself in, or leaves with `Relaxed`; if its load is not `SeqCst`,
+/// or nothing of the writer's is.
 #[test]
 fn what_a_reader_has_is_not_freed_while_a_writer_replaces_it_twice() {
     check(|| {

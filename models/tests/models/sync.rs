@@ -15,8 +15,8 @@ pub(crate) fn let_others_run() {
     loom::thread::yield_now();
 }
 
-/// On which side of a `SeqCst` access its fence is. With either there is one between any two such accesses of a thread. Each
-/// shows other accesses that have to be `SeqCst` and are not.
+/// On which side of a `SeqCst` access its fence is. With either there is one between any two such accesses of a thread. With
+/// one of them a model may fail that does not with the other.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fence {
     Before,
