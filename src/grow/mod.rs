@@ -11,6 +11,7 @@
 
 mod alone;
 mod context;
+mod custody;
 mod fault;
 mod forks;
 mod freeze;
@@ -27,6 +28,7 @@ mod state;
 mod touched;
 
 pub(crate) use context::{Context, NAMES};
+pub(crate) use custody::Custody;
 pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};

@@ -4,13 +4,15 @@ mod arena;
 pub(crate) mod cache;
 pub(crate) mod carry;
 pub(crate) mod class;
+mod free_list;
 pub(crate) mod guard;
 pub(crate) mod own_memory;
 pub(crate) mod pages;
 mod record;
 
-pub(crate) use arena::{Link, OLD, Slot};
+pub(crate) use arena::{OLD, Slot};
 pub use arena::{Slots, slots};
+pub(crate) use free_list::Link;
 pub(crate) use record::{INLINE_CLOSURE, Record, SCOUT};
 
 use core::sync::atomic::Ordering;

@@ -24,8 +24,9 @@ use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::arena::{Link, Slot};
+use super::arena::Slot;
 use super::class::{Class, HEAD, size_of_open};
+use super::free_list::Link;
 use super::pages::resident;
 use crate::grow::{Maps, NotMoved, Watch};
 use crate::site::Site;
