@@ -1,6 +1,7 @@
 //! What can go wrong when a coroutine is made, each with what to do about it.
 
 use core::fmt;
+use std::io;
 
 /// Why a coroutine could not be created. Nothing is lost: no memory, no slot, and the closure is
 /// dropped as if it had never been passed.
@@ -85,13 +86,15 @@ impl fmt::Display for Error {
             ),
             Self::Memory { doing, bytes, source } => write!(
                 f,
-                "{doing}: the kernel refused {bytes} bytes ({source}): end some coroutines, lower their maximum, \
-                 or raise the limit on memory (ulimit -v, the container's, vm.overcommit_memory)"
+                "{doing}: the kernel refused {bytes} bytes ({}): end some coroutines, lower their maximum, \
+                 or raise the limit on memory (ulimit -v, the container's, vm.overcommit_memory)",
+                Answer(source)
             ),
             Self::Mappings { source } => write!(
                 f,
-                "too many memory mappings ({source}): without MADV_GUARD_INSTALL (Linux 6.13), and in locked memory, each \
-                 stack takes two; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel"
+                "too many memory mappings ({}): without MADV_GUARD_INSTALL (Linux 6.13), and in locked memory, each \
+                 stack takes two; raise vm.max_map_count (sysctl -w vm.max_map_count=1048576) or use a newer kernel",
+                Answer(source)
             ),
             Self::Room { bytes, maximum } => write!(
                 f,
@@ -100,16 +103,42 @@ impl fmt::Display for Error {
             ),
             Self::OwnMemory { source } => write!(
                 f,
-                "cannot use /proc/self/mem ({source}): among several threads, a stack that grows in place is frozen and \
-                 thawed through it; mount /proc, allow openat, pread64 and pwrite64 in the sandbox, or use a stack that moves"
+                "cannot use /proc/self/mem ({}): among several threads, a stack that grows in place is frozen and \
+                 thawed through it; mount /proc, allow openat, pread64 and pwrite64 in the sandbox, or use a stack that moves",
+                Answer(source)
             ),
             Self::Handler { source } => write!(
                 f,
-                "cannot install the SIGSEGV handler or its alternate stack ({source}): stacks cannot grow without it; \
-                 allow rt_sigaction, sigaltstack and mmap in the sandbox"
+                "cannot install the SIGSEGV handler or its alternate stack ({}): stacks cannot grow without it; \
+                 allow rt_sigaction, sigaltstack and mmap in the sandbox",
+                Answer(source)
             ),
             Self::Arenas => f.write_str("the table of stack arenas is full: end some coroutines"),
         }
+    }
+}
+
+/// The kernel's answer, as `io::Error` writes it. But that makes a `String`, and this is written in the fault handler, too.
+struct Answer<'a>(&'a io::Error);
+
+impl fmt::Display for Answer<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(number) = self.0.raw_os_error() else { return self.0.kind().fmt(f) };
+        let name = match number {
+            libc::EPERM => "Operation not permitted ",
+            libc::ENOENT => "No such file or directory ",
+            libc::EIO => "Input/output error ",
+            libc::EAGAIN => "Resource temporarily unavailable ",
+            libc::ENOMEM => "Cannot allocate memory ",
+            libc::EACCES => "Permission denied ",
+            libc::EFAULT => "Bad address ",
+            libc::EINVAL => "Invalid argument ",
+            libc::ENFILE => "Too many open files in system ",
+            libc::EMFILE => "Too many open files ",
+            libc::ENOSYS => "Function not implemented ",
+            _ => "",
+        };
+        write!(f, "{name}(os error {number})")
     }
 }
 
@@ -122,5 +151,32 @@ impl std::error::Error for Error {
             | Self::Handler { source } => Some(source),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_answers_reads_as_std_writes_it() {
+        let known = [
+            libc::EPERM,
+            libc::ENOENT,
+            libc::EIO,
+            libc::EAGAIN,
+            libc::ENOMEM,
+            libc::EACCES,
+            libc::EFAULT,
+            libc::EINVAL,
+            libc::ENFILE,
+            libc::EMFILE,
+            libc::ENOSYS,
+        ];
+        for number in known {
+            let error = io::Error::from_raw_os_error(number);
+            assert_eq!(Answer(&error).to_string(), error.to_string());
+        }
+        assert_eq!(Answer(&io::Error::from_raw_os_error(libc::ERANGE)).to_string(), "(os error 34)");
     }
 }

@@ -32,8 +32,9 @@
 //! # What it takes from the process
 //!
 //! The first coroutine installs a handler for SIGSEGV and SIGBUS, once; the first of each thread replaces the thread's alternate
-//! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. The first coroutine
-//! that may move reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]), and opens a descriptor of
+//! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. A library that holds this
+//! crate is never unloaded from then on. The first coroutine
+//! that may move adds `SA_ONSTACK` to the handlers that exist ([`keep_signals_off_coroutine_stacks`]), reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]), and opens a descriptor of
 //! `userfaultfd`, which stays open: by it moving stacks take their pages along. Without it they are copied.
 //!
 //! For a filter of system calls (seccomp): `mmap`, `munmap`, `mprotect`, `madvise`, `rt_sigaction`, `rt_sigprocmask`, `sigaltstack`,
@@ -78,6 +79,7 @@ pub mod map;
 mod pin;
 mod pool;
 mod report;
+mod signals;
 mod site;
 mod stack;
 mod stats;
@@ -95,9 +97,10 @@ pub use frames::Frames;
 pub use grow::{Maps, NotMoved, Reason, Shrink, not_moved, reserve};
 pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
 pub use pool::{Key, Pool, PoolStats};
+pub use signals::{keep_signals_off_coroutine_stacks, signals_on_coroutine_stacks};
 pub use site::{SpawnSite, spawn_sites};
 pub use stack::class::{MAX_SIZE, MIN_SIZE};
 #[doc(hidden)]
 pub use stack::{Slots, slots};
 pub use stats::{Growth, LastGrowth, Stats, Totals, WordsByMap, totals};
-pub use thread::{cached_bytes, prepare_thread, signals_on_coroutine_stacks, trim};
+pub use thread::{cached_bytes, prepare_thread, trim};

@@ -5,6 +5,7 @@
 
 use core::ffi::{c_int, c_void};
 use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicI32, Ordering};
 
 use crate::error::Error;
 use crate::grow::{Context, NAMES, Refusal};
@@ -19,7 +20,7 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, contex
     // SAFETY: the running coroutine's record, accessible, and this thread's.
     let (size, maximum) = unsafe { ((*record).size(), (*record).maximum) };
     let need = size_of_open(need.next_multiple_of(4096));
-    let mut out = Stderr::new();
+    let mut out = Stderr::for_a_report();
     let _ = match why {
         Refusal::Maximum => writeln!(
             out,
@@ -53,7 +54,7 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, contex
 
 /// A pointer to where a stack used to be was used.
 pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
-    let mut out = Stderr::new();
+    let mut out = Stderr::for_a_report();
     let live = old.current();
     if live.is_old() {
         let _ = writeln!(
@@ -94,12 +95,26 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
 
 /// A frozen stack that was touched and cannot be brought back.
 pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
-    let mut out = Stderr::new();
+    let mut out = Stderr::for_a_report();
     let end = slot.end();
     let _ = writeln!(
         out,
         "regrow: cannot thaw the stack of coroutine {end:#x}, which was touched\nfatal error: {error}"
     );
+    out.abort()
+}
+
+/// A signal whose handler has no stack of its own came where a coroutine's stack had no room for it.
+pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
+    let mut out = Stderr::for_a_report();
+    let _ = write!(
+        out,
+        "regrow: a signal came where a coroutine's stack had no room for its handler\nfatal error: lost signal, one of"
+    );
+    for signal in candidates {
+        let _ = write!(out, " {signal}");
+    }
+    let _ = writeln!(out, "\n  install their handlers with SA_ONSTACK");
     out.abort()
 }
 
@@ -138,10 +153,33 @@ unsafe extern "C" {
     fn regrow_call_on(argument: *mut c_void, function: extern "C" fn(*mut c_void), end: usize);
 }
 
-/// Sees that a fault from here on ends the process by SIGABRT, as the report is meant to: a walk over frames
-/// whose unwind tables are wrong may run into anything, and would otherwise die of the blocked SIGSEGV.
+/// The thread that makes the report, 0 before there is one.
+static REPORTER: AtomicI32 = AtomicI32::new(0);
+
+/// Makes this thread the one that reports. If another is already, waits for the end of the process.
+fn be_the_reporter() {
+    // SAFETY: no arguments.
+    let this = unsafe { libc::gettid() };
+    if REPORTER.compare_exchange(0, this, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        wait_for_the_end();
+    }
+}
+
+fn wait_for_the_end() -> ! {
+    loop {
+        // SAFETY: no arguments. All signals that can be blocked are: called in handlers only.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Sees that a fault from here on ends the process by SIGABRT, as the report is meant to: a report reads what may be
+/// damaged, and would otherwise die of the blocked SIGSEGV. Other threads, whose stacks may still have to grow, wait.
 fn abort_on_faults() {
     extern "C" fn abort(_signal: c_int) {
+        // SAFETY: no arguments.
+        if unsafe { libc::gettid() } != REPORTER.load(Ordering::Relaxed) {
+            wait_for_the_end();
+        }
         // SAFETY: ends the process.
         unsafe { libc::abort() }
     }
@@ -149,6 +187,8 @@ fn abort_on_faults() {
     unsafe {
         let mut action: libc::sigaction = core::mem::zeroed();
         action.sa_sigaction = abort as *const () as usize;
+        action.sa_flags = libc::SA_ONSTACK; // of another thread, whose stack has no room
+        libc::sigfillset(&mut action.sa_mask);
         let mut faults: libc::sigset_t = core::mem::zeroed();
         for signal in [libc::SIGSEGV, libc::SIGBUS] {
             libc::sigaction(signal, &action, core::ptr::null_mut());
@@ -159,7 +199,6 @@ fn abort_on_faults() {
 }
 
 extern "C" fn walk_frames(argument: *mut c_void) {
-    abort_on_faults();
     // SAFETY: `frames` passes a `Walk`; the callback matches the unwinder's signature and gets the same.
     let walk = unsafe {
         _Unwind_Backtrace(on_frame, argument);
@@ -227,7 +266,10 @@ struct Stderr {
 }
 
 impl Stderr {
-    fn new() -> Self {
+    /// One report is made in a process.
+    fn for_a_report() -> Self {
+        be_the_reporter();
+        abort_on_faults();
         Self { buffer: [0; 512], used: 0 }
     }
 

@@ -26,7 +26,10 @@ thread_local! {
 }
 
 /// Makes this thread able to run coroutines. Creating one does it; a thread that resumes coroutines
-/// created elsewhere (an unsafe thing to do, see [`Coroutine`](crate::Coroutine)) calls it first.
+/// created elsewhere (an unsafe thing to do, see [`Coroutine`](crate::Coroutine)) calls it first. On a thread that
+/// is prepared it costs next to nothing.
+///
+/// SIGSEGV and SIGBUS are unblocked on this thread: stacks that move grow by the first.
 ///
 /// # Errors
 /// If the fault handler or the alternate signal stack cannot be installed.
@@ -35,16 +38,18 @@ thread_local! {
 /// std::thread::spawn(|| regrow::prepare_thread().unwrap()).join().unwrap();
 /// ```
 pub fn prepare_thread() -> Result<(), Error> {
-    prepare()
+    if SIGNAL_STACK.get() == 0 { prepare() } else { Ok(()) }
 }
 
-/// As [`prepare_thread`]; after the first call on a thread it costs one system call, so it belongs on slow paths.
+/// As [`prepare_thread`], and the alternate stack is there again if somebody took it away. It costs at least one system call, so
+/// it belongs on slow paths.
 pub(crate) fn prepare() -> Result<(), Error> {
     static PROCESS: OnceLock<libc::pthread_key_t> = OnceLock::new();
     let key = match PROCESS.get() {
         Some(key) => *key,
         None => {
             guard::detect();
+            stay_loaded();
             let key = create_key()?;
             grow::install_handler()?;
             let _ = PROCESS.set(key);
@@ -57,6 +62,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
         // SAFETY: the lowest page of a mapping made above, used by nobody.
         unsafe { libc::mprotect(new as *mut _, PAGE, libc::PROT_NONE) };
         install(new)?;
+        unblock_faults();
         SIGNAL_STACK.set(new);
         // SAFETY: the key was created in this process and is never deleted.
         unsafe { libc::pthread_setspecific(key, new as *const c_void) };
@@ -94,6 +100,18 @@ pub fn cached_bytes() -> usize {
     cache::bytes()
 }
 
+/// Sees that the library this code is in is never unloaded, if it is one: the handler and the destructor of the key are called
+/// after whoever loaded it has closed it. The program itself stays anyway: nothing is found for it, or it changes nothing.
+fn stay_loaded() {
+    // SAFETY: plain data. The name it is filled with lasts as long as the object is loaded, which it is: its code runs.
+    unsafe {
+        let mut object: libc::Dl_info = core::mem::zeroed();
+        if libc::dladdr(stay_loaded as *const c_void, &mut object) != 0 && !object.dli_fname.is_null() {
+            libc::dlopen(object.dli_fname, libc::RTLD_NOW | libc::RTLD_NODELETE | libc::RTLD_NOLOAD);
+        }
+    }
+}
+
 /// `pthread` calls the key's destructor after those of Rust's thread-locals, which may still drop coroutines.
 fn create_key() -> Result<libc::pthread_key_t, Error> {
     let mut key = 0;
@@ -110,6 +128,19 @@ fn install(stack: usize) -> Result<(), Error> {
     match unsafe { libc::sigaltstack(&new, ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(Error::Handler { source: io::Error::last_os_error() }),
+    }
+}
+
+/// A fault whose signal is blocked ends the process. Servers block all signals on threads that are to get none.
+fn unblock_faults() {
+    // SAFETY: a signal set is plain data; the handler for both signals is installed.
+    unsafe {
+        let mut faults: libc::sigset_t = core::mem::zeroed();
+        libc::sigemptyset(&mut faults);
+        for signal in grow::SIGNALS {
+            libc::sigaddset(&mut faults, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &faults, ptr::null_mut());
     }
 }
 
@@ -148,29 +179,4 @@ extern "C" fn end_of_thread(stack: *mut c_void) {
         }
         guard::unreserve(stack, PAGE + stack_size());
     }
-}
-
-/// Signals whose handler does not run on an alternate stack.
-///
-/// Such a handler runs on whatever stack is current: on a coroutine's it needs room there, makes
-/// the stack grow, and with [`Growth::Relocate`](crate::Growth::Relocate) may hold pointers to it. Install handlers
-/// with `SA_ONSTACK`.
-///
-/// ```
-/// assert!(!regrow::signals_on_coroutine_stacks().contains(&libc::SIGSEGV));
-/// ```
-#[must_use]
-pub fn signals_on_coroutine_stacks() -> Vec<i32> {
-    (1..=libc::SIGRTMAX())
-        .filter(|&signal| {
-            // SAFETY: `sigaction` is plain data; the call only reads the disposition.
-            unsafe {
-                let mut now: libc::sigaction = core::mem::zeroed();
-                libc::sigaction(signal, ptr::null(), &mut now) == 0
-                    && now.sa_sigaction != libc::SIG_DFL
-                    && now.sa_sigaction != libc::SIG_IGN
-                    && now.sa_flags & libc::SA_ONSTACK == 0
-            }
-        })
-        .collect()
 }

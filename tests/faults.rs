@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, child, child_command, frame, growths, relocating, run, variant};
+use support::{both_ways, child, child_command, frame, growths, relocating, run, signalled_at, variant};
 
 /// Reads a word by one instruction that is no growth point. What compilers emit, without their checks.
 #[inline(never)]
@@ -50,13 +50,17 @@ fn say(text: &str) {
 fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
     const TEST: &str = "a_wild_pointer_in_a_coroutine_dies_by_sigsegv";
     static CONSTANT: u64 = 5;
-    let wild: [(&str, fn()); 5] = [
+    let wild: [(&str, fn()); 6] = [
         ("null", || {
             load(0);
         }),
         ("null, written", || store(8)),
         ("not canonical", || {
             load(0x8000_0000_0000_0000);
+        }),
+        ("privileged", || {
+            // SAFETY: none: it is made to fault.
+            unsafe { asm!("hlt") };
         }),
         ("read-only", || store(&raw const CONSTANT as usize)),
         ("called", || {
@@ -338,6 +342,185 @@ fn sigsegv_from_outside_kills_as_it_would_have() {
     }
 }
 
+// --- signals whose frame does not fit ----------------------------------------------------------------------------
+
+fn count(signal: c_int) {
+    // SAFETY: plain data for a system call; without SA_ONSTACK, as most programs do it.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = counts as *const () as usize;
+        assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
+    }
+}
+
+/// The lowest accessible address of a coroutine's first page.
+#[inline(never)]
+fn lowest() -> usize {
+    let local = black_box(0u8);
+    &raw const local as usize / 4096 * 4096
+}
+
+/// The lowest address of a page with nothing below it.
+fn a_page_with_a_guard() -> usize {
+    // SAFETY: a new mapping.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let guard = libc::mmap(ptr::null_mut(), 8192, libc::PROT_NONE, flags, -1, 0) as usize;
+        libc::mprotect((guard + 4096) as *mut c_void, 4096, libc::PROT_READ | libc::PROT_WRITE);
+        guard + 4096
+    }
+}
+
+#[test]
+fn a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told() {
+    const TEST: &str = "a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told";
+    match variant().as_deref() {
+        None => {
+            for how in ["before any fault", "after a growth"] {
+                let outcome = child(TEST, how);
+                assert!(outcome.status.success(), "{how}: {outcome}");
+                assert!(outcome.stderr.contains("went on"), "{how}: {outcome}");
+            }
+            let outcome = child(TEST, "of two");
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+            assert!(outcome.stderr.contains("lost signal, one of 10 12\n"), "{outcome}");
+        }
+        Some(how) => {
+            if how == "after a growth" {
+                in_a_coroutine(&relocating(), || ());
+            } else {
+                run(&relocating(), || ());
+            }
+            count(libc::SIGUSR1);
+            if how == "of two" {
+                count(libc::SIGUSR2);
+            }
+            run(&relocating(), || {
+                for _ in 0..2 {
+                    signalled_at(lowest(), libc::SIGUSR1);
+                }
+                assert_eq!(COUNTED.load(Ordering::Relaxed), 2);
+                frame::<9000>(1);
+                assert!(growths() > 0);
+            });
+            say("went on");
+        }
+    }
+}
+
+#[test]
+fn handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it() {
+    match variant() {
+        None => {
+            let outcome =
+                child("handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it", "");
+            assert!(outcome.status.success(), "{outcome}");
+        }
+        Some(_) => {
+            let ours = [libc::SIGUSR1, libc::SIGUSR2];
+            for signal in ours {
+                count(signal);
+            }
+            run(&Builder::new(), || ());
+            assert_eq!(regrow::signals_on_coroutine_stacks(), ours, "a stack that stays has room for all");
+            run(&relocating(), move || {
+                for signal in ours {
+                    signalled_at(lowest(), signal);
+                }
+            });
+            assert_eq!(COUNTED.load(Ordering::Relaxed), 2);
+            count(libc::SIGTERM);
+            assert_eq!(regrow::keep_signals_off_coroutine_stacks(), [libc::SIGTERM]);
+            run(&relocating(), || signalled_at(lowest(), libc::SIGTERM));
+            assert_eq!(COUNTED.load(Ordering::Relaxed), 3);
+        }
+    }
+}
+
+#[test]
+fn a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed() {
+    const TEST: &str = "a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed";
+    match variant().as_deref() {
+        None => {
+            for how in ["what std installed", "the default action"] {
+                let outcome = child(TEST, how);
+                assert!(outcome.status.success(), "{how}: {outcome}");
+                assert!(outcome.stderr.contains("went on"), "{how}: {outcome}");
+            }
+        }
+        Some(how) => {
+            if how == "the default action" {
+                install(libc::SIG_DFL, 0);
+            }
+            in_a_coroutine(&relocating(), || ());
+            count(libc::SIGUSR1);
+            let lowest = a_page_with_a_guard();
+            for _ in 0..3 {
+                signalled_at(lowest, libc::SIGUSR1);
+            }
+            in_a_coroutine(&relocating(), || say("went on"));
+        }
+    }
+}
+
+#[test]
+fn a_protection_fault_near_the_end_of_a_stack_is_no_lost_signal() {
+    match variant() {
+        None => {
+            let outcome = child("a_protection_fault_near_the_end_of_a_stack_is_no_lost_signal", "");
+            assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{outcome}");
+        }
+        Some(_) => {
+            in_a_coroutine(&relocating(), || ());
+            count(libc::SIGUSR1);
+            run(&relocating(), || load(0x8000_0000_0000_0000));
+        }
+    }
+}
+
+/// Lets the kernel refuse handlers for SIGBUS from now on.
+fn refuse_handlers_for_sigbus() {
+    let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let if_equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let mut filter = [
+        step(load, 0, 0, 0), // the number of the call
+        step(if_equal, 0, 5, libc::SYS_rt_sigaction as u32),
+        step(load, 0, 0, 16), // its first argument
+        step(if_equal, 0, 3, libc::SIGBUS as u32),
+        step(load, 0, 0, 24), // its second, of which the lower half says enough
+        step(if_equal, 1, 0, 0),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: a filter of this length, read by the call.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+    }
+}
+
+#[test]
+fn a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there() {
+    const TEST: &str = "a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there";
+    match variant() {
+        None => {
+            let outcome = child(TEST, "");
+            assert_eq!(outcome.status.code(), Some(42), "{outcome}");
+            assert!(outcome.stderr.contains("reached with siginfo"), "{outcome}");
+        }
+        Some(_) => {
+            install(with_siginfo as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK);
+            refuse_handlers_for_sigbus();
+            for _ in 0..3 {
+                assert!(matches!(regrow::prepare_thread(), Err(regrow::Error::Handler { .. })));
+            }
+            load(FAULT_AT);
+        }
+    }
+}
+
 // --- overflow ----------------------------------------------------------------------------------------------------
 
 #[inline(never)]
@@ -406,6 +589,27 @@ fn an_overflow_at_the_maximum_is_reported() {
             let builder = &builders[way.parse::<usize>().unwrap()];
             let builder = builder.clone().name("deep one").maximum(16 << 10);
             run(&builder, || black_box(recurses_for_ever(0)));
+        }
+    }
+}
+
+/// What a report reads may be damaged: here, the coroutine's name.
+#[test]
+fn a_fault_while_a_report_is_written_ends_by_sigabrt() {
+    match variant() {
+        None => {
+            let outcome = child("a_fault_while_a_report_is_written_ends_by_sigabrt", "");
+            assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+        }
+        Some(_) => {
+            let name: std::sync::Arc<str> = "n".repeat(1 << 20).into();
+            let page = (name.as_ptr() as usize).next_multiple_of(4096);
+            let builder = Builder::new().maximum(4096).name(name);
+            run(&builder, move || {
+                // SAFETY: pages in the middle of the name, which only the report reads.
+                unsafe { libc::mprotect(page as *mut c_void, 64 << 10, libc::PROT_NONE) };
+                frame::<50_000>(1);
+            });
         }
     }
 }

@@ -224,24 +224,77 @@ fn thawing_a_touched_stack_calls_no_malloc() {
     }
 }
 
+extern "C" fn nothing(_signal: i32) {}
+
+/// Runs `f` in a process that has another thread.
+fn among_threads(f: impl FnOnce()) {
+    let (ends, waits) = std::sync::mpsc::channel::<()>();
+    let other = std::thread::spawn(move || waits.recv());
+    f();
+    drop(ends);
+    let _ = other.join().unwrap();
+}
+
 /// Reports are made in the handler too.
 #[test]
 fn reports_call_no_malloc() {
     const TEST: &str = "reports_call_no_malloc";
     match variant().as_deref() {
         None => {
-            for (report, says) in [("overflow", "stack overflow"), ("stale", "stale pointer")] {
+            for (report, says) in [
+                ("overflow", "stack overflow"),
+                ("stale", "stale pointer"),
+                ("no memory", "fatal error: out of memory"),
+                ("no memory", "Cannot allocate memory (os error 12)"),
+                ("cannot thaw", "cannot thaw the stack of coroutine"),
+                ("cannot thaw", "Operation not permitted (os error 1)"),
+                ("lost signal", "lost signal, one of 10 12"),
+            ] {
                 let outcome = support::child(TEST, report);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
-                assert!(
-                    outcome.stderr.contains(says) && outcome.stderr.contains("regrow_entry+0x"),
-                    "{outcome}"
-                );
+                assert!(outcome.stderr.contains(says), "{outcome}");
+                if ["overflow", "stale"].contains(&report) {
+                    assert!(outcome.stderr.contains("regrow_entry+0x"), "{outcome}");
+                }
             }
         }
         Some("overflow") => run(&Builder::new().maximum(4096), || {
             armed(|| frame::<50_000>(1));
         }),
+        Some("no memory") => run(&relocating(), || {
+            let calls = [
+                libc::SYS_mmap,
+                libc::SYS_mprotect,
+                libc::SYS_madvise,
+                libc::SYS_process_madvise,
+                libc::SYS_ioctl,
+            ];
+            support::refuse(&calls, libc::ENOMEM);
+            armed(|| frame::<50_000>(1));
+        }),
+        Some("cannot thaw") => among_threads(|| {
+            let mut coroutine = Builder::new().learn(false).spawn(|yielder: &Yielder<(), usize>, ()| {
+                let local = black_box(5u64);
+                yielder.suspend(&raw const local as usize);
+            });
+            let local = coroutine.resume(()).yielded().unwrap() as *const u64;
+            assert!(coroutine.freeze().unwrap());
+            support::refuse(&[libc::SYS_pwrite64], libc::EPERM);
+            // SAFETY: a local of a suspended coroutine, which stays where it is.
+            armed(|| unsafe { black_box(local.read_volatile()) });
+        }),
+        Some("lost signal") => {
+            run(&relocating(), || ());
+            for signal in [libc::SIGUSR1, libc::SIGUSR2] {
+                // SAFETY: a handler that does nothing.
+                unsafe { libc::signal(signal, nothing as *const () as usize) };
+            }
+            run(&relocating(), || {
+                let local = black_box(0u8);
+                let lowest = &raw const local as usize / 4096 * 4096;
+                armed(|| support::signalled_at(lowest, libc::SIGUSR1));
+            });
+        }
         Some(_) => run(&relocating(), || {
             let local = black_box(1u64);
             let hidden = black_box(Box::new(&raw const local as usize));

@@ -205,3 +205,62 @@ fn a_coroutine_can_be_dropped_on_another_thread() {
         assert_eq!(DROPPED.load(Ordering::SeqCst), 1);
     }
 }
+
+/// As servers have them that leave signals to one thread.
+fn blocks_all_signals() {
+    // SAFETY: plain data for two calls.
+    unsafe {
+        let mut all = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+    }
+}
+
+#[test]
+fn a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared() {
+    const TEST: &str = "a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared";
+    let Some(how) = support::variant() else {
+        for how in ["prepared", "by the first coroutine"] {
+            let outcome = support::child(TEST, how);
+            assert!(outcome.status.success(), "{how}: {outcome}");
+        }
+        return;
+    };
+    let thread = std::thread::spawn(move || {
+        blocks_all_signals();
+        if how == "prepared" {
+            prepare_thread().unwrap();
+        }
+        for builder in both_ways() {
+            support::run(&builder, || {
+                frame::<100_000>(1);
+                assert!(growths() > 0);
+            });
+        }
+        // SAFETY: plain data for calls that read.
+        let blocked = unsafe {
+            let mut mask = std::mem::zeroed();
+            libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::null(), &mut mask);
+            [libc::SIGSEGV, libc::SIGBUS, libc::SIGUSR1, libc::SIGTERM]
+                .map(|signal| libc::sigismember(&mask, signal) == 1)
+        };
+        assert_eq!(blocked, [false, false, true, true]);
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn preparing_a_thread_again_asks_the_kernel_nothing() {
+    const TEST: &str = "preparing_a_thread_again_asks_the_kernel_nothing";
+    match support::variant() {
+        None => {
+            let outcome = support::child(TEST, "");
+            assert!(outcome.status.success(), "{outcome}");
+        }
+        Some(_) => {
+            prepare_thread().unwrap();
+            support::refuse(&[libc::SYS_sigaltstack, libc::SYS_mmap], libc::EPERM);
+            prepare_thread().unwrap();
+        }
+    }
+}

@@ -57,6 +57,12 @@ impl Context<'_> {
         self.0.uc_mcontext.gregs[libc::REG_RSP as usize] as usize
     }
 
+    /// The number of the processor's exception that last made a signal for this thread: of an earlier one, or 0, if this
+    /// signal is the kernel's own.
+    pub(super) fn exception(&self) -> usize {
+        self.0.uc_mcontext.gregs[libc::REG_TRAPNO as usize] as usize
+    }
+
     /// The general registers, in the order of [`NAMES`].
     pub(crate) fn general(&mut self) -> &mut [usize] {
         let first = self.0.uc_mcontext.gregs.as_mut_ptr().cast();

@@ -24,35 +24,35 @@ use std::io;
 
 use super::context::{Context, PLACE};
 use super::point::{Point, call_length, growth_point, probe_loop_end};
-use super::{Fault, grow, in_place, relocate};
+use super::{Fault, grow, in_place, lost, relocate};
 use crate::error::Error;
 use crate::report;
 use crate::stack::{Record, Slot, class::MAX_SIZE};
 use crate::switch::{self, RED_ZONE};
 
-const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
+/// The signals of faults, which the handler is for.
+pub(crate) const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
 /// The handlers that were there before ours. Written once, before the first coroutine exists.
 struct Previous([UnsafeCell<MaybeUninit<libc::sigaction>>; SIGNALS.len()]);
 
-// SAFETY: written by `install_handler` only, under the caller's `OnceLock` and before anything can fault
-// into the handler; read-only afterwards.
+// SAFETY: each is written once, by `install_handler` with its mutex locked, before the handler of that signal is there to
+// read it; read-only afterwards.
 unsafe impl Sync for Previous {}
 
 static PREVIOUS: Previous = Previous([const { UnsafeCell::new(MaybeUninit::uninit()) }; SIGNALS.len()]);
 
 /// Installs the handler; called once a process.
 pub(crate) fn install_handler() -> Result<(), Error> {
-    static INSTALLED: std::sync::Mutex<bool> = std::sync::Mutex::new(false);
+    /// For how many of the signals it is: after an error the rest is left for the next call.
+    static INSTALLED: std::sync::Mutex<usize> = std::sync::Mutex::new(0);
     let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if *installed {
-        return Ok(());
-    }
-    for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS.0) {
-        // SAFETY: `on_fault` is a handler; the cell is written by this thread only, before anything reads it.
+    for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS.0).skip(*installed) {
+        // SAFETY: `on_fault` is a handler. The cell is written here only, once, with the mutex locked, and read by the handler
+        // only, which is not installed for this signal yet.
         unsafe { take_over(signal, on_fault, previous.get())? };
+        *installed += 1;
     }
-    *installed = true;
     Ok(())
 }
 
@@ -76,6 +76,13 @@ pub(crate) unsafe fn take_over(
     // a fault on another thread in between finds it.
     unsafe {
         check(libc::sigaction(signal, ptr::null(), previous.cast()))?;
+        check(put(signal, handler))
+    }
+}
+
+fn put(signal: c_int, handler: Handler) -> c_int {
+    // SAFETY: plain data for a system call; the handler has the signature that the flags ask for.
+    unsafe {
         let mut ours: libc::sigaction = core::mem::zeroed();
         ours.sa_sigaction = handler as *const () as usize;
         // SIGINFO: the address. ONSTACK: the stack that faulted has no room. No RESTART needed: a fault
@@ -83,7 +90,7 @@ pub(crate) unsafe fn take_over(
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         // Everything else waits: another handler must not run between two stacks.
         libc::sigfillset(&mut ours.sa_mask);
-        check(libc::sigaction(signal, &ours, ptr::null_mut()))
+        libc::sigaction(signal, &ours, ptr::null_mut())
     }
 }
 
@@ -102,9 +109,15 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
     let _in_place = crate::torture::instruction_in_its_place(&mut context);
     if code <= 0 || !(caught(address, &mut context) || serve(address, context)) {
         // SAFETY: these are the arguments we were called with.
-        unsafe { chain(signal, info, raw) };
+        unsafe {
+            if code == libc::SI_KERNEL && address == 0 && signal == libc::SIGSEGV {
+                serve_kernels_own(info, raw);
+            } else {
+                chain(signal, info, raw);
+            }
+        }
     }
-    // SAFETY: as above.
+    // SAFETY: errno is this thread's.
     unsafe { *libc::__errno_location() = errno };
 }
 
@@ -128,6 +141,39 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
     in_place::serve(slot, address)
         || serve_growth(slot, address, context)
         || in_place::came_too_early(slot, address)
+}
+
+/// Serves a SIGSEGV without an address. The previous handler may take it for a fault that ends the process, and put the
+/// default action back. If the process goes on all the same, because a signal was lost, our handler must be there.
+///
+/// # Safety
+/// The arguments are those of the handler.
+unsafe fn serve_kernels_own(info: *mut libc::siginfo_t, raw: *mut c_void) {
+    // SAFETY: the handler was installed with `SA_SIGINFO` and runs; nobody else looks at its context now.
+    let context = unsafe { Context::new(raw) };
+    if lost::send_again(&context) {
+        return;
+    }
+    if lost::comes_again(&context) {
+        // The previous handler has seen it, and wants the default action.
+        return reset(libc::SIGSEGV, false);
+    }
+    let at = lost::At::of(&context);
+    // SAFETY: the arguments of the handler, which the caller passes on.
+    unsafe { chain(libc::SIGSEGV, info, raw) };
+    if is_default(libc::SIGSEGV) {
+        at.remember();
+        put(libc::SIGSEGV, on_fault);
+    }
+}
+
+/// True if a signal has no handler.
+fn is_default(signal: c_int) -> bool {
+    // SAFETY: `sigaction` is plain data; the call only reads the disposition.
+    unsafe {
+        let mut now: libc::sigaction = core::mem::zeroed();
+        libc::sigaction(signal, ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_DFL
+    }
 }
 
 /// Grows the running coroutine's stack if this is a growth.

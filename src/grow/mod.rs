@@ -16,6 +16,7 @@ mod fault;
 mod forks;
 mod freeze;
 mod in_place;
+mod lost;
 mod obey;
 mod point;
 mod reason;
@@ -29,9 +30,9 @@ mod touched;
 
 pub(crate) use context::{Context, NAMES};
 pub(crate) use custody::Custody;
-pub(crate) use fault::install_handler;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
+pub(crate) use fault::{SIGNALS, install_handler};
 pub(crate) use freeze::{Frozen, freeze, peek, tell, thaw};
 pub use obey::Maps;
 pub use reason::{NotMoved, Reason, not_moved};

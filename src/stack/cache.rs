@@ -23,6 +23,7 @@ use super::guard;
 use super::pages::{Pages, resident, was_passed};
 use super::record::{Record, SCOUT};
 use crate::error::Error;
+use crate::signals;
 use crate::site;
 use crate::thread;
 
@@ -179,6 +180,9 @@ fn take_slowly(
         };
     }
     thread::prepare()?;
+    if class.is_moving() {
+        signals::keep_off_moving_stacks();
+    }
     may_be_made()?;
     let (slot, now_open) = Slot::take(class, open)?;
     let record = Record::at(slot.end());

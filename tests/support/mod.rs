@@ -176,3 +176,42 @@ pub fn outcome(command: &mut Command) -> Outcome {
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
+
+/// Lets the kernel answer these system calls with an error from now on.
+pub fn refuse(calls: &[libc::c_long], error: i32) {
+    let step = |code: u32, jt, k| libc::sock_filter { code: code as u16, jt, jf: 0, k };
+    let mut filter = vec![step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0)];
+    for (&call, left) in calls.iter().zip((1..=calls.len() as u8).rev()) {
+        filter.push(step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, left, call as u32));
+    }
+    filter.push(step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW));
+    filter.push(step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | error as u32));
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: a filter of this length, read by the call.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+    }
+}
+
+/// Sends this thread a signal where the stack has 64 bytes left above `lowest`.
+#[inline(never)]
+pub fn signalled_at(lowest: usize, signal: i32) {
+    // SAFETY: the code uses no stack while `rsp` is elsewhere, and a signal's handler only what is above `lowest`.
+    unsafe {
+        std::arch::asm!(
+            "mov {kept}, rsp",
+            "mov rsp, {low}",
+            "syscall",
+            "mov rsp, {kept}",
+            kept = out(reg) _,
+            low = in(reg) lowest + 64,
+            inlateout("rax") libc::SYS_tgkill => _,
+            in("rdi") libc::getpid(),
+            in("rsi") libc::gettid(),
+            in("rdx") signal,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+}
