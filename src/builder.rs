@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::grow::{self, Maps, Shrink, Watch};
 use crate::site::{self, Site};
 use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE, open_bytes};
-use crate::stack::{INLINE_CLOSURE, Record, cache};
+use crate::stack::{INLINE_CLOSURE, Record, SCOUT, cache};
 use crate::stats::Growth;
 use crate::switch::{self, Entry, Handle};
 
@@ -494,14 +494,17 @@ where
     let mut coroutine = unsafe { fill_with_closure(record, f, plan, name) };
     // SAFETY: the same.
     unsafe { (*record).site = if plan.learn { site } else { ptr::null() } };
-    if plan.growth == Growth::InPlace {
+    // SAFETY: the same.
+    let scout = unsafe { (*record).counted == SCOUT };
+    let watched = match plan.shrink {
+        Shrink::Off => false,
+        Shrink::Eager => true,
+        Shrink::Default => scout || plan.learn && site.is_spiky(),
+    };
+    if plan.growth == Growth::InPlace && watched {
         // SAFETY: the same.
-        unsafe {
-            if grow::is_watched_in_place(&*record) {
-                (*record).tidy = true;
-                coroutine.watch();
-            }
-        }
+        unsafe { (*record).scout = scout };
+        coroutine.watch();
     }
     Ok(coroutine)
 }
@@ -527,7 +530,6 @@ where
     unsafe {
         let coroutine = fill_with_closure(record, f, &plan, name);
         (*record).site = site;
-        (*record).scout = false;
         if site.count() {
             site::send_scout(record);
         }

@@ -85,6 +85,7 @@ mod stack;
 mod stats;
 mod switch;
 mod symbol;
+mod sync;
 mod thread;
 #[cfg(feature = "torture")]
 pub mod torture;

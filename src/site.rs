@@ -67,11 +67,11 @@ pub(crate) use here;
 /// Learned of a site whose coroutines grow in place and have had spikes. No size: it would be 2 bytes.
 const SPIKY: u32 = 1;
 
-/// True for one in [`SCOUT_EVERY`] coroutines that grow in place and are made in a slot that is new to their thread, the first
-/// of all among them.
+/// True for one in [`SCOUT_EVERY`] coroutines that grow in place and are made in a slot that is new to their thread. Not for the
+/// first ones of a program: a few take little memory, and to be watched costs time.
 pub(crate) fn is_scouts_turn() -> bool {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    COUNT.fetch_add(1, Ordering::Relaxed).is_multiple_of(SCOUT_EVERY)
+    COUNT.fetch_add(1, Ordering::Relaxed) % SCOUT_EVERY == SCOUT_EVERY - 1
 }
 
 impl Site {

@@ -121,7 +121,7 @@ pub fn trim() -> usize {
 }
 
 /// Bytes of memory in stacks that this thread keeps for reuse: at most 8 MiB. Of stacks that grow in place this is an estimate:
-/// the kernel is asked about some of them.
+/// a few count for all they might hold, and the kernel is asked about some of the others.
 ///
 /// ```
 /// drop(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));

@@ -203,7 +203,8 @@ fn a_site_whose_scouts_had_spikes_has_its_later_coroutines_watched() {
         (0..40).for_each(|_| _ = coroutine.resume(false));
         (after_spike, coroutine.stats().size)
     };
-    let [mut scout, mut other] = [spawn(), spawn()];
+    let mut all: Vec<_> = (0..64).map(|_| spawn()).collect();
+    let [mut scout, mut other] = [all.pop().unwrap(), all.pop().unwrap()];
     for (watched, coroutine) in [(false, &mut other), (true, &mut scout)] {
         let (after_spike, later) = spike(coroutine);
         assert!(after_spike > 60_000 && (later < 20_000) == watched, "{after_spike} {later} {watched}");

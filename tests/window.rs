@@ -256,3 +256,39 @@ fn descend_for_ever(number: u64) -> u64 {
     let local = black_box([number; 50]);
     descend_for_ever(number + 1) + local[7]
 }
+
+/// What a thread keeps for reuse is bounded by the memory it holds, whoever has used it: by small ones, greedy ones, and a few
+/// greedy ones among many small ones.
+#[test]
+fn the_stock_of_a_thread_stays_small() {
+    const TEST: &str = "the_stock_of_a_thread_stays_small";
+    let Some(variant) = variant() else {
+        for every in [1, 10, 100] {
+            passes(&child(TEST, &every.to_string()));
+        }
+        return;
+    };
+    let every: usize = variant.parse().unwrap();
+    let round = |greedy: bool| {
+        let mut all: Vec<_> = (0..2000)
+            .map(|number| {
+                let greedy = greedy && number % every == 0;
+                wide().spawn(move |yielder: &Yielder<(), ()>, ()| {
+                    if greedy {
+                        descend_by(200_000);
+                    }
+                    yielder.suspend(());
+                })
+            })
+            .collect();
+        all.iter_mut().for_each(|one| _ = one.resume(()));
+    };
+    round(false);
+    let before = status("VmRSS:");
+    for _ in 0..3 {
+        round(true);
+        round(false);
+        let kept = status("VmRSS:").saturating_sub(before);
+        assert!(kept < 24 << 20, "{kept} bytes kept where one in {every} is greedy");
+    }
+}

@@ -52,11 +52,11 @@ pub(crate) struct Frozen {
     /// The bytes of the record, if there is more to it than the following. To be moved out, not dropped.
     record: Option<Box<MaybeUninit<Record>>>,
     /// In place only; with the entry: whom to tell when the stack is touched.
-    pub(super) chain: Chain,
+    chain: Chain,
     site: *const Site,
     /// Words that follow: from what the suspend saved to the first word of the base.
     words: u32,
-    pub(super) entry: u32,
+    entry: u32,
     /// In place only: the most pages that were seen to have memory.
     highest: u32,
     base_offset: u16,
@@ -75,11 +75,11 @@ const _: () = assert!(size_of::<Frozen>() == 48);
 
 /// What links a block to others.
 #[derive(Clone, Copy)]
-pub(super) union Chain {
+union Chain {
     /// While the stack is frozen: the list to which its block goes when it is touched.
-    pub told: *const Touched,
+    told: *const Touched,
     /// On the list: the next block.
-    pub next: *mut Frozen,
+    next: *mut Frozen,
 }
 
 impl Frozen {
@@ -101,6 +101,34 @@ impl Frozen {
     pub(crate) fn tell(&mut self, told: Told) {
         self.chain = Chain { told: told.list };
         self.entry = told.entry;
+    }
+
+    /// The list that was told.
+    ///
+    /// # Safety
+    /// The block is of a stack that is frozen in place, and not on a list.
+    pub(super) unsafe fn told(&self) -> *const Touched {
+        // SAFETY: by the caller's word `tell` was the last to write it.
+        unsafe { self.chain.told }
+    }
+
+    /// Which of its owner's the stack is.
+    pub(super) fn entry(&self) -> u32 {
+        self.entry
+    }
+
+    /// Links the block to the next one on a list.
+    pub(super) fn link_to(&mut self, next: *mut Self) {
+        self.chain = Chain { next };
+    }
+
+    /// The next block on the list.
+    ///
+    /// # Safety
+    /// The block is on a list, or taken off with the whole of it.
+    pub(super) unsafe fn next(&self) -> *mut Self {
+        // SAFETY: by the caller's word `link_to` was the last to write it.
+        unsafe { self.chain.next }
     }
 
     /// The record, if it is kept as a whole.

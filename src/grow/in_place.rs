@@ -8,7 +8,7 @@
 //! there is nobody who could make one:
 //!
 //! ```text
-//!             meta.frozen    pages
+//!             meta.frozen    pages                (src/grow/custody.rs)
 //!  suspended  0              accessible
 //!             BUSY           accessible       freeze: bytes read          thaw: bytes written
 //!             BUSY           │ memory given   │                           ▲
@@ -50,13 +50,10 @@ use crate::error::Error;
 use crate::report;
 use crate::stack::class::PAGE;
 use crate::stack::own_memory::OwnMemory;
-use crate::stack::pages::resident;
+use crate::stack::pages::{resident, was_passed};
 use crate::stack::{Record, Slot, guard};
 use crate::switch::{self, Base, Handle};
 use crate::thread;
-
-/// `Meta::frozen` of a slot that is being frozen or thawed.
-const BUSY: usize = 1;
 
 /// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.
 const FEW: usize = 1000;
@@ -85,7 +82,8 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             return Ok(false);
         }
         let pages = (slot.end() - lowest).div_ceil(PAGE);
-        let unused = resident(slot.end() - (*record).open..slot.end() - pages * PAGE);
+        let bottom = slot.end() - pages * PAGE;
+        let unused = if was_passed(bottom) { resident(slot.end() - (*record).open..bottom) } else { 0 };
         (*record).highest = (*record).highest.max(pages * PAGE + unused);
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
         let mut block = Frozen::allocate(words)?;
@@ -95,21 +93,18 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
         let meta = slot.meta();
         meta.open_pages.store(pages as u32, Ordering::Relaxed);
         let outcome = undisturbed(|| {
-            meta.frozen.store(BUSY, Ordering::SeqCst);
+            meta.frozen.begin();
             CHANGES.fetch_add(1, Ordering::SeqCst);
             let outcome = put_away(slot, lowest, block);
-            let frozen = if outcome.is_ok() { block.as_ptr() as usize } else { 0 };
-            meta.frozen.store(frozen, Ordering::Release);
+            meta.frozen.put(outcome.is_ok().then_some(block));
             outcome
         });
         if let Err(error) = outcome {
             Frozen::free(block);
             return Err(error);
         }
-        if unused != 0 {
-            // What is below the stack pointer is needed by nobody, frozen or not.
-            slot.pages().discard(slot.class().window(), pages * PAGE);
-        }
+        // What is below the stack pointer is needed by nobody, frozen or not.
+        slot.pages().discard(slot.class().window(), pages * PAGE);
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
@@ -130,35 +125,26 @@ pub(super) fn thaw(handle: &mut Handle) -> Result<(), Error> {
     Ok(())
 }
 
-/// True if the stack with this base is frozen in place. Waits while it is being thawed: its block may be on the list
-/// already, and whoever found it there is to see that it is frozen no longer.
+/// True if the stack with this base is frozen in place. Waits while it is being thawed.
 pub(super) fn is_frozen(base: *const Base) -> bool {
-    Slot::containing(base as usize).is_some_and(|slot| {
-        loop {
-            match slot.meta().frozen.load(Ordering::Acquire) {
-                // SAFETY: no arguments.
-                BUSY => drop(unsafe { libc::sched_yield() }),
-                state => return state != 0,
-            }
-        }
-    })
+    Slot::containing(base as usize).is_some_and(|slot| slot.meta().frozen.is_frozen())
 }
 
 /// Lets `look` see the block of the stack with this base, if it is frozen.
 pub(super) fn peek<R>(base: *const Base, look: impl FnOnce(&mut Frozen) -> R) -> Option<R> {
     let slot = Slot::containing(base as usize)?;
     undisturbed(|| {
-        let mut block = take_block(slot)?;
+        let mut block = slot.meta().frozen.take()?;
         // SAFETY: whoever has taken the block has it alone.
         let seen = look(unsafe { block.as_mut() });
-        slot.meta().frozen.store(block.as_ptr() as usize, Ordering::Release);
+        slot.meta().frozen.put(Some(block));
         Some(seen)
     })
 }
 
 /// In the handler: true if the fault was at a frozen stack, which is thawed now.
 pub(super) fn serve(slot: Slot, address: usize) -> bool {
-    if slot.meta().frozen.load(Ordering::Acquire) == 0 || !was_open(slot, address) {
+    if !slot.meta().frozen.is_frozen_or_busy() || !was_open(slot, address) {
         return false;
     }
     // SAFETY: the block is this thread's. Its list lives as long as the stack is frozen, and it is `BUSY` still: whoever
@@ -218,42 +204,15 @@ fn make_room() {
     unsafe { room.as_mut_ptr().cast::<u8>().write_volatile(0) };
 }
 
-/// Takes the block of a frozen stack, whose entry then is `BUSY`. `None` if it is not frozen.
-fn take_block(slot: Slot) -> Option<NonNull<Frozen>> {
-    let frozen = &slot.meta().frozen;
-    loop {
-        match frozen.load(Ordering::Acquire) {
-            // SAFETY: no arguments.
-            BUSY => drop(unsafe { libc::sched_yield() }),
-            block => {
-                let block = NonNull::new(block as *mut Frozen)?;
-                let taken = frozen.compare_exchange(
-                    block.as_ptr() as usize,
-                    BUSY,
-                    Ordering::SeqCst,
-                    Ordering::Relaxed,
-                );
-                if taken.is_ok() {
-                    return Some(block);
-                }
-            }
-        }
-    }
-}
-
 /// Thaws a stack. `leave` gets its block, which is no longer needed, before anyone sees that the stack is thawed: from
 /// then on the owner of the list that the block names may be gone. After an error it is still frozen.
 fn thaw_slot(slot: Slot, leave: impl FnOnce(NonNull<Frozen>)) -> Result<(), Error> {
-    let Some(block) = take_block(slot) else { return Ok(()) };
-    CHANGES.fetch_add(1, Ordering::SeqCst);
-    // SAFETY: whoever has taken the block has block and stack alone.
-    let outcome = unsafe { bring_back(slot, block) };
-    let state = if outcome.is_ok() { 0 } else { block.as_ptr() as usize };
-    if outcome.is_ok() {
-        leave(block);
-    }
-    slot.meta().frozen.store(state, Ordering::Release);
-    outcome
+    let bring_back = |block| {
+        CHANGES.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: whoever has taken the block has block and stack alone.
+        unsafe { bring_back(slot, block) }
+    };
+    slot.meta().frozen.thaw(bring_back, leave)
 }
 
 /// Copies a stack from `lowest` on into its block, gives its pages back and guards them. After an error nothing has changed.

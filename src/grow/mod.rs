@@ -11,6 +11,7 @@
 
 mod alone;
 mod context;
+mod custody;
 mod fault;
 mod forks;
 mod freeze;
@@ -28,6 +29,7 @@ mod state;
 mod touched;
 
 pub(crate) use context::{Context, NAMES};
+pub(crate) use custody::Custody;
 #[cfg(feature = "torture")]
 pub(crate) use fault::{ON_FAULT, chain_to, is_growth_point, take_over};
 pub(crate) use fault::{SIGNALS, install_handler};
@@ -37,7 +39,7 @@ pub use reason::{NotMoved, Reason, not_moved};
 pub(crate) use reason::{record_unknown_code, refuse_elsewhere};
 pub use reserve::reserve;
 pub use shrink::Shrink;
-pub(crate) use shrink::{Watch, after_resume, before_resume, is_watched_in_place, shrink};
+pub(crate) use shrink::{Watch, after_resume, before_resume, shrink};
 pub(crate) use state::State;
 pub(crate) use touched::{Told, Touched};
 #[cfg(feature = "torture")]

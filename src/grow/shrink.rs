@@ -84,6 +84,9 @@ pub enum Shrink {
 /// How many resumes a mark must outlast, with [`Shrink::Default`].
 const PATIENCE: u16 = 32;
 
+/// After how many resumes without a spike a scout is one no more: each takes a few times as long as another's.
+const SCOUTED: u16 = 256;
+
 /// What a record keeps for this.
 #[derive(Clone, Copy)]
 pub(crate) struct Watch {
@@ -166,7 +169,7 @@ pub(crate) unsafe fn after_resume(handle: &mut Handle) {
 }
 
 /// True if the coroutine, whose stack stays, is watched.
-pub(crate) fn is_watched_in_place(record: &Record) -> bool {
+fn is_watched_in_place(record: &Record) -> bool {
     // SAFETY: sites are statics.
     let is_spiky = || unsafe { record.site.as_ref() }.is_some_and(Site::is_spiky);
     match record.watch.policy {
@@ -222,6 +225,9 @@ unsafe fn is_quiet_in_place(handle: &Handle, record: &mut Record) -> bool {
     let watch = &mut record.watch;
     if intact && watch.marked {
         watch.quiet = watch.quiet.saturating_add(1);
+        if watch.quiet >= SCOUTED && !watch.spike {
+            record.scout = false;
+        }
         return watch.spike && watch.quiet >= watch.patience;
     }
     if watch.marked && !watch.spike {

@@ -8,9 +8,9 @@
 //! coroutines are frozen no longer.
 
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicPtr, Ordering};
 
-use super::freeze::{Chain, Frozen};
+use super::freeze::Frozen;
+use crate::sync::{AtomicPtr, Ordering};
 
 /// A list of such blocks.
 #[derive(Debug)]
@@ -44,10 +44,10 @@ impl Touched {
     pub(super) unsafe fn leave(mut block: NonNull<Frozen>) {
         // SAFETY: by the caller's word. The block is this thread's until it is on the list.
         unsafe {
-            let list = &(*block.as_ref().chain.told).0;
+            let list = &(*block.as_ref().told()).0;
             let mut head = list.load(Ordering::Relaxed);
             loop {
-                block.as_mut().chain = Chain { next: head };
+                block.as_mut().link_to(head);
                 match list.compare_exchange_weak(head, block.as_ptr(), Ordering::Release, Ordering::Relaxed) {
                     Ok(_) => return,
                     Err(seen) => head = seen,
@@ -81,8 +81,8 @@ impl Touched {
             // SAFETY: a block on the list changes no more, until somebody takes it.
             let block = unsafe { next.as_ref()? };
             // SAFETY: a block on a list links to the next one.
-            next = unsafe { block.chain.next };
-            Some(block.entry)
+            next = unsafe { block.next() };
+            Some(block.entry())
         })
     }
 }
@@ -103,8 +103,8 @@ impl Iterator for Taken {
         let block = NonNull::new(self.0)?;
         // SAFETY: the list, taken whole, is this thread's; a block on a list links to the next one.
         unsafe {
-            self.0 = block.as_ref().chain.next;
-            let entry = block.as_ref().entry;
+            self.0 = block.as_ref().next();
+            let entry = block.as_ref().entry();
             Frozen::free(block);
             Some(entry)
         }

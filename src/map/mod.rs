@@ -20,6 +20,7 @@ pub mod cranelift;
 mod eh_frame;
 mod frame_map;
 pub mod llvm;
+mod published;
 mod stack_maps;
 mod table;
 mod walk;

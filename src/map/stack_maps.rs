@@ -3,25 +3,19 @@
 //! ```text
 //!   current ─► Snapshot { registered: [segment, segment, ...],  unwind: [segment, ...] }
 //!                                       └─ start, length, table     sorted, not overlapping
-//!
-//!   reader   epoch ─► readers[epoch & 1] += 1 ─► current ─► look up ... ─► readers[epoch & 1] -= 1
-//!   writer   lock; current = new; old on the list of retired ones; epoch += 1; free what no reader can have
 //! ```
 //!
-//! A reader counts itself in before it loads `current`. So whoever may hold a snapshot was counted when the snapshot was replaced:
-//! once each of the two counters has been seen at zero after that, nobody holds it. Changing the epoch sends new readers to the
-//! other counter, and so lets the first drain. A writer never waits for that: what it cannot free, a later one will. Thus a
-//! reader that is a fault handler on top of a writer, or that a fork has cut off for ever, stops nobody.
+//! How a snapshot is replaced while others read: src/map/published.rs.
 //!
 //! Tables that overlap (assembly and LLVM maps of one program) are merged into one segment, so that a look-up is one search.
 
 use core::fmt;
-use core::ptr;
-use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering::SeqCst};
+use core::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Error;
 use super::frame_map::{FrameMap, Place, Register, Rules, Source, Unwalkable, Verdict};
+use super::published::{Published, Reading, Retired};
 use super::table::{Entry, Run, Table};
 
 /// Frame maps by code address: read by anyone at any time, a signal handler included, while others add and remove.
@@ -41,16 +35,10 @@ use super::table::{Entry, Run, Table};
 /// assert!(MAPS.read().find(0x1000).is_none());
 /// ```
 pub struct StackMaps {
-    /// Null as long as nothing has been registered.
-    current: AtomicPtr<Snapshot>,
-    epoch: AtomicUsize,
-    readers: [Counter; 2],
+    /// What readers see; nothing as long as nothing has been registered.
+    current: Published<Snapshot>,
     writer: Mutex<Writer>,
 }
-
-/// On a cache line of its own: readers on all threads write it.
-#[repr(align(64))]
-struct Counter(AtomicUsize);
 
 /// What readers see at one time.
 #[derive(Default)]
@@ -83,7 +71,8 @@ struct Writer {
     last_number: u64,
     /// In order of their addresses, by layer.
     tables: [Vec<Numbered>; 2],
-    retired: Vec<Retired>,
+    /// Snapshots that were replaced.
+    retired: Vec<Retired<Snapshot>>,
 }
 
 /// A table and the registration that brought it.
@@ -91,13 +80,6 @@ struct Writer {
 struct Numbered {
     number: u64,
     table: Arc<Table>,
-}
-
-/// A snapshot that was replaced.
-struct Retired {
-    snapshot: ptr::NonNull<Snapshot>,
-    /// Which counters have been seen at zero since.
-    drained: [bool; 2],
 }
 
 // SAFETY: the pointers are to snapshots that this owns; what is in them may be shared and sent.
@@ -120,9 +102,7 @@ impl StackMaps {
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            current: AtomicPtr::new(ptr::null_mut()),
-            epoch: AtomicUsize::new(0),
-            readers: [const { Counter(AtomicUsize::new(0)) }; 2],
+            current: Published::new(),
             writer: Mutex::new(Writer {
                 last_number: 0,
                 tables: [const { Vec::new() }; 2],
@@ -195,12 +175,7 @@ impl StackMaps {
     /// ```
     #[inline]
     pub fn read(&self) -> Reader<'_> {
-        let side = self.epoch.load(SeqCst) & 1;
-        let counter = &self.readers[side].0;
-        counter.fetch_add(1, SeqCst);
-        // SAFETY: a snapshot is freed only after this counter was seen at zero after `current` had been changed.
-        let snapshot = unsafe { self.current.load(SeqCst).as_ref() };
-        Reader { snapshot, counter }
+        Reader(self.current.read())
     }
 
     fn lock(&self) -> MutexGuard<'_, Writer> {
@@ -216,36 +191,25 @@ impl StackMaps {
 
     /// Makes the writer's tables the current ones. After an error nothing has changed.
     fn publish(&self, writer: &mut Writer) -> Result<(), Error> {
-        let old = self.current.load(SeqCst);
         // SAFETY: only a writer, who has the lock, replaces or frees it.
-        let old_layers = unsafe { old.as_ref() }.map(|snapshot| &snapshot.layers);
+        let old_layers = self.current.current().map(|snapshot| unsafe { &snapshot.as_ref().layers });
         let layer = |index: usize| {
             let before = old_layers.map_or(&[][..], |layers| &layers[index]);
             segments(&writer.tables[index], before)
         };
-        let new = Box::new(Snapshot { layers: [layer(0)?, layer(1)?] });
-        self.current.store(Box::into_raw(new), SeqCst);
-        if let Some(snapshot) = ptr::NonNull::new(old) {
-            writer.retired.push(Retired { snapshot, drained: [false; 2] });
-        }
-        self.free_retired(writer);
+        let new = NonNull::from(Box::leak(Box::new(Snapshot { layers: [layer(0)?, layer(1)?] })));
+        // SAFETY: this writer has the lock, which guards the list of retired snapshots too. The new one is a box's, and
+        // nothing but `free` frees it, or the drop of all.
+        unsafe { self.current.replace(new, &mut writer.retired, |snapshot| free(snapshot)) };
         Ok(())
     }
+}
 
-    /// Frees the retired snapshots that no reader can have.
-    fn free_retired(&self, writer: &mut Writer) {
-        // Twice: with no reader inside, as usual, everything goes at once.
-        for _ in 0..2 {
-            let side = self.epoch.fetch_add(1, SeqCst) & 1;
-            if self.readers[side].0.load(SeqCst) == 0 {
-                writer.retired.iter_mut().for_each(|retired| retired.drained[side] = true);
-            }
-        }
-        for retired in writer.retired.extract_if(.., |retired| retired.drained == [true; 2]) {
-            // SAFETY: it was made by `publish` from a box, is not current any more, and see at the top.
-            drop(unsafe { Box::from_raw(retired.snapshot.as_ptr()) });
-        }
-    }
+/// # Safety
+/// `publish` made it, it is not current any more, and nobody reads it.
+unsafe fn free(snapshot: NonNull<Snapshot>) {
+    // SAFETY: `publish` made it from a box; by the caller's word nobody uses it.
+    drop(unsafe { Box::from_raw(snapshot.as_ptr()) });
 }
 
 /// The segments for tables in order of their addresses. What was merged `before` is not merged again.
@@ -298,11 +262,10 @@ impl Segment {
 
 impl Drop for StackMaps {
     fn drop(&mut self) {
-        let retired = self.lock().retired.drain(..).map(|retired| retired.snapshot).collect::<Vec<_>>();
-        let current = ptr::NonNull::new(*self.current.get_mut());
-        for snapshot in retired.into_iter().chain(current) {
-            // SAFETY: made by `publish` from a box; nobody else has `self`, so no reader is left.
-            drop(unsafe { Box::from_raw(snapshot.as_ptr()) });
+        let retired: Vec<_> = self.lock().retired.drain(..).map(Retired::value).collect();
+        for snapshot in retired.into_iter().chain(self.current.current()) {
+            // SAFETY: nobody else has `self`, so no reader is left, nor does anybody look for what is current.
+            unsafe { free(snapshot) };
         }
     }
 }
@@ -389,17 +352,7 @@ impl Drop for Registration<'_> {
 /// assert!(reader.find(1).is_none()); // this one began before
 /// assert!(maps.read().find(1).is_some());
 /// ```
-pub struct Reader<'a> {
-    snapshot: Option<&'a Snapshot>,
-    counter: &'a AtomicUsize,
-}
-
-impl Drop for Reader<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        self.counter.fetch_sub(1, SeqCst);
-    }
-}
+pub struct Reader<'a>(Reading<'a, Snapshot>);
 
 impl fmt::Debug for Reader<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -428,7 +381,7 @@ impl Reader<'_> {
     /// As [`find`](Self::find), looking first where the last look-up found something.
     #[inline]
     pub(super) fn find_near<'a>(&'a self, address: usize, hints: &mut Hints<'a>) -> Option<Map<'a>> {
-        let [registered, unwind] = &self.snapshot?.layers;
+        let [registered, unwind] = &self.0.value?.layers;
         if !registered.is_empty()
             && let Some(words) = find(registered, address, &mut hints.registered)
         {

@@ -16,15 +16,14 @@ mod census;
 
 pub use census::{Slots, slots};
 
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use super::class::{ALIGN, CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
+use super::free_list::{FreeList, Link};
 use super::pages::Pages;
 use super::{carry, guard};
 use crate::error::Error;
-
-/// A slot's number: which arena, which slot in it, plus one so that 0 is "none".
-pub(crate) type Link = u32;
+use crate::grow::Custody;
 
 const INDEX_BITS: u32 = 22;
 const MAX_SLOTS: u32 = 1 << INDEX_BITS;
@@ -41,8 +40,8 @@ pub(crate) struct Meta {
     pub open_pages: AtomicU32,
     /// [`USABLE`], [`GUARDED`] and [`OLD`].
     pub flags: AtomicU32,
-    /// For a slot whose stack is frozen: its block; 0 if it is not (src/grow/in_place.rs).
-    pub frozen: AtomicUsize,
+    /// For a slot whose stack is frozen in place: who has its block.
+    pub frozen: Custody,
 }
 
 /// The slot is not merely reserved address space.
@@ -81,8 +80,8 @@ static ARENAS: [Arena; MAX_ARENAS] = [NO_ARENA; MAX_ARENAS];
 static CLAIMED: AtomicUsize = AtomicUsize::new(0);
 /// For each class the arena that still has fresh slots, plus one; 0 for none.
 static NEWEST: [AtomicU32; CLASSES] = [const { AtomicU32::new(0) }; CLASSES];
-/// For each class its free slots: a counter against ABA in the upper half, a [`Link`] in the lower.
-static FREE: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
+/// For each class its free slots.
+static FREE: [FreeList; CLASSES] = [const { FreeList::new() }; CLASSES];
 
 /// Where arenas of moving stacks are looked for, from there down: decided by the first one, 0 before, and below the last one then.
 static TOP: AtomicUsize = AtomicUsize::new(0);
@@ -234,32 +233,12 @@ impl Slot {
     }
 
     fn pop(class: Class) -> Option<Self> {
-        let list = &FREE[class.index()];
-        let mut head = list.load(Ordering::Acquire);
-        loop {
-            let slot = Self::from_link(head as Link)?;
-            // The slot may be taken by another thread between these lines; its entry in the table stays
-            // readable, and the counter makes the exchange fail.
-            let next = slot.meta().next.load(Ordering::Relaxed);
-            let new = (head & !0xffff_ffff).wrapping_add(1 << 32) | u64::from(next);
-            match list.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(slot),
-                Err(seen) => head = seen,
-            }
-        }
+        let next = |link| Some(&Self::from_link(link)?.meta().next);
+        FREE[class.index()].pop(next).and_then(Self::from_link)
     }
 
     fn push(self) {
-        let list = &FREE[self.class().index()];
-        let mut head = list.load(Ordering::Relaxed);
-        loop {
-            self.meta().next.store(head as Link, Ordering::Relaxed);
-            let new = (head & !0xffff_ffff).wrapping_add(1 << 32) | u64::from(self.link());
-            match list.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return,
-                Err(seen) => head = seen,
-            }
-        }
+        FREE[self.class().index()].push(self.link(), &self.meta().next);
     }
 
     /// Takes fresh slots, a batch at a time: the first is returned, the others go on the free list.

@@ -3,10 +3,12 @@
 //! The stock of a thread is bounded by [`BUDGET`] bytes of memory; what is above it goes to the free list of its class with
 //! its memory given back. When the thread ends all of it does.
 //!
-//! A slot of a stack that moves counts for what is accessible of it. How much memory is in one that stays only the kernel
-//! knows, and asking takes a hundred times as long as putting. So *samples* are asked about, and all count for the average
-//! of those. A sample with more than [`KEPT`] bytes is cut down to that. Samples are frequent where they differ from the
-//! average, and rare where they agree with it: [`OFTEN`], [`SELDOM`].
+//! A slot counts for what is accessible of it. That of a stack that stays is its whole window, of which little may have been
+//! used. So when half of the budget is taken they count by what they show: for a page, if the bottom of that page is as the
+//! kernel gave it. How much memory is in the others only the kernel knows, and asking takes a hundred times as long as
+//! putting. So *samples* are asked about, and each counts for the average of those. A sample with more than [`KEPT`]
+//! bytes is cut down to that. Samples are frequent where they differ from the average, and rare where they agree with
+//! it: [`OFTEN`], [`SELDOM`].
 //!
 //! The fault handler takes from the same stock, so that growing finds warm memory. It may have
 //! interrupted `take` or `put` (they run on coroutine stacks too): `busy` tells it to leave the stock alone.
@@ -19,8 +21,8 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use super::arena::Slot;
 use super::class::{CLASSES, Class, PAGE};
 use super::guard;
-use super::pages::{Pages, resident};
-use super::record::Record;
+use super::pages::{Pages, resident, was_passed};
+use super::record::{Record, SCOUT};
 use crate::error::Error;
 use crate::signals;
 use crate::site;
@@ -32,7 +34,7 @@ const BUDGET: usize = 8 << 20;
 /// What is left of the memory of a sample.
 const KEPT: usize = 8 * PAGE;
 
-/// One of how many stacks that stay is a sample, at the most and at the least.
+/// One of how many stacks that stay, and have used more than a page, is a sample, at the most and at the least.
 const OFTEN: u32 = 8;
 const SELDOM: u32 = 512;
 
@@ -40,7 +42,7 @@ pub(crate) struct Cache {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
-    /// So many stacks that stay are put before the next sample, and were before the last one.
+    /// So many of those stacks are put before the next sample, and were before the last one.
     until_sample: Cell<u32>,
     interval: Cell<u32>,
     /// Bytes of memory in a sample, on average; the latest count for more.
@@ -98,15 +100,14 @@ impl Cache {
         self.busy.set(false);
     }
 
-    /// For how many bytes a slot counts.
+    /// For how many bytes a slot counts whose stack stays, by what it shows.
     ///
     /// # Safety
     /// The slot of `record` is accessible and nobody's.
-    #[inline(always)]
-    unsafe fn weight(&self, record: *mut Record, class: Class) -> usize {
-        if class.is_moving() {
-            // SAFETY: the record of an accessible slot is readable.
-            return unsafe { (*record).open };
+    unsafe fn weight(&self, record: *mut Record) -> usize {
+        // SAFETY: the lowest line of the slot's top page, which is accessible, and the caller's.
+        if !unsafe { was_passed(Record::end(record) - PAGE) } {
+            return PAGE;
         }
         let until_sample = self.until_sample.get() - 1;
         self.until_sample.set(until_sample);
@@ -190,7 +191,8 @@ fn take_slowly(
     unsafe {
         (*record).open = now_open;
         (*record).class = class;
-        (*record).scout = !class.is_moving() && site::is_scouts_turn();
+        let scout = !class.is_moving() && site::is_scouts_turn();
+        (*record).counted = if scout { SCOUT } else { 0 };
         if now_open > open {
             resize(record, open).inspect_err(|_| slot.give(now_open))?;
         }
@@ -237,26 +239,42 @@ pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Erro
 #[inline(always)]
 pub(crate) unsafe fn put(record: *mut Record) {
     // SAFETY: the slot is accessible, so its record is.
-    let class = unsafe { (*record).class };
+    let (class, open) = unsafe { ((*record).class, (*record).open) };
     CACHE.with(|cache| {
-        // SAFETY: nothing in the slot is needed, and it is the caller's.
-        let weight = unsafe { cache.weight(record, class) };
-        if cache.bytes.get() + weight <= BUDGET {
-            // SAFETY: the same.
-            unsafe { cache.push(record, class, weight) }
+        let budget = if class.is_moving() { BUDGET } else { BUDGET / 2 };
+        if cache.bytes.get() + open <= budget {
+            // SAFETY: the slot is the caller's, and accessible.
+            unsafe { cache.push(record, class, open) }
         } else {
-            // SAFETY: by the caller's word.
-            unsafe { give_back(record) }
+            // SAFETY: nothing in the slot is needed, and it is the caller's.
+            unsafe { put_by_weight(cache, record, class) }
         }
     });
+}
+
+/// As [`put`], where slots count by what they show.
+///
+/// # Safety
+/// As for [`put`].
+#[cold]
+#[inline(never)]
+unsafe fn put_by_weight(cache: &Cache, record: *mut Record, class: Class) {
+    // SAFETY: nothing in the slot is needed, and it is the caller's.
+    unsafe {
+        if !class.is_moving() {
+            let weight = cache.weight(record);
+            if cache.bytes.get() + weight <= BUDGET {
+                return cache.push(record, class, weight);
+            }
+        }
+        give_back(record);
+    }
 }
 
 /// Puts a slot on the free list of its class, its memory given back to the kernel.
 ///
 /// # Safety
 /// As for [`put`].
-#[cold]
-#[inline(never)]
 unsafe fn give_back(record: *mut Record) {
     // SAFETY: by the caller's word.
     let open = unsafe { (*record).open };

@@ -4,14 +4,16 @@ mod arena;
 pub(crate) mod cache;
 pub(crate) mod carry;
 pub(crate) mod class;
+mod free_list;
 pub(crate) mod guard;
 pub(crate) mod own_memory;
 pub(crate) mod pages;
 mod record;
 
-pub(crate) use arena::{Link, OLD, Slot};
+pub(crate) use arena::{OLD, Slot};
 pub use arena::{Slots, slots};
-pub(crate) use record::{INLINE_CLOSURE, Record};
+pub(crate) use free_list::Link;
+pub(crate) use record::{INLINE_CLOSURE, Record, SCOUT};
 
 use core::sync::atomic::Ordering;
 
@@ -61,7 +63,6 @@ unsafe fn tidy(record: *mut Record) {
     unsafe {
         drop((*record).name.take());
         learn(record);
-        (*record).scout = false;
         drop((*record).pins.take());
         give_back_old(core::mem::take(&mut (*record).old));
         // What was opened below the first size of a stack that moves is closed again: its memory goes back and the

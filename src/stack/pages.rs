@@ -73,8 +73,8 @@ impl Pages {
 
 /// How many bytes of `range`, whole pages, the kernel has given memory to. All of them, should it not say.
 pub(crate) fn resident(range: Range<usize>) -> usize {
-    // Small, since it lies on the stack that is asked about.
-    let mut pages = [0u8; 256];
+    // No larger, since it may lie on the stack that is asked about.
+    let mut pages = [0u8; 1024];
     let mut sum = 0;
     for start in range.clone().step_by(pages.len() * PAGE) {
         let bytes = (range.end - start).min(pages.len() * PAGE);
@@ -85,4 +85,16 @@ pub(crate) fn resident(range: Range<usize>) -> usize {
         sum += pages[..bytes / PAGE].iter().filter(|&page| page & 1 != 0).count() * PAGE;
     }
     sum
+}
+
+/// False if the bottom of a page of a stack is as the kernel gave it: then what is below was hardly used, and the kernel need
+/// not be asked. A frame may have stepped over it, a large buffer that was not filled to its end.
+///
+/// # Safety
+/// `bottom` is the start of an accessible page of a stack on which nobody runs.
+#[inline(always)]
+pub(crate) unsafe fn was_passed(bottom: usize) -> bool {
+    // SAFETY: a line at the start of an accessible page, to which nobody writes meanwhile.
+    let line = unsafe { (bottom as *const [u64; 8]).read() };
+    line.iter().fold(0, |all, &word| all | word) != 0
 }

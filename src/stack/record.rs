@@ -24,8 +24,9 @@ use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::arena::{Link, Slot};
+use super::arena::Slot;
 use super::class::{Class, HEAD, size_of_open};
+use super::free_list::Link;
 use super::pages::resident;
 use crate::grow::{Maps, NotMoved, Watch};
 use crate::site::Site;
@@ -46,7 +47,8 @@ pub(crate) struct Record {
     pub next_cached: *mut Record,
     /// Bytes below the slot's end that are accessible.
     pub open: usize,
-    /// While the slot is cached: for how many bytes it counts in the stock (src/stack/cache.rs).
+    /// While the slot is cached: for how many bytes it counts in the stock (src/stack/cache.rs). Of a slot that was just taken,
+    /// and is new to the thread: [`SCOUT`], if its coroutine is to be one.
     pub counted: usize,
     /// What `open` goes back to when the coroutine has ended.
     pub first_open: usize,
@@ -90,6 +92,9 @@ pub(crate) struct Record {
     /// Meaningful if `growths` is not 0.
     pub last: LastGrowth,
 }
+
+/// No number of bytes.
+pub(crate) const SCOUT: usize = usize::MAX;
 
 const RECORD: usize = size_of::<Record>();
 const BASE: usize = size_of::<Base>();
@@ -160,6 +165,7 @@ impl Record {
         unsafe {
             (*record).old = 0;
             (*record).shrinks = 0;
+            (*record).scout = false;
             (*record).site = core::ptr::null();
             (&raw mut (*record).name).write(None);
             (&raw mut (*record).pins).write(None);

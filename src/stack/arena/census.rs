@@ -9,7 +9,7 @@
 
 use core::sync::atomic::Ordering;
 
-use super::{ARENAS, CLAIMED, FREE, Link, MAX_ARENAS, Slot};
+use super::{ARENAS, CLAIMED, FREE, MAX_ARENAS, Slot};
 use crate::stack::cache;
 
 /// How many slots are used for what; see [`slots`].
@@ -43,7 +43,7 @@ pub fn slots() -> Slots {
     let mut census = Census::new();
     let mut slots = Slots::default();
     for list in &FREE {
-        let mut link = list.load(Ordering::Acquire) as Link;
+        let mut link = list.newest();
         while let Some(slot) = Slot::from_link(link) {
             if !census.meet(slot) {
                 slots.twice += 1;
