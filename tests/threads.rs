@@ -182,7 +182,6 @@ fn a_coroutine_can_grow_on_one_thread_after_another() {
             .unwrap();
         }
         let growths = moving.0.resume(0).returned().unwrap();
-        // In place it grows fourfold at first, so that not every thread finds too little.
         assert!(growths >= THREADS as u64 / 2, "{growths}");
     }
 }

@@ -46,7 +46,7 @@ pub fn moving() -> Run<'static> {
     regrow(relocating())
 }
 
-/// From 2 to 64 KiB by opening pages, three times.
+/// From 2 to 64 KiB in place.
 pub fn in_place() -> Run<'static> {
     regrow(Builder::new().learn(false))
 }
@@ -96,10 +96,9 @@ pub fn in_place_cold() -> Run<'static> {
     regrow_cold(Builder::new().learn(false))
 }
 
-/// As the two above where the spawn site has learned, from a first coroutine that has ended, what it takes: no
-/// stack overflows.
-pub fn learned_cold(by_moving: bool) -> Run<'static> {
-    let builder = if by_moving { relocating() } else { Builder::new() }.learn(true);
+/// As moving where the spawn site has learned, from a first coroutine that has ended, what it takes: no stack overflows.
+pub fn learned_cold() -> Run<'static> {
+    let builder = relocating().learn(true);
     suspended_after_descent(&builder).resume(());
     let mut run = regrow_cold(builder);
     Box::new(move |count| {
@@ -129,11 +128,6 @@ pub fn corosensei_cold() -> Run<'static> {
 }
 
 /// What the kernel asks for the same faults, system calls and first touches, with a handler that does nothing else.
-pub fn kernel_in_place() -> Run<'static> {
-    let prices = kernel::Prices::new();
-    Box::new(move |count| kernel::with_handler(&prices, || timed(count, || prices.grow_in_place())))
-}
-
 pub fn kernel_moving() -> Run<'static> {
     let prices = kernel::Prices::new();
     Box::new(move |count| kernel::with_handler(&prices, || timed(count, || prices.grow_by_moving())))

@@ -13,12 +13,8 @@ const GUARD_REMOVE: c_int = 103;
 /// Bytes that are accessible at sizes from 2 to 64 KiB, each twice the last.
 const OPEN: [usize; 6] = [PAGE, 2 * PAGE, 3 * PAGE, 5 * PAGE, 9 * PAGE, 17 * PAGE];
 
-/// The same where pages are opened fourfold.
-const OPEN_IN_PLACE: [usize; 4] = [OPEN[0], OPEN[2], OPEN[4], OPEN[5]];
-
-/// Two stretches of memory, each page of which can be guarded.
+/// A stretch of memory, each page of which can be guarded.
 pub struct Prices {
-    window: usize,
     slots: [usize; OPEN.len()],
 }
 
@@ -60,7 +56,7 @@ impl Prices {
     const SLOT: usize = 128 << 10;
 
     pub fn new() -> Self {
-        let bytes = Self::SLOT * (OPEN.len() + 1);
+        let bytes = Self::SLOT * OPEN.len();
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping where the kernel likes. It stays as long as the process.
@@ -70,25 +66,13 @@ impl Prices {
         unsafe { libc::madvise(start, bytes, libc::MADV_NOHUGEPAGE) };
         advise(start as usize, bytes, GUARD_INSTALL);
         let end = |slot: usize| start as usize + (slot + 1) * Self::SLOT;
-        let prices = Self { window: end(OPEN.len()), slots: std::array::from_fn(end) };
+        let prices = Self { slots: std::array::from_fn(end) };
         // The first page of a stack, and the largest slot, are warm.
-        for (end, bytes) in [(prices.window, OPEN[0]), (prices.slots[0], OPEN[0]), (prices.slots[5], OPEN[5])]
-        {
+        for (end, bytes) in [(prices.slots[0], OPEN[0]), (prices.slots[5], OPEN[5])] {
             advise(end - bytes, bytes, GUARD_REMOVE);
             touch(end - bytes, end);
         }
         prices
-    }
-
-    /// Three faults, which open 8, 32, and 64 KiB; all of it touched, and closed at the end.
-    pub fn grow_in_place(&self) {
-        OTHERS.set((0, 0, 0, 0));
-        for (before, after) in OPEN_IN_PLACE.into_iter().zip(OPEN_IN_PLACE.into_iter().skip(1)) {
-            NEXT.set((self.window - after, after - before));
-            touch(self.window - after, self.window - before);
-        }
-        let most = OPEN[OPEN.len() - 1];
-        advise(self.window - most, most - OPEN[0], GUARD_INSTALL);
     }
 
     /// Five faults, each of which opens a slot, touches what would be copied, and closes the slot before.

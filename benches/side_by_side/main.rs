@@ -133,18 +133,14 @@ const SHAPES: [Shape; 30] = [
         all
     }),
     ("2 to 64 KiB in place", || {
-        let mut all = vec![
-            Contestant::new("regrow", growth::in_place()),
-            Contestant::new("the kernel's share", growth::kernel_in_place()),
-        ];
+        let mut all = vec![Contestant::new("regrow", growth::in_place())];
         all.extend(plain_stacks());
         all
     }),
     ("2 to 64 KiB by moving, memory cold", || cold(growth::moving_cold())),
     ("2 to 64 KiB, slack first, memory cold", || cold(growth::slack_first_cold())),
     ("2 to 64 KiB in place, memory cold", || cold(growth::in_place_cold())),
-    ("to 64 KiB at a site that has learned, moving, memory cold", || cold(growth::learned_cold(true))),
-    ("to 64 KiB at a site that has learned, in place, memory cold", || cold(growth::learned_cold(false))),
+    ("to 64 KiB at a site that has learned, moving, memory cold", || cold(growth::learned_cold())),
     ("a KiB moved, of 1 MiB", || per(growth::MOVED as u64 >> 10, relocations())),
     ("a KiB moved, of 32 KiB, memory cold", || per(32, relocations_cold(32 << 10))),
     ("a KiB moved, of 1 MiB, memory cold", || per(1024, relocations_cold(1 << 20))),
