@@ -118,6 +118,18 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
     out.abort()
 }
 
+/// The fault handler was called where it has too little room, and got no stack of its own. This is on what is left: no report
+/// as the others are.
+pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
+    const TEXT: &str = "regrow: a thread's signal stack is too small for the handler of faults\nfatal error: out of memory for \
+                        another one; a stack of 64 KiB would have been enough\n";
+    // SAFETY: writes from a constant, and ends the process.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, TEXT.as_ptr().cast(), TEXT.len());
+        libc::abort()
+    }
+}
+
 /// How a coroutine is called in reports.
 struct Name(*const Record);
 

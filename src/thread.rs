@@ -6,6 +6,9 @@
 //! ```text
 //!   | guard page | HANDLER_STACK + what the kernel needs for a signal frame |
 //! ```
+//!
+//! Where another one has been put in its place, or the thread was never prepared, the handler may have to go over to a stack of
+//! its own (asm/on_fault.s).
 
 use core::arch::asm;
 use core::cell::Cell;
@@ -61,6 +64,9 @@ pub(crate) fn words() -> &'static Words {
 /// is prepared it costs next to nothing.
 ///
 /// SIGSEGV and SIGBUS are unblocked on this thread: stacks that move grow by the first.
+///
+/// The thread gets an alternate signal stack of 128 KiB. Another one may be installed later, of any size in which the kernel
+/// delivers signals: where it is small, each growth costs four more system calls.
 ///
 /// # Errors
 /// If the fault handler or the alternate signal stack cannot be installed.

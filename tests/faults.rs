@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, child, child_command, frame, growths, relocating, run, signalled_at, variant};
+use support::{
+    both_ways, child, child_command, frame, growths, refuse, relocating, run, signalled_at, variant,
+};
 
 /// Reads a word by one instruction that is no growth point. What compilers emit, without their checks.
 #[inline(never)]
@@ -241,8 +243,10 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
         };
         exits("siginfo", 42, "reached with siginfo, masked right");
         exits("siginfo, no stack of its own", 42, "reached with siginfo, masked right");
+        exits("siginfo, small alternate stack", 42, "reached with siginfo, masked right");
         exits("plain, nodefer", 43, "reached, masked right");
         exits("recovers", 0, "went on");
+        exits("recovers, small alternate stack", 0, "went on");
         exits("sent", 0, "went on");
         exits("sent, ignored", 0, "went on");
         for (how, times) in [("reset", 1), ("ignored", 0), ("default", 0)] {
@@ -252,7 +256,17 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
         }
         return;
     };
-    let faults = || {
+    let (how, alternate) = match how.strip_suffix(", small alternate stack") {
+        Some(how) => (how, Some(AlternateStack::new(8 << 10))),
+        None => (how.as_str(), None),
+    };
+    let use_alternate = move || {
+        if let Some(alternate) = alternate {
+            alternate.install();
+        }
+    };
+    let faults = move || {
+        use_alternate();
         load(FAULT_AT);
     };
     let sent = || {
@@ -263,7 +277,7 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
         assert!(growths() > before);
         say("went on");
     };
-    match how.as_str() {
+    match how {
         "siginfo" => install(with_siginfo as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK),
         "siginfo, no stack of its own" => install(with_siginfo as *const () as usize, libc::SA_SIGINFO),
         "plain, nodefer" => install(without_siginfo as *const () as usize, libc::SA_NODEFER),
@@ -274,7 +288,7 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
         "sent" => install(counts as *const () as usize, 0),
         _ => unreachable!(),
     }
-    match how.as_str() {
+    match how {
         "recovers" => {
             // SAFETY: a new page.
             let page = unsafe {
@@ -284,6 +298,7 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
             // SAFETY: before the handler can run.
             unsafe { *PAGE.0.get() = page };
             in_a_coroutine(&relocating(), move || {
+                use_alternate();
                 let mask = blocked();
                 // SAFETY: this thread's errno.
                 unsafe { *libc::__errno_location() = 5 };
@@ -291,6 +306,7 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
                 // SAFETY: as above.
                 assert_eq!(unsafe { *libc::__errno_location() }, 5);
                 assert_eq!((load(page + 80), blocked()), (1, mask));
+                assert!(alternate.is_none_or(AlternateStack::is_intact));
                 say("went on");
             });
         }
@@ -521,6 +537,200 @@ fn a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there()
     }
 }
 
+// --- alternate stacks that are too small -------------------------------------------------------------------------
+
+const CANARY: u8 = 0x5a;
+
+/// An alternate stack of so many bytes, with memory below it that nothing may write to.
+#[derive(Clone, Copy)]
+struct AlternateStack {
+    below: &'static [u8],
+    bytes: usize,
+}
+
+impl AlternateStack {
+    fn new(bytes: usize) -> Self {
+        const BELOW: usize = 64 << 10;
+        let memory: &'static _ = vec![CANARY; BELOW + bytes].leak();
+        Self { below: &memory[..BELOW], bytes }
+    }
+
+    /// Makes it this thread's. Making coroutines may undo it.
+    fn install(self) {
+        let start = self.below.as_ptr_range().end as *mut c_void;
+        let stack = libc::stack_t { ss_sp: start, ss_flags: 0, ss_size: self.bytes };
+        // SAFETY: memory that is there for good, and for nothing else.
+        assert_eq!(unsafe { libc::sigaltstack(&stack, ptr::null_mut()) }, 0);
+    }
+
+    fn is_intact(self) -> bool {
+        self.below.iter().all(|&byte| byte == CANARY)
+    }
+}
+
+/// What the kernel needs to deliver a signal, and a handler that takes nothing.
+fn smallest_alternate_stack() -> usize {
+    // SAFETY: reads the auxiliary vector.
+    unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) as usize }
+}
+
+#[test]
+fn stacks_move_whatever_the_size_of_the_alternate_stack() {
+    const TEST: &str = "stacks_move_whatever_the_size_of_the_alternate_stack";
+    match variant() {
+        None => {
+            for bytes in [smallest_alternate_stack(), 4096, 6000, 8 << 10, 16 << 10, 32 << 10, 64 << 10] {
+                let outcome = child(TEST, &bytes.to_string());
+                assert!(outcome.status.success(), "{bytes}: {outcome}");
+            }
+        }
+        Some(bytes) => {
+            let alternate = AlternateStack::new(bytes.parse().unwrap());
+            for levels in (0..40).step_by(3) {
+                run(&relocating(), move || {
+                    alternate.install();
+                    support::below(levels, &mut || _ = frame::<3000>(1));
+                    assert_eq!(frame::<200_000>(1), 200_000);
+                    let last = regrow::current_stats().unwrap().last;
+                    assert!(last.is_some_and(|last| last.bytes > 0), "it has not moved");
+                });
+            }
+            assert!(alternate.is_intact());
+        }
+    }
+}
+
+/// Reads a word where the stack has so many bytes above `lowest`.
+#[inline(never)]
+fn load_with_room(lowest: usize, room: usize, address: usize) -> u64 {
+    let word;
+    // SAFETY: the code uses no stack while `rsp` is elsewhere, and a signal's handler only what is above `lowest`.
+    unsafe {
+        asm!(
+            "mov {kept}, rsp",
+            "mov rsp, {low}",
+            "mov {address}, [{address}]",
+            "mov rsp, {kept}",
+            kept = out(reg) _,
+            low = in(reg) (lowest + room) & !15,
+            address = inout(reg) address => word,
+        );
+    }
+    word
+}
+
+/// With std's alternate stack, with none, and with none where the stack has room for the kernel's signal frame only.
+#[test]
+fn frozen_stacks_are_thawed_by_threads_that_were_never_prepared() {
+    const TEST: &str = "frozen_stacks_are_thawed_by_threads_that_were_never_prepared";
+    match variant().as_deref() {
+        None => {
+            for thread in ["std's", "without an alternate stack", "without room"] {
+                let outcome = child(TEST, thread);
+                assert!(outcome.status.success(), "{thread}: {outcome}");
+            }
+        }
+        Some(thread) => {
+            let thread = thread.to_string();
+            let mut coroutine = suspended(&Builder::new());
+            let address = coroutine.resume(()).yielded().unwrap();
+            assert!(coroutine.freeze().unwrap());
+            let read = move || {
+                if thread != "std's" {
+                    let none =
+                        libc::stack_t { ss_sp: ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+                    // SAFETY: plain data for a system call.
+                    assert_eq!(unsafe { libc::sigaltstack(&none, ptr::null_mut()) }, 0);
+                }
+                const RED_ZONE: usize = 128;
+                match thread.as_str() {
+                    "without room" => {
+                        let room = smallest_alternate_stack() + RED_ZONE;
+                        load_with_room(a_page_with_a_guard(), room, address)
+                    }
+                    _ => load(address),
+                }
+            };
+            assert_eq!(std::thread::spawn(read).join().unwrap(), 1);
+        }
+    }
+}
+
+#[test]
+fn an_alternate_stack_too_small_where_there_is_no_memory_for_another_is_told() {
+    const TEST: &str = "an_alternate_stack_too_small_where_there_is_no_memory_for_another_is_told";
+    match variant() {
+        None => {
+            for bytes in [smallest_alternate_stack(), 8 << 10] {
+                let outcome = child(TEST, &bytes.to_string());
+                assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
+                let sentence = "a thread's signal stack is too small for the handler of faults\n";
+                assert!(outcome.stderr.contains(sentence), "{outcome}");
+            }
+        }
+        Some(bytes) => run(&relocating(), move || {
+            AlternateStack::new(bytes.parse().unwrap()).install();
+            refuse(&[libc::SYS_mmap], libc::ENOMEM);
+            frame::<9000>(1);
+        }),
+    }
+}
+
+/// One that was installed after ours, calls ours, and lets other signals come meanwhile. Those begin at the end of the alternate
+/// stack as long as the thread is on none that the kernel knows.
+#[test]
+fn signals_that_come_while_the_handler_is_on_a_stack_of_its_own_harm_nothing() {
+    static OURS: std::sync::OnceLock<libc::sigaction> = std::sync::OnceLock::new();
+    unsafe extern "C" fn in_front(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+        let ours = OURS.get().unwrap().sa_sigaction;
+        // SAFETY: the handler that was installed, with what the kernel gave this one.
+        unsafe {
+            let ours: unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
+                std::mem::transmute(ours);
+            ours(signal, info, context);
+        }
+    }
+    match variant() {
+        None => {
+            let outcome =
+                child("signals_that_come_while_the_handler_is_on_a_stack_of_its_own_harm_nothing", "");
+            assert!(outcome.status.success(), "{outcome}");
+        }
+        Some(_) => {
+            run(&relocating(), || ());
+            let alternate = AlternateStack::new(16 << 10);
+            count(libc::SIGUSR2);
+            regrow::keep_signals_off_coroutine_stacks();
+            // SAFETY: plain data for system calls.
+            unsafe {
+                let mut ours = std::mem::zeroed();
+                libc::sigaction(libc::SIGSEGV, ptr::null(), &mut ours);
+                OURS.set(ours).ok().unwrap();
+            }
+            install(in_front as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK);
+            // SAFETY: no arguments.
+            let this = unsafe { libc::pthread_self() };
+            static DONE: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+            let sender = std::thread::spawn(move || {
+                while !DONE.load(Ordering::Relaxed) {
+                    // SAFETY: the thread waits for this one.
+                    unsafe { libc::pthread_kill(this, libc::SIGUSR2) };
+                }
+            });
+            for _ in 0..500 {
+                let grow = move || {
+                    alternate.install();
+                    frame::<60_000>(1)
+                };
+                assert_eq!(run(&relocating(), grow), 60_000);
+            }
+            assert!(COUNTED.load(Ordering::Relaxed) > 0 && alternate.is_intact());
+            DONE.store(true, Ordering::Relaxed);
+            sender.join().unwrap();
+        }
+    }
+}
+
 // --- overflow ----------------------------------------------------------------------------------------------------
 
 #[inline(never)]
@@ -569,7 +779,7 @@ fn an_overflow_at_the_maximum_is_reported() {
     let builders = both_ways();
     match variant() {
         None => {
-            for way in ["0", "1"] {
+            for way in ["0", "1", "2"] {
                 let outcome = child(TEST, way);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
                 for part in [
@@ -586,9 +796,14 @@ fn an_overflow_at_the_maximum_is_reported() {
             }
         }
         Some(way) => {
-            let builder = &builders[way.parse::<usize>().unwrap()];
-            let builder = builder.clone().name("deep one").maximum(16 << 10);
-            run(&builder, || black_box(recurses_for_ever(0)));
+            let way = way.parse::<usize>().unwrap();
+            let builder = builders[way % 2].clone().name("deep one").maximum(16 << 10);
+            run(&builder, move || {
+                if way == 2 {
+                    AlternateStack::new(8 << 10).install();
+                }
+                black_box(recurses_for_ever(0))
+            });
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The fault handler: from a SIGSEGV at a guard page to a larger stack, or to whoever was there before.
 //!
 //! ```text
-//!   fault ─ in an arena? ── no ──────────────────────────────────────► the previous handler
+//!   fault ─ room for the handler? ── no ─► onto a stack of its own, until it has served (asm/on_fault.s)
+//!             │ yes
+//!           in an arena? ── no ──────────────────────────────────────► the previous handler
 //!             │ yes
 //!           an old slot? ── yes ─► stale pointer: report, abort
 //!             │ no
@@ -16,9 +18,10 @@
 //!
 //! Nothing here allocates, locks, prints through std, panics or touches a lazily made thread-local.
 
+use core::arch::naked_asm;
 use core::cell::UnsafeCell;
 use core::ffi::{c_int, c_void};
-use core::mem::MaybeUninit;
+use core::mem::{MaybeUninit, offset_of};
 use core::ptr;
 use std::io;
 
@@ -98,27 +101,88 @@ fn check(answer: c_int) -> Result<(), Error> {
     if answer == 0 { Ok(()) } else { Err(Error::Handler { source: io::Error::last_os_error() }) }
 }
 
+/// What the handler may need, in a debug build, too: it goes over to a stack of its own where less is left.
+const ENOUGH: usize = 48 << 10;
+
+/// Bytes of that stack.
+const OWN_STACK: usize = 128 << 10;
+
+static ALL_SIGNALS: u64 = u64::MAX;
+
+/// The handler. Whatever stack it was called on, what follows has room.
+#[unsafe(naked)]
 unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: errno is this thread's; system calls below change it and the interrupted code must not see.
-    let errno = unsafe { *libc::__errno_location() };
+    naked_asm!(
+        include_str!("../../asm/on_fault.s"),
+        ss_sp = const offset_of!(libc::ucontext_t, uc_stack) + offset_of!(libc::stack_t, ss_sp),
+        ss_size = const offset_of!(libc::ucontext_t, uc_stack) + offset_of!(libc::stack_t, ss_size),
+        enough = const ENOUGH,
+        own = const OWN_STACK,
+        access = const libc::PROT_READ | libc::PROT_WRITE,
+        flags = const libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        set_mask = const libc::SIG_SETMASK,
+        mmap = const libc::SYS_mmap,
+        munmap = const libc::SYS_munmap,
+        sigprocmask = const libc::SYS_rt_sigprocmask,
+        all_signals = sym ALL_SIGNALS,
+        handle = sym handle,
+        serve = sym serve_signal,
+        pass_on = sym pass_on,
+        no_stack = sym report::no_stack_for_the_handler,
+    )
+}
+
+/// Where there is room.
+unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
+    // SAFETY: the arguments that the handler was called with.
+    unsafe {
+        if !serve_signal(signal, info, raw) {
+            pass_on(signal, info, raw);
+        }
+    }
+}
+
+/// Does what this handler is for; false if the signal is another's.
+unsafe extern "C" fn serve_signal(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) -> bool {
     // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
     let (code, address, mut context) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
-    // A code of 0 or less: sent by a process, not by the processor.
-    #[cfg(feature = "torture")]
-    let _in_place = crate::torture::instruction_in_its_place(&mut context);
-    if code <= 0 || !(caught(address, &mut context) || serve(address, context)) {
-        // SAFETY: these are the arguments we were called with.
-        unsafe {
-            if code == libc::SI_KERNEL && address == 0 && signal == libc::SIGSEGV {
-                serve_kernels_own(info, raw);
-            } else {
-                chain(signal, info, raw);
-            }
+    keeping_errno(|| {
+        #[cfg(feature = "torture")]
+        let _in_place = crate::torture::instruction_in_its_place(&mut context);
+        // A code of 0 or less: sent by a process, not by the processor.
+        code > 0
+            && (caught(address, &mut context)
+                || is_kernels_own(signal, code, address) && lost::send_again(&context)
+                || serve(address, context))
+    })
+}
+
+/// Does what would have happened without us, on the stack where it would have.
+unsafe extern "C" fn pass_on(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
+    // SAFETY: the arguments that the handler was called with.
+    keeping_errno(|| unsafe {
+        if is_kernels_own(signal, (*info).si_code, (*info).si_addr() as usize) {
+            pass_on_kernels_own(info, raw);
+        } else {
+            chain(signal, info, raw);
         }
-    }
-    // SAFETY: errno is this thread's.
+    });
+}
+
+/// True of a SIGSEGV without an address.
+fn is_kernels_own(signal: c_int, code: c_int, address: usize) -> bool {
+    code == libc::SI_KERNEL && address == 0 && signal == libc::SIGSEGV
+}
+
+/// Calls `f`, whose system calls the interrupted code must not see in `errno`.
+fn keeping_errno<R>(f: impl FnOnce() -> R) -> R {
+    // SAFETY: this thread's.
+    let errno = unsafe { *libc::__errno_location() };
+    let result = f();
+    // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
+    result
 }
 
 /// True if this fault is what somebody tortures a closure for.
@@ -143,17 +207,14 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
         || in_place::came_too_early(slot, address)
 }
 
-/// Serves a SIGSEGV without an address. The previous handler may take it for a fault that ends the process, and put the
+/// Passes a SIGSEGV without an address on. The previous handler may take it for a fault that ends the process, and put the
 /// default action back. If the process goes on all the same, because a signal was lost, our handler must be there.
 ///
 /// # Safety
 /// The arguments are those of the handler.
-unsafe fn serve_kernels_own(info: *mut libc::siginfo_t, raw: *mut c_void) {
+unsafe fn pass_on_kernels_own(info: *mut libc::siginfo_t, raw: *mut c_void) {
     // SAFETY: the handler was installed with `SA_SIGINFO` and runs; nobody else looks at its context now.
     let context = unsafe { Context::new(raw) };
-    if lost::send_again(&context) {
-        return;
-    }
     if lost::comes_again(&context) {
         // The previous handler has seen it, and wants the default action.
         return reset(libc::SIGSEGV, false);
