@@ -10,27 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{OnDrop, child, frame, run, variant};
-
-/// Nothing here may depend on what a stack before has touched: its memory is given back before each.
-fn fresh() -> Builder {
-    regrow::trim();
-    Builder::new().learn(false)
-}
-
-/// Runs `f` so many small frames further down, which are about 100 bytes each.
-#[inline(never)]
-fn down<R>(levels: usize, f: &dyn Fn() -> R) -> R {
-    let words = black_box([levels; 6]);
-    let result = if levels == 0 { f() } else { down(levels - 1, f) };
-    assert_eq!(black_box(words), [levels; 6]);
-    result
-}
-
-/// Depths that lie close together over three pages, and far apart over the rest of the window.
-fn depths() -> impl Iterator<Item = usize> {
-    (0..140).chain((140..300).step_by(5))
-}
+use support::{OnDrop, child, depths, down, frame, fresh, run, variant};
 
 // --- signals -----------------------------------------------------------------------------------------------------
 

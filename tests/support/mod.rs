@@ -72,6 +72,26 @@ pub fn below(steps: usize, f: &mut dyn FnMut()) {
     assert_eq!(black_box(here), [steps; 4]);
 }
 
+/// A builder of coroutines whose stacks grow in place, none of whose memory has been touched before.
+pub fn fresh() -> Builder {
+    regrow::trim();
+    Builder::new().learn(false)
+}
+
+/// Runs `f` so many small frames further down, which are about 100 bytes each.
+#[inline(never)]
+pub fn down<R>(levels: usize, f: &dyn Fn() -> R) -> R {
+    let words = black_box([levels; 6]);
+    let result = if levels == 0 { f() } else { down(levels - 1, f) };
+    assert_eq!(black_box(words), [levels; 6]);
+    result
+}
+
+/// How many levels [`down`]: depths that lie close together over three pages, and far apart over the rest of the window.
+pub fn depths() -> impl Iterator<Item = usize> {
+    (0..140).chain((140..300).step_by(5))
+}
+
 /// A frame of at least `N` bytes, all of them written and read.
 #[inline(never)]
 pub fn frame<const N: usize>(seed: u8) -> u64 {
