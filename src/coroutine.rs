@@ -38,7 +38,12 @@ use crate::thread;
 /// # Thread-locals
 /// A thread-local may end, with its thread, before a coroutine that borrows it. A coroutine that is itself kept in a
 /// thread-local can so read freed memory. End or drop such coroutines before the thread ends.
-/// Libraries that ask the thread for the bounds of its stack get those of the thread's own stack, not of the coroutine's.
+///
+/// # Libraries that ask the thread for its stack
+/// They get the bounds of the thread's own stack, not of the coroutine's. So `stacker::remaining_stack` is 0 in a coroutine, or far
+/// too much where its stack lies above the thread's: `stacker::maybe_grow` then always takes a segment at its outermost call, or
+/// never does. There is no way to tell it the bounds. Call `stacker::grow` where a recursion begins: within it, all of this is
+/// right. But do not suspend there: the bounds belong to the thread, and the resumer would get those of the segment.
 ///
 /// # Threads
 /// A coroutine is not `Send`:
@@ -721,7 +726,9 @@ impl<In, Out> Yielder<In, Out> {
     /// The count of panics belongs to the thread, not to the coroutine. So do not suspend in a destructor that runs because of
     /// a panic or a C++ exception: until it is resumed, other code on the thread seems to panic. It poisons the mutexes that it
     /// unlocks, and a panic in it may abort the process. Nor should a borrow of a thread-local, or a context that a library
-    /// keeps in one (an entered span, a runtime's guard), be held across a suspend: the resumer sees it.
+    /// keeps in one, be held across a suspend: the resumer sees it, and what it enters itself is left in the wrong order. The guards
+    /// of `tracing::Span::enter` and of `tokio::runtime::Handle::enter` are such contexts, and so is all that runs in
+    /// `tracing::subscriber::with_default` or `tokio::task::LocalKey::sync_scope`.
     ///
     /// # Panics
     /// If it is called while another coroutine runs: a nested one that got hold of an outer one's yielder.

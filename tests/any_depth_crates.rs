@@ -102,7 +102,7 @@ extern "C" fn sample(_signal: c_int) {
 fn recurse(yielder: &Yielder<(), ()>, levels: u64) -> u64 {
     let words = black_box([levels; 20]);
     let sum = if levels == 0 { 0 } else { recurse(yielder, levels - 1) };
-    if levels % 8 == 0 {
+    if levels.is_multiple_of(8) {
         yielder.suspend(());
     }
     assert_eq!(black_box(words), [levels; 20]);
