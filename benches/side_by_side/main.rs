@@ -50,7 +50,7 @@ macro_rules! root_loops { ($value:ty) => {
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
-const SHAPES: [Shape; 30] = [
+const SHAPES: [Shape; 29] = [
     ("loop at the root, ()", || with_root(root_loops!(()))),
     ("loop at the root, u64", || with_root(root_loops!(u64))),
     ("loop at the root, 64 bytes", || root_loops!([u64; 8])),
