@@ -60,7 +60,8 @@ pub(crate) fn words() -> &'static Words {
 /// created elsewhere (an unsafe thing to do, see [`Coroutine`](crate::Coroutine)) calls it first. On a thread that
 /// is prepared it costs next to nothing.
 ///
-/// SIGSEGV and SIGBUS are unblocked on this thread: stacks that move grow by the first.
+/// SIGSEGV and SIGBUS are unblocked on this thread: stacks that move grow by the first, and stacks frozen in place thaw by it when
+/// they are touched. They must stay unblocked: with SIGSEGV blocked, either ends the process without a report.
 ///
 /// # Errors
 /// If the fault handler or the alternate signal stack cannot be installed.

@@ -270,13 +270,17 @@ fn the_stock_of_a_thread_stays_small() {
     };
     let (every, fill) = variant.split_once(' ').unwrap();
     let (every, fill): (usize, u8) = (every.parse().unwrap(), fill.parse().unwrap());
+    #[inline(never)] // its frame is not that of those who do not call it
+    fn buffer(fill: u8) {
+        black_box(&mut [fill; 90_000]);
+    }
     let round = |greedy: bool| {
         let mut all: Vec<_> = (0..2000)
             .map(|number| {
                 let greedy = greedy && number % every == 0;
                 wide().spawn(move |yielder: &Yielder<(), ()>, ()| {
                     if greedy {
-                        black_box(&mut [fill; 90_000]);
+                        buffer(fill);
                     }
                     yielder.suspend(());
                 })
