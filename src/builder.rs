@@ -292,6 +292,10 @@ impl Builder {
     /// what lies in the lower 16 bits is not changed by moves; for other values it is a matter of odds (README.md).
     /// [`Maps::Precise`] leaves nothing to odds, and `regrow::torture` shows what your code does.
     ///
+    /// Optimising compilers keep parts of addresses across calls (`total - base`, `a - 4 * lo`): a move does not change these, and
+    /// the result is wrong. Nothing shows yet which compiled code is free of them; a compiler that records its pointers is
+    /// ([`Maps::Precise`]).
+    ///
     /// References in frames and registers, pointers from one frame to another, references passed down the stack
     /// (as nearly all Rust code does) are all right. A broken promise is noticed when the stale pointer is
     /// used: the old slot is inaccessible, the process ends with a report.

@@ -397,8 +397,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// another stack, stays as it is.
     ///
     /// A stack that grows in place keeps its address, and its slot. It may be touched while it is frozen, by any code on any
-    /// thread: the fault handler thaws it then. But a system call that is given memory on a frozen stack fails with
-    /// `EFAULT`, and what the kernel does to such memory on its own, like completing a read that another thread
+    /// thread that has not blocked SIGSEGV: the fault handler thaws it then. A thread that has blocked it ends the process by such a
+    /// touch, without a report. A system call that is given memory on a frozen stack fails with
+    /// `EFAULT`. What the kernel does to such memory on its own, like completing a read that another thread
     /// or an `io_uring` has begun, is lost: pin the stack for as long.
     ///
     /// Freezing and thawing a stack that grows in place takes some microseconds where the process has one thread, and four

@@ -61,7 +61,8 @@ pub struct PoolStats {
 }
 
 /// Parked coroutines that keep to a budget of memory: when their stacks exceed it, the least recently resumed are
-/// [frozen](Coroutine::freeze). They thaw by themselves when they are resumed.
+/// [frozen](Coroutine::freeze). They thaw by themselves when they are resumed, and when their stack is touched by a thread that
+/// has not blocked SIGSEGV. [Pin](crate::pin()) a stack that is shared with one that has.
 ///
 /// ```
 /// use regrow::{Builder, Coroutine, CoroutineResult, Pool};

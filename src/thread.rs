@@ -63,7 +63,8 @@ pub(crate) fn words() -> &'static Words {
 /// created elsewhere (an unsafe thing to do, see [`Coroutine`](crate::Coroutine)) calls it first. On a thread that
 /// is prepared it costs next to nothing.
 ///
-/// SIGSEGV and SIGBUS are unblocked on this thread: stacks that move grow by the first.
+/// SIGSEGV and SIGBUS are unblocked on this thread: stacks that move grow by the first, and stacks frozen in place thaw by it when
+/// they are touched. They must stay unblocked: with SIGSEGV blocked, either ends the process without a report.
 ///
 /// The thread gets an alternate signal stack of 128 KiB. Another one may be installed later, of any size in which the kernel
 /// delivers signals: where it is small, each growth costs four more system calls.

@@ -50,7 +50,7 @@ macro_rules! root_loops { ($value:ty) => {
 /// A shape's name, and how its contestants are made.
 type Shape = (&'static str, fn() -> Vec<Contestant<'static>>);
 
-const SHAPES: [Shape; 30] = [
+const SHAPES: [Shape; 29] = [
     ("loop at the root, ()", || with_root(root_loops!(()))),
     ("loop at the root, u64", || with_root(root_loops!(u64))),
     ("loop at the root, 64 bytes", || root_loops!([u64; 8])),
@@ -363,13 +363,13 @@ fn pin(core: usize) {
 /// What it all ran on.
 fn machine(options: &Options, peers: &[String]) -> String {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cores = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
     let mut parts = vec![
         format!(
-            "{}, {cores} processors, pinned to number {}",
-            model.map_or("?", |(_, name)| name),
+            "{} ({}), {cores} processors, pinned to number {}",
+            field(&cpuinfo, "model name"),
+            generation(&cpuinfo),
             options.core
         ),
         format!("Linux {}", kernel.trim()),
@@ -380,17 +380,26 @@ fn machine(options: &Options, peers: &[String]) -> String {
     parts.join("; ")
 }
 
-const BEGIN: &str = "<!-- written by the command below -->\n";
-const END: &str = "<!-- end -->\n";
+/// What /proc/cpuinfo says of the first processor.
+fn field<'a>(cpuinfo: &'a str, name: &str) -> &'a str {
+    let line = cpuinfo.lines().find(|line| line.split('\t').next() == Some(name));
+    line.and_then(|line| line.split_once(": ")).map_or("?", |(_, value)| value)
+}
 
-/// Puts the table into docs/benchmarks.md, between its marks, and makes the picture.
+/// Which generation of processors this is, of those whose results differ.
+fn generation(cpuinfo: &str) -> String {
+    format!("family {}, model {}", field(cpuinfo, "cpu family"), field(cpuinfo, "model"))
+}
+
+/// Writes the table and the picture of this generation of processors, new ones or in place of older ones.
 fn write(machine: &str, table: &str, outcomes: &[Outcome]) -> std::io::Result<()> {
-    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
-    let page = std::fs::read_to_string(docs.join("benchmarks.md"))?;
-    let (before, rest) = page.split_once(BEGIN).expect("the mark where the table begins");
-    let (_, after) = rest.split_once(END).expect("the mark where the table ends");
-    std::fs::write(docs.join("benchmarks.md"), format!("{before}{BEGIN}{machine}\n\n{table}{END}{after}"))?;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks");
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = generation(&cpuinfo).replace(", ", "-").replace(' ', "-");
+    let page = folder.join(name).with_extension("md");
+    println!("{} {}", if page.exists() { "replaces" } else { "adds" }, page.display());
+    std::fs::write(&page, format!("{machine}\n\n{table}"))?;
     let pictured = outcomes.iter().filter(|outcome| PICTURED.contains(&outcome.shape.as_str()));
-    let model = machine.split(',').next().unwrap_or_default();
-    std::fs::write(docs.join("benchmarks.svg"), output::picture(&pictured.collect::<Vec<_>>(), model))
+    let model = machine.split_inclusive(')').next().unwrap_or_default();
+    std::fs::write(page.with_extension("svg"), output::picture(&pictured.collect::<Vec<_>>(), model))
 }

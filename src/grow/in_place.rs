@@ -50,7 +50,7 @@ use crate::error::Error;
 use crate::report;
 use crate::stack::class::PAGE;
 use crate::stack::own_memory::OwnMemory;
-use crate::stack::pages::{resident, was_passed};
+use crate::stack::pages::resident;
 use crate::stack::{Record, Slot, guard};
 use crate::switch::{self, Base, Handle};
 use crate::thread;
@@ -83,7 +83,7 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
         }
         let pages = (slot.end() - lowest).div_ceil(PAGE);
         let bottom = slot.end() - pages * PAGE;
-        let unused = if was_passed(bottom) { resident(slot.end() - (*record).open..bottom) } else { 0 };
+        let unused = resident_below(bottom, slot.end() - (*record).open);
         (*record).highest = (*record).highest.max(pages * PAGE + unused);
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
         let mut block = Frozen::allocate(words)?;
@@ -108,6 +108,13 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
         handle.sp |= switch::FROZEN;
         Ok(true)
     }
+}
+
+/// How much memory is below the page at `bottom` of a stack whose window begins at `start`. Where there is none in the next page
+/// there is hardly any further down: only frames without probes step over a page. That the kernel tells six times as fast.
+fn resident_below(bottom: usize, start: usize) -> usize {
+    let next = bottom.saturating_sub(PAGE).max(start)..bottom;
+    if resident(next) == 0 { 0 } else { resident(start..bottom) }
 }
 
 /// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.

@@ -4,11 +4,10 @@
 //! its memory given back. When the thread ends all of it does.
 //!
 //! A slot counts for what is accessible of it. That of a stack that stays is its whole window, of which little may have been
-//! used. So when half of the budget is taken they count by what they show: for a page, if the bottom of that page is as the
-//! kernel gave it. How much memory is in the others only the kernel knows, and asking takes a hundred times as long as
-//! putting. So *samples* are asked about, and each counts for the average of those. A sample with more than [`KEPT`]
-//! bytes is cut down to that. Samples are frequent where they differ from the average, and rare where they agree with
-//! it: [`OFTEN`], [`SELDOM`].
+//! used. How much, only the kernel knows, and asking takes a hundred times as long as putting. So when half of the budget is
+//! taken, *samples* are asked about, and each counts for the average of those. A sample with more than [`KEPT`] bytes is cut
+//! down to that. Samples are frequent where they differ from the average, and rare where they agree with it: [`OFTEN`],
+//! [`SELDOM`].
 //!
 //! The fault handler takes from the same stock, so that growing finds warm memory. It may have
 //! interrupted `take` or `put` (they run on coroutine stacks too): `busy` tells it to leave the stock alone.
@@ -21,7 +20,7 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use super::arena::Slot;
 use super::class::{CLASSES, Class, PAGE};
 use super::guard;
-use super::pages::{Pages, resident, was_passed};
+use super::pages::{Pages, resident};
 use super::record::{Record, SCOUT};
 use crate::error::Error;
 use crate::signals;
@@ -34,9 +33,9 @@ const BUDGET: usize = 8 << 20;
 /// What is left of the memory of a sample.
 const KEPT: usize = 8 * PAGE;
 
-/// One of how many stacks that stay, and have used more than a page, is a sample, at the most and at the least.
+/// One of how many stacks that stay is a sample, at the most and at the least.
 const OFTEN: u32 = 8;
-const SELDOM: u32 = 512;
+const SELDOM: u32 = 128;
 
 pub(crate) struct Cache {
     first: [Cell<*mut Record>; CLASSES],
@@ -100,15 +99,11 @@ impl Cache {
         self.busy.set(false);
     }
 
-    /// For how many bytes a slot counts whose stack stays, by what it shows.
+    /// For how many bytes a slot counts whose stack stays, by samples.
     ///
     /// # Safety
     /// The slot of `record` is accessible and nobody's.
     unsafe fn weight(&self, record: *mut Record) -> usize {
-        // SAFETY: the lowest line of the slot's top page, which is accessible, and the caller's.
-        if !unsafe { was_passed(Record::end(record) - PAGE) } {
-            return PAGE;
-        }
         let until_sample = self.until_sample.get() - 1;
         self.until_sample.set(until_sample);
         if until_sample == 0 {
@@ -252,7 +247,7 @@ pub(crate) unsafe fn put(record: *mut Record) {
     });
 }
 
-/// As [`put`], where slots count by what they show.
+/// As [`put`], where slots count by samples.
 ///
 /// # Safety
 /// As for [`put`].

@@ -86,15 +86,3 @@ pub(crate) fn resident(range: Range<usize>) -> usize {
     }
     sum
 }
-
-/// False if the bottom of a page of a stack is as the kernel gave it: then what is below was hardly used, and the kernel need
-/// not be asked. A frame may have stepped over it, a large buffer that was not filled to its end.
-///
-/// # Safety
-/// `bottom` is the start of an accessible page of a stack on which nobody runs.
-#[inline(always)]
-pub(crate) unsafe fn was_passed(bottom: usize) -> bool {
-    // SAFETY: a line at the start of an accessible page, to which nobody writes meanwhile.
-    let line = unsafe { (bottom as *const [u64; 8]).read() };
-    line.iter().fold(0, |all, &word| all | word) != 0
-}
