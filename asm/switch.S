@@ -51,17 +51,18 @@ regrow_words:
 regrow_entry:
     .cfi_startproc
     .cfi_signal_frame
-    // DW_CFA_def_cfa_expression: DW_OP_breg1 (rdx) 0, DW_OP_deref, DW_OP_plus_uconst 16
-    .cfi_escape 0x0f, 5, 0x71, 0x00, 0x06, 0x23, 0x10
+    // DW_CFA_def_cfa_expression: DW_OP_breg7 (rsp) 0, DW_OP_deref, DW_OP_plus_uconst 16. By rsp, not by rbp, although that is
+    // the base here, too: a signal may come between a switch and the load of rbp, and unwinders would follow a wrong one.
+    .cfi_escape 0x0f, 5, 0x77, 0x00, 0x06, 0x23, 0x10
     .cfi_offset rip, -8
     .cfi_offset rbp, -16
     .cfi_offset rbx, -24
     mov     rbp, rdx                    // rbp <- base: the rbp chain runs through [base] to the resumer
-    // The same from here on with rbp: DW_OP_breg6 (rbp) 0, DW_OP_deref, DW_OP_plus_uconst 16
-    .cfi_escape 0x0f, 5, 0x76, 0x00, 0x06, 0x23, 0x10
     lea     rax, [rip + regrow_entry_return] // rax <- the return address the entry function sees
     push    rax                         // rsp = base - 8: what a call would have left
+    .cfi_escape 0x0f, 5, 0x77, 0x08, 0x06, 0x23, 0x10
     jmp     qword ptr [rsp - 16]        // the entry function, put at [base - 24] by the constructor
+    .cfi_escape 0x0f, 5, 0x77, 0x00, 0x06, 0x23, 0x10 // returned to, as rsp is then
     nop                                 // unwinders look one byte before a return address
     .globl  regrow_entry_return
 regrow_entry_return:
