@@ -726,7 +726,7 @@ mod tests {
         let map = reader.find(regrow_entry as *const () as usize + 3).unwrap();
         let rules = map.rules().unwrap().unwrap();
         assert_eq!(rules.kind, Kind::Base);
-        // After its first instruction: *rbp + 16.
-        assert_eq!(rules.cfa, Cfa::Loaded { register: Register::RBP, offset: 0, plus: 16 });
+        // After its first instruction: *rsp + 16.
+        assert_eq!(rules.cfa, Cfa::Loaded { register: Register::RSP, offset: 0, plus: 16 });
     }
 }
