@@ -15,47 +15,35 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 mod support;
 use support::{child, variant};
 
+/// The library's package: one of its own, so that the crate in it has the features and the copy of data that it has there.
+fn package() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("plugin")
+}
+
 /// Where the library is, which the test proper compiles for its children.
 fn path() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
-        let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libplugin.so");
         if variant().is_none() {
-            compile(&to);
+            compile();
         }
-        to
+        package().join("target/debug/libplugin.so")
     })
 }
 
-fn compile(to: &Path) {
-    let dependencies = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let file = |entry: std::io::Result<std::fs::DirEntry>| {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str()?;
-        (name.starts_with("libregrow-") && name.ends_with(".rlib")).then_some(path)
-    };
-    let crates = dependencies.read_dir().unwrap().filter_map(file);
-    let latest = crates.max_by_key(|path| path.metadata().unwrap().modified().unwrap()).unwrap();
-    let mut external = std::ffi::OsString::from("regrow=");
-    external.push(latest);
-    let mut search = std::ffi::OsString::from("dependency=");
-    search.push(dependencies);
-    let status = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()))
-        .args([
-            "--edition=2024",
-            "--crate-type=cdylib",
-            "-Cdebuginfo=0",
-            "tests/unload/plugin.rs",
-            "--extern",
-        ])
-        .arg(external)
-        .arg("-L")
-        .arg(search)
-        .arg("-o")
-        .arg(to)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status();
-    assert!(status.unwrap().success());
+fn compile() {
+    let (root, package) = (Path::new(env!("CARGO_MANIFEST_DIR")), package());
+    std::fs::create_dir_all(&package).unwrap();
+    std::fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
+    let source = root.join("tests/unload/plugin.rs");
+    let manifest = format!(
+        "[package]\nname = \"plugin\"\nedition = \"2024\"\n[dependencies]\nregrow.path = {root:?}\n\
+         [lib]\ncrate-type = [\"cdylib\"]\npath = {source:?}\n[workspace]\n"
+    );
+    std::fs::write(package.join("Cargo.toml"), manifest).unwrap();
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--offline", "--target-dir"]).arg(package.join("target"));
+    assert!(cargo.current_dir(&package).status().unwrap().success());
 }
 
 thread_local!(static ARMED: Cell<bool> = const { Cell::new(false) });
