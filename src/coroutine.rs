@@ -54,7 +54,8 @@ use crate::thread;
 /// To move one to another thread regardless (in an `unsafe` wrapper) you must know that
 /// 1. everything alive on its stack may be sent to another thread (locks held by their guards may not),
 /// 2. no address of a thread-local variable is kept across a suspend, by you or by the compiler,
-/// 3. the other thread has called [`prepare_thread`](crate::prepare_thread).
+/// 3. the other thread has called [`prepare_thread`](crate::prepare_thread). On one that has no alternate signal stack, an overflow
+///    of a stack that moves ends the process by SIGSEGV, without a report.
 ///
 /// # Example
 /// ```

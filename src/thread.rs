@@ -114,7 +114,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
 }
 
 /// Gives the slots that this thread keeps for reuse back, and their memory to the kernel. Returns how many bytes that was, as
-/// [`cached_bytes`] counts them.
+/// [`cached_bytes`] counts them. Their address space stays reserved, for coroutines to come.
 ///
 /// ```
 /// drop(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()));

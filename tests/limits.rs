@@ -288,6 +288,31 @@ fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
     nothing_is_lost(&builder, coroutines);
 }
 
+/// Where the kernel charges for what may be written (`vm.overcommit_memory=2`): tests/kernels/run has it so, few machines have.
+#[test]
+fn strict_overcommit_is_an_error_that_says_what_to_do() {
+    const TEST: &str = "strict_overcommit_is_an_error_that_says_what_to_do";
+    let Some(way) = variant() else {
+        let mode = std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default();
+        if mode.trim() != "2" {
+            return println!("vm.overcommit_memory is {}, not 2: nothing to see", mode.trim());
+        }
+        return passes(TEST, &WAYS, &[]);
+    };
+    let builder = builder_of(&way);
+    let mut coroutines = Vec::with_capacity(100_000);
+    let error = loop {
+        match suspended::<16>(&builder) {
+            Ok(coroutine) => coroutines.push(coroutine),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Memory { .. }), "{error:?}");
+    assert!(error.to_string().contains("vm.overcommit_memory"), "{error}");
+    assert!(coroutines.len() > 300, "only {} coroutines", coroutines.len());
+    nothing_is_lost(&builder, coroutines);
+}
+
 /// Reserves what is free of a range of addresses, but for small pieces.
 fn reserve_all(start: usize, bytes: usize) {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;

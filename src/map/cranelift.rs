@@ -243,6 +243,14 @@ impl core::error::Error for Error {
 /// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
 ///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
 ///
+/// Safe code cannot register maps:
+///
+/// ```compile_fail,E0133
+/// fn f(code: &cranelift_codegen::CompiledCode, isa: &dyn cranelift_codegen::isa::TargetIsa) {
+///     let registration = regrow::map::cranelift::register(code, isa, 0, regrow::map::Verdict::Data);
+/// }
+/// ```
+///
 /// # Errors
 /// As [`maps`]; [`Error::Refused`] if the code at `address` has maps already.
 ///

@@ -221,6 +221,12 @@ pub fn record_loaded_objects() -> Report {
 /// runs. It may be dropped earlier: a stack with a frame of the code on it then stays where it is. The section itself is only
 /// read during the call.
 ///
+/// Safe code cannot register tables:
+///
+/// ```compile_fail,E0133
+/// let registration = regrow::map::register_eh_frame(&[0; 4]);
+/// ```
+///
 /// # Errors
 /// If a function is in other tables already, or larger than 2 GiB. What cannot be parsed is left out.
 ///

@@ -251,6 +251,12 @@ pub struct Recorded {
 /// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
 ///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
 ///
+/// Safe code cannot register maps:
+///
+/// ```compile_fail,E0133
+/// let recorded = regrow::map::llvm::register(&[], regrow::map::Verdict::Ambiguous);
+/// ```
+///
 /// # Errors
 /// If the section cannot be read, or has maps already. Nothing is added then.
 pub unsafe fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
