@@ -341,6 +341,37 @@ fn moving_coroutines_can_be_made_where_only_low_addresses_are_free() {
     }
 }
 
+/// Valgrind itself: other signal delivery, other addresses, system calls that it does not know.
+#[test]
+fn coroutines_grow_freeze_and_move_under_valgrind() {
+    const TEST: &str = "coroutines_grow_freeze_and_move_under_valgrind";
+    let Some(way) = variant() else {
+        if std::process::Command::new("valgrind").arg("--version").output().is_err() {
+            return println!("skipped: no valgrind");
+        }
+        for way in WAYS {
+            let test = child_command(TEST, way);
+            let mut under = std::process::Command::new("valgrind");
+            under.args(["--quiet", "--tool=none"]).arg(test.get_program()).args(test.get_args());
+            under.envs(test.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            let outcome = outcome(&mut under);
+            assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{way}: {outcome}");
+        }
+        return;
+    };
+    let builder = builder_of(&way);
+    let make = |n| match n % 3 {
+        0 => suspended::<16>(&builder).unwrap(),
+        1 => suspended::<5000>(&builder).unwrap(),
+        _ => suspended::<50_000>(&builder).unwrap(),
+    };
+    let mut coroutines: Vec<_> = (0..30).map(make).collect();
+    for (n, coroutine) in coroutines.iter_mut().enumerate() {
+        assert!(n % 2 == 0 || coroutine.freeze().unwrap());
+        assert_eq!(coroutine.resume(()).returned(), Some([16, 5000, 50_000][n % 3] + 1), "{n}");
+    }
+}
+
 /// The kernel makes no guard markers in locked memory.
 #[test]
 fn coroutines_are_made_and_grow_in_locked_memory() {
