@@ -18,6 +18,7 @@ use crate::settings::Growth;
 use crate::size::PAGE;
 use crate::stack::record::Record;
 use crate::stack::release::release;
+use crate::stack::suspended::Suspended;
 use crate::stats::Stats;
 use crate::switch::{self, Base, Handle, PANICKED, RED_ZONE, RESUME, RETURNED, UNWIND, Word, YIELDED};
 use crate::thread;
@@ -189,16 +190,27 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             drop(input.into_inner());
             panic!("cannot resume a frozen coroutine: {error}");
         }
+        self.handle.sp &= !switch::WATCHED;
         // SAFETY: it has not ended and is not frozen, so it is suspended, and takes an `In` with `RESUME`.
         let reply = unsafe {
-            shrink::before_resume(&mut self.handle);
+            // On another stack its stack pointer does not show how much of its own is in use.
+            if Record::holds((*self.handle.base).record(), self.handle.sp) {
+                shrink::before_resume(&mut Suspended::new(&mut self.handle));
+            }
             switch::resume(&mut self.handle, input.word(), RESUME)
         };
         if !self.done() {
-            // SAFETY: it has not ended, so it has suspended again.
-            unsafe { shrink::after_resume(&mut self.handle) };
+            self.watch_again();
         }
         reply
+    }
+
+    /// Marks the handle of a coroutine that has suspended, if there is something to watch.
+    fn watch_again(&mut self) {
+        // SAFETY: a suspended coroutine's base and record are accessible.
+        if shrink::is_watched(unsafe { &*(*self.handle.base).record() }) {
+            self.watch();
+        }
     }
 
     /// Takes the result of a coroutine that has ended off its stack, and gives the stack back.
@@ -337,15 +349,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Ok::<(), regrow::Error>(())
     /// ```
     pub fn shrink(&mut self) -> Result<bool, Error> {
-        if !self.on_its_own_stack() {
-            return Ok(false);
-        }
-        // SAFETY: it is suspended there, and stays so.
-        unsafe {
-            let outcome = shrink::shrink(&mut self.handle);
-            shrink::after_resume(&mut self.handle);
-            outcome
-        }
+        let Some(mut suspended) = self.on_its_own_stack() else { return Ok(false) };
+        let outcome = shrink::shrink(&mut suspended);
+        shrink::watch_again(&mut suspended);
+        outcome
     }
 
     /// Puts the coroutine's used bytes into a block of just their size and gives its stack to others. `true` if it is frozen
@@ -402,38 +409,30 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         if self.is_frozen() {
             return Ok(true); // until somebody touches it
         }
-        if !self.on_its_own_stack() {
-            return Ok(false);
-        }
-        // SAFETY: it is suspended there, and stays so if it is not frozen; the list lives as long as the caller says.
-        unsafe {
-            let outcome = freeze::freeze(&mut self.handle, told);
-            if !matches!(outcome, Ok(true)) {
-                shrink::after_resume(&mut self.handle);
-            }
-            outcome
-        }
+        let Some(suspended) = self.on_its_own_stack() else { return Ok(false) };
+        // SAFETY: the list lives as long as the caller says.
+        unsafe { freeze::freeze(suspended, told) }
     }
 
-    /// True if it is suspended on its own stack, where it can be shrunk and frozen: its handle then says just where. Counts a
-    /// stack that may move, and cannot because its code has gone over to another one.
-    fn on_its_own_stack(&mut self) -> bool {
+    /// The coroutine, if it is suspended on its own stack, where it can be shrunk and frozen. Counts a stack that may move, and
+    /// cannot because its code has gone over to another one.
+    fn on_its_own_stack(&mut self) -> Option<Suspended<'_>> {
         match self.state() {
             State::Suspended(sp) => {
                 self.handle.sp = sp;
-                true
+                // SAFETY: it is suspended there, and its owner is borrowed.
+                Some(unsafe { Suspended::new(&mut self.handle) })
             }
             State::Elsewhere(sp) => {
                 // SAFETY: it is suspended there, so its record and what its suspend has left are accessible.
-                unsafe {
-                    let record = (*self.handle.base).record();
-                    if (*record).settings.growth == Growth::Relocate {
-                        (*record).note(NotMoved::at(Reason::OnAnotherStack, switch::registers_of(sp).pc()));
-                    }
+                let (record, registers) =
+                    unsafe { (&mut *(*self.handle.base).record(), switch::registers_of(sp)) };
+                if record.settings.growth == Growth::Relocate {
+                    record.note(NotMoved::at(Reason::OnAnotherStack, registers.pc()));
                 }
-                false
+                None
             }
-            _ => false,
+            _ => None,
         }
     }
 
@@ -461,10 +460,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             return Ok(());
         }
         // SAFETY: it is frozen, as far as the handle knows; without an error it is suspended then.
-        unsafe {
-            freeze::thaw(&mut self.handle, thread::prepare)?;
-            shrink::after_resume(&mut self.handle);
-        }
+        unsafe { freeze::thaw(&mut self.handle, thread::prepare)? };
+        self.watch_again();
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use crate::not_moved::{NotMoved, Reason};
 use crate::settings::Growth;
 use crate::size::{self, PAGE};
 use crate::stack::record::Record;
+use crate::stack::suspended::Suspended;
 use crate::switch::{self, Handle, RED_ZONE, Running};
 use crate::thread;
 
@@ -108,7 +109,7 @@ unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
         let outcome = if (*record).is_pinned() {
             Err(NotMoved::at(Reason::Pinned, reserve as *const () as usize).into())
         } else {
-            relocate::relocate_suspended(&mut handle, size)
+            relocate::relocate_suspended(&mut Suspended::new(&mut handle), size)
         };
         match outcome {
             Ok(moved) => {

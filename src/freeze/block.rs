@@ -201,30 +201,26 @@ impl Frozen {
         }
     }
 
-    /// The head of the block of a coroutine that takes so many words.
-    ///
-    /// # Safety
-    /// `record` is that of a suspended coroutine.
-    pub(crate) unsafe fn of(record: *mut Record, words: usize) -> Self {
-        // SAFETY: by the caller's word. A copied record is moved back, or forgotten.
-        unsafe {
-            // What a scout's pages would tell is lost.
-            (*record).scout = false;
-            let more = (*record).tidy
-                || (*record).open != (*record).class.first_open()
-                || (*record).shrinks != 0
-                || (*record).not_moved.is_some();
-            Self {
-                record: more.then(|| Box::new(record.cast::<MaybeUninit<Record>>().read())),
-                chain: Chain { next: ptr::null_mut() },
-                site: (*record).site,
-                words: words as u32,
-                entry: 0,
-                highest: ((*record).highest / PAGE) as u32,
-                base_offset: (*record).base_offset,
-                settings: (*record).settings,
-                forbidden: false,
-            }
+    /// The head of the block of a suspended coroutine that takes so many words. A record that is kept is moved back later, or
+    /// forgotten: what it owns has two owners until then, and this one does not use it.
+    pub(crate) fn of(record: &mut Record, words: usize) -> Self {
+        record.scout = false; // what a scout's pages would tell is lost
+        let more = record.tidy
+            || record.open != record.class.first_open()
+            || record.shrinks != 0
+            || record.not_moved.is_some();
+        // SAFETY: a record's bytes, as bytes.
+        let kept = || unsafe { Box::new(ptr::from_ref(record).cast::<MaybeUninit<Record>>().read()) };
+        Self {
+            record: more.then(kept),
+            chain: Chain { next: ptr::null_mut() },
+            site: record.site,
+            words: words as u32,
+            entry: 0,
+            highest: (record.highest / PAGE) as u32,
+            base_offset: record.base_offset,
+            settings: record.settings,
+            forbidden: false,
         }
     }
 

@@ -55,6 +55,7 @@ use crate::stack::guard;
 use crate::stack::own_memory::OwnMemory;
 use crate::stack::pages::resident;
 use crate::stack::record::Record;
+use crate::stack::suspended::Suspended;
 use crate::switch::{self, Base, Handle};
 use crate::words::words;
 
@@ -67,50 +68,46 @@ static FORBIDDEN: AtomicUsize = AtomicUsize::new(0);
 /// How often a stack was frozen or thawed.
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
 
-/// Freezes a suspended coroutine that grows in place, and has run. `false` if it is suspended on another stack.
-/// After an error nothing has changed.
+/// Freezes a suspended coroutine that grows in place, and has run. After an error nothing has changed.
 ///
 /// # Safety
-/// The handle is that of such a coroutine, not marked; the list in `told` lives as long as it is frozen.
-pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
+/// The list in `told` lives as long as it is frozen.
+pub(super) unsafe fn freeze(suspended: &mut Suspended<'_>, told: Told) -> Result<bool, Error> {
     TOUCHED.free();
     look_for_flag();
     forks::prepare()?;
-    // SAFETY: by the caller's word; the block is nobody else's until it is in the slot's entry.
+    let Some(slot) = Record::slot(suspended.record()) else { return Ok(false) };
+    let lowest = suspended.sp() - SAVED;
+    let pages = (slot.end() - lowest).div_ceil(PAGE);
+    let unused = resident_below(slot.end() - pages * PAGE, slot.end() - suspended.record().open);
+    let words = (suspended.base() as usize + size_of::<Base>() - lowest) / size_of::<usize>();
+    let record = suspended.record_mut();
+    record.highest = record.highest.max(pages * PAGE + unused);
+    let mut block = Frozen::allocate(words)?;
+    // SAFETY: the block is nobody else's until it is in the slot's entry.
     unsafe {
-        let record = (*handle.base).record();
-        let Some(slot) = Record::slot(record) else { return Ok(false) };
-        let lowest = handle.sp - SAVED;
-        if lowest < slot.end() - (*record).open || lowest >= handle.base as usize {
-            return Ok(false);
-        }
-        let pages = (slot.end() - lowest).div_ceil(PAGE);
-        let bottom = slot.end() - pages * PAGE;
-        let unused = resident_below(bottom, slot.end() - (*record).open);
-        (*record).highest = (*record).highest.max(pages * PAGE + unused);
-        let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
-        let mut block = Frozen::allocate(words)?;
         block.write(Frozen::of(record, words));
         block.as_mut().tell(told.list.cast(), told.entry);
-
-        let meta = slot.meta();
-        meta.open_pages.store(pages as u32, Ordering::Relaxed);
-        let outcome = undisturbed(|| {
-            meta.frozen.begin();
-            CHANGES.fetch_add(1, Ordering::SeqCst);
-            let outcome = put_away(slot, lowest, block);
-            meta.frozen.put(outcome.is_ok().then_some(block.cast()));
-            outcome
-        });
-        if let Err(error) = outcome {
-            Frozen::free(block);
-            return Err(error);
-        }
-        // What is below the stack pointer is needed by nobody, frozen or not.
-        slot.pages().discard(slot.class().window(), pages * PAGE);
-        handle.sp |= switch::FROZEN;
-        Ok(true)
     }
+    let meta = slot.meta();
+    meta.open_pages.store(pages as u32, Ordering::Relaxed);
+    let outcome = undisturbed(|| {
+        meta.frozen.begin();
+        CHANGES.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: the stack is suspended, and `BUSY`; the block is for it.
+        let outcome = unsafe { put_away(slot, lowest, block) };
+        meta.frozen.put(outcome.is_ok().then_some(block.cast()));
+        outcome
+    });
+    if let Err(error) = outcome {
+        // SAFETY: it was not put into the slot's entry.
+        unsafe { Frozen::free(block) };
+        return Err(error);
+    }
+    // SAFETY: nothing below the stack pointer is needed, frozen or not.
+    unsafe { slot.pages().discard(slot.class().window(), pages * PAGE) };
+    suspended.handle().sp |= switch::FROZEN;
+    Ok(true)
 }
 
 /// How much memory is below the page at `bottom` of a stack whose window begins at `start`. Where there is none in the next page

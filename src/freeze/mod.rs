@@ -16,9 +16,11 @@ use state::State;
 use touched::Told;
 
 use crate::error::Error;
+use crate::grow::shrink;
 use crate::settings::Growth;
 use crate::stack::stock::Prepare;
-use crate::switch::{self, Handle};
+use crate::stack::suspended::Suspended;
+use crate::switch::Handle;
 
 /// Lets `look` see the block of the coroutine, if it is frozen. One that is frozen in place may have thawed meanwhile.
 pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
@@ -44,18 +46,21 @@ pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
 /// never ran, is pinned, or a frame cannot be moved.
 ///
 /// # Safety
-/// The handle is that of a coroutine suspended on its own stack, not marked; the list in `told` lives as long as it is frozen.
-pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
-    // SAFETY: it is suspended on its own stack, so its base and record are accessible, and it stays so.
-    unsafe {
-        let record = (*handle.base).record();
-        match (*record).settings.growth {
-            _ if switch::is_fresh(handle.sp) => Ok(false),
-            Growth::Relocate => moving::freeze(handle),
-            Growth::InPlace if (*record).is_pinned() => Ok(false),
-            Growth::InPlace => in_place::freeze(handle, told),
-        }
+/// The list in `told` lives as long as it is frozen.
+pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<bool, Error> {
+    let record = suspended.record();
+    let (growth, pinned) = (record.settings.growth, record.is_pinned());
+    let outcome = match growth {
+        _ if suspended.is_fresh() => Ok(false),
+        Growth::Relocate => moving::freeze(&mut suspended),
+        Growth::InPlace if pinned => Ok(false),
+        // SAFETY: the caller vouches for the list.
+        Growth::InPlace => unsafe { in_place::freeze(&mut suspended, told) },
+    };
+    if !matches!(outcome, Ok(true)) {
+        shrink::watch_again(&mut suspended);
     }
+    outcome
 }
 
 /// Brings a frozen coroutine back onto a stack. After an error it is still frozen.

@@ -12,7 +12,7 @@ use core::sync::atomic::Ordering;
 use super::block::{Frozen, SAVED, WORD};
 use crate::error::Error;
 use crate::grow::obey::{self, Copied};
-use crate::grow::relocate::suspended_registers;
+use crate::grow::relocate::registers_and_places;
 use crate::grow::rewrite::Window;
 use crate::grow::shrink;
 use crate::map;
@@ -23,6 +23,7 @@ use crate::stack::free_list::Link;
 use crate::stack::guard;
 use crate::stack::record::Record;
 use crate::stack::stock::{self, Prepare};
+use crate::stack::suspended::Suspended;
 use crate::switch::{self, Base, Handle};
 
 /// One past the window that pointers into frozen stacks are moved to: not canonical, so no address is in it.
@@ -30,72 +31,60 @@ const NOWHERE: usize = 0x5245_4752_0000_0000;
 
 /// Puts a suspended coroutine into a block, and gives its slot to others. `false` if it must stay as it is: it is pinned, or a
 /// frame cannot be moved.
-///
-/// # Safety
-/// The handle is that of a coroutine that moves, has run, and is suspended on its own stack; it is not marked.
-pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
-    // SAFETY: the caller says that it is suspended on its own stack: its record, and its words from what the suspend saved
-    // up to its base, are accessible and change no more until it is resumed.
+pub(super) fn freeze(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
+    if suspended.record().is_pinned() {
+        let frame = suspended.registers().pc();
+        suspended.record_mut().note(NotMoved::at(Reason::Pinned, frame));
+        return Ok(false);
+    }
+    let count = (suspended.base() as usize - (suspended.sp() - SAVED)) / WORD + 1;
+    let block = Frozen::allocate(count)?;
+    let judged = match copy_to_nowhere(suspended, block, count) {
+        Err(why) if not_moved::knows_more(why.reason) => copy_to_nowhere(suspended, block, count),
+        judged => judged,
+    };
+    if let Err(why) = judged {
+        // SAFETY: allocated above, for so many words, and nobody else knows of it.
+        unsafe { Frozen::deallocate(block, count) };
+        suspended.record_mut().note(why);
+        return Ok(false);
+    }
+    let record = suspended.record_mut();
+    // Whoever follows an old slot to where its stack is finds that it is nowhere.
+    point_old_slots(record, 0);
+    // SAFETY: all that the slot holds of the coroutine is in the block then, so that nothing in the slot is needed.
     unsafe {
-        let record = (*handle.base).record();
-        if (*record).is_pinned() {
-            (*record).note(NotMoved::at(Reason::Pinned, switch::registers_of(handle.sp).pc()));
-            return Ok(false);
-        }
-        let count = (handle.base as usize - (handle.sp - SAVED)) / WORD + 1;
-        let block = Frozen::allocate(count)?;
-        let judged = match copy_to_nowhere(handle, block, count) {
-            Err(why) if not_moved::knows_more(why.reason) => copy_to_nowhere(handle, block, count),
-            judged => judged,
-        };
-        if let Err(why) = judged {
-            Frozen::deallocate(block, count);
-            (*record).note(why);
-            return Ok(false);
-        }
         block.write(Frozen::of(record, count));
-        // Whoever follows an old slot to where its stack is finds that it is nowhere.
-        point_old_slots(record, 0);
-        if (*record).open > (*record).class.first_open() {
-            let _ = stock::resize(record, (*record).class.first_open()); // if that fails the slot is merely larger
+        if record.open > record.class.first_open() {
+            let _ = stock::resize(record, record.class.first_open()); // if that fails the slot is merely larger
         }
         stock::put(record);
-        guard::owe();
-        handle.sp = block.as_ptr() as usize | switch::FROZEN;
-        handle.base = ptr::null_mut();
-        Ok(true)
     }
+    guard::owe();
+    *suspended.handle() = Handle { sp: block.as_ptr() as usize | switch::FROZEN, base: ptr::null_mut() };
+    Ok(true)
 }
 
-/// Copies a stack into the words of a block, where what points into it points to [`NOWHERE`]. After an error the words are no good.
-///
-/// # Safety
-/// The handle is that of a coroutine suspended on its own stack, which moves; the block has room for its `count` words.
-unsafe fn copy_to_nowhere(handle: &Handle, block: NonNull<Frozen>, count: usize) -> Result<(), NotMoved> {
-    let lowest = handle.sp - SAVED;
-    // SAFETY: the stack is suspended, so its words, from those that the suspend saved up to the first of the base, are
-    // accessible and do not change; those of the block are nobody else's yet.
-    unsafe {
-        let record = (*handle.base).record();
+/// Copies a stack into the words of a block, where what points into it points to [`NOWHERE`]. After an error the words are no
+/// good. The block was allocated for `count` words, those from what the suspend saved up to the first of the base.
+fn copy_to_nowhere(suspended: &Suspended<'_>, block: NonNull<Frozen>, count: usize) -> Result<(), NotMoved> {
+    let lowest = suspended.sp() - SAVED;
+    let (start, parked) = registers_and_places(suspended);
+    // SAFETY: the stack is suspended, so its words are accessible and do not change; those of the block are nobody else's yet.
+    let (old, new) = unsafe {
         let words = Frozen::words_of(block);
         ptr::copy_nonoverlapping(lowest as *const usize, words, count);
-        let (start, parked) = suspended_registers(handle.sp);
-        let copied = Copied {
-            lowest,
-            old: slice::from_raw_parts(lowest as *const usize, count),
-            new: slice::from_raw_parts_mut(words, count),
-            window: Window::new(lowest..Record::end(record), NOWHERE),
-            parked,
-        };
-        obey::rewrite(&map::process().read(), &start, (*record).settings.maps, copied).map(drop)
-    }
+        (slice::from_raw_parts(lowest as *const usize, count), slice::from_raw_parts_mut(words, count))
+    };
+    let copied = Copied { lowest, old, new, window: Window::new(lowest..suspended.end(), NOWHERE), parked };
+    obey::rewrite(&map::process().read(), &start, suspended.record().settings.maps, copied).map(drop)
 }
 
 /// Brings a coroutine back from its block onto a stack. After an error it is still frozen.
 ///
 /// # Safety
 /// The handle is that of a coroutine that is frozen in this block, which [`freeze`] made.
-pub(crate) unsafe fn thaw(
+pub(super) unsafe fn thaw(
     handle: &mut Handle,
     block: NonNull<Frozen>,
     prepare: Prepare,
@@ -121,7 +110,7 @@ pub(crate) unsafe fn thaw(
         (*record).class = class;
         let base = base as *mut Base;
         switch::restore_base(base, record.cast());
-        point_old_slots(record, Record::slot(record).map_or(0, Slot::link));
+        point_old_slots(&*record, Record::slot(record).map_or(0, Slot::link));
         *handle = Handle { sp: lowest + SAVED, base };
         Frozen::free(block);
     }
@@ -129,12 +118,8 @@ pub(crate) unsafe fn thaw(
 }
 
 /// Says where the stack is that has left its old slots; 0: nowhere.
-///
-/// # Safety
-/// `record` is a suspended coroutine's.
-unsafe fn point_old_slots(record: *const Record, to: Link) {
-    // SAFETY: by the caller's word.
-    if let Some(newest) = Slot::from_link(unsafe { (*record).old }) {
+fn point_old_slots(record: &Record, to: Link) {
+    if let Some(newest) = Slot::from_link(record.old) {
         newest.meta().moved_to.store(to, Ordering::Release);
     }
 }

@@ -39,9 +39,10 @@ use crate::stack::arena::{OLD, Slot};
 use crate::stack::carry::carry;
 use crate::stack::free_list::Link;
 use crate::stack::record::Record;
+use crate::stack::suspended::Suspended;
 use crate::stack::{guard, stock};
 use crate::stats;
-use crate::switch::{self, Base, Handle, RED_ZONE, Running};
+use crate::switch::{Base, Handle, RED_ZONE, Running};
 
 /// A fault that a larger stack will cure.
 pub(crate) struct Fault {
@@ -133,22 +134,24 @@ fn interrupted(context: &mut Context<'_>, call_length: usize) -> Registers {
     registers
 }
 
-/// Moves the stack of a coroutine that does not run to a slot of `size` bytes, which is enough for what is
-/// used of it. After an error nothing has changed.
+/// Moves the stack of a suspended coroutine to a slot of `size` bytes, which is enough for what is used of it. After an error
+/// nothing has changed.
 ///
 /// # Safety
-/// The coroutine of `handle` is suspended, or has put itself into the same state, and its owner made the promise
-/// about pointers.
-pub(crate) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Result<Moved, Refusal> {
-    // SAFETY: by the caller's word; what a suspend saves lies in the red zone below its stack pointer (src/switch.rs).
+/// The coroutine's owner made the promise about pointers.
+pub(crate) unsafe fn relocate_suspended(
+    suspended: &mut Suspended<'_>,
+    size: usize,
+) -> Result<Moved, Refusal> {
+    let (start, parked) = registers_and_places(suspended);
+    let slot = Record::slot(suspended.record());
+    let slot = slot.ok_or_else(|| Refusal::no_memory(Error::Arenas, start.pc()))?;
+    // SAFETY: it is suspended, and goes on with these registers, some of which lie on its stack; the caller vouches for the
+    // promise. Its base moves with the stack.
     unsafe {
-        let sp = handle.sp;
-        let (start, parked) = suspended_registers(sp);
-        let slot = Record::slot((*handle.base).record());
-        let slot = slot.ok_or_else(|| Refusal::no_memory(Error::Arenas, start.pc()))?;
         let moved = Move::make(slot, &start, size, parked)?;
-        handle.base = moved.base(handle.base);
-        handle.sp = moved.window.moved(sp);
+        let (sp, base) = (moved.window.moved(suspended.sp()), moved.base(suspended.base()));
+        *suspended.handle() = Handle { sp, base };
         Ok(moved)
     }
 }
@@ -156,30 +159,26 @@ pub(crate) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Res
 /// As [`relocate_suspended`], where there is time to look for code that was loaded since its unwind tables were read.
 ///
 /// # Safety
-/// The coroutine of `handle` is suspended on its own stack, and its owner made the promise about pointers.
-pub(crate) unsafe fn relocate_parked(handle: &mut Handle, size: usize) -> Result<Moved, Refusal> {
-    // SAFETY: the caller says that it is suspended; after a failure nothing has changed, so it still is.
+/// The coroutine's owner made the promise about pointers.
+pub(crate) unsafe fn relocate_parked(suspended: &mut Suspended<'_>, size: usize) -> Result<Moved, Refusal> {
+    // SAFETY: the caller vouches for the promise; after a refusal nothing has changed.
     unsafe {
-        match relocate_suspended(handle, size) {
-            Err(refusal) if not_moved::knows_more(refusal.why.reason) => relocate_suspended(handle, size),
+        match relocate_suspended(suspended, size) {
+            Err(refusal) if not_moved::knows_more(refusal.why.reason) => relocate_suspended(suspended, size),
             outcome => outcome,
         }
     }
 }
 
-/// The registers that a coroutine suspended at `sp` goes on with, and where on its stack some of them lie.
-///
-/// # Safety
-/// `sp` is the stack pointer of a suspended coroutine.
-pub(crate) unsafe fn suspended_registers(sp: usize) -> (Registers, [Option<usize>; 6]) {
+/// The registers that a suspended coroutine goes on with, and where on its stack some of them lie.
+pub(crate) fn registers_and_places(suspended: &Suspended<'_>) -> (Registers, [Option<usize>; 6]) {
     let mut parked = [None; 6];
     for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
         if let Some(index) = register.saved_index() {
-            parked[index] = Some(sp - below);
+            parked[index] = Some(suspended.sp() - below);
         }
     }
-    // SAFETY: by the caller's word.
-    (unsafe { switch::registers_of(sp) }, parked)
+    (suspended.registers(), parked)
 }
 
 impl Moved {

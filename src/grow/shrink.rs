@@ -37,8 +37,9 @@ use crate::size::{self, PAGE};
 use crate::stack::pages::{Pages, resident};
 use crate::stack::record::Record;
 use crate::stack::stock;
+use crate::stack::suspended::Suspended;
 use crate::stats;
-use crate::switch::{self, Handle, RED_ZONE};
+use crate::switch;
 
 /// After how many resumes without a spike a scout is one no more: each takes a few times as long as another's.
 const SCOUTED: u16 = 256;
@@ -47,44 +48,32 @@ const SCOUTED: u16 = 256;
 const MARK: [u64; 8] = [u64::from_le_bytes(*b"unused\xf5\xf5"); 8];
 const MARK_BYTES: usize = size_of_val(&MARK);
 
-/// Readies a coroutine with a marked handle for its resume: looks whether its stack should be smaller.
-///
-/// # Safety
-/// The handle is that of a suspended coroutine, marked.
-pub(crate) unsafe fn before_resume(handle: &mut Handle) {
-    handle.sp &= !switch::WATCHED;
-    // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
-    unsafe {
-        let record = (*handle.base).record();
-        if !Record::holds(record, handle.sp) {
-            return; // suspended on another stack: it does not show how much of its own is in use
+/// Readies a watched coroutine for its resume: looks whether its stack should be smaller.
+pub(crate) fn before_resume(suspended: &mut Suspended<'_>) {
+    if suspended.record().settings.growth == Growth::Relocate {
+        if is_quiet(suspended) {
+            // Without memory it stays as large as it is.
+            let _ = shrink(suspended);
         }
-        if (*record).settings.growth == Growth::Relocate {
-            if is_quiet(handle, &mut *record) {
-                // It moves, and its record with it. Without memory it stays as large as it is.
-                let _ = shrink(handle);
-            }
-        } else if is_quiet_in_place(handle, &mut *record) && shrink(handle).is_ok_and(|smaller| smaller) {
-            tell_site(&*record);
-        }
+    } else if is_quiet_in_place(suspended) && shrink(suspended).is_ok_and(|smaller| smaller) {
+        tell_site(suspended.record());
     }
 }
 
-/// Marks the handle again if there is still something to watch.
-///
-/// # Safety
-/// The handle is that of a suspended coroutine.
-pub(crate) unsafe fn after_resume(handle: &mut Handle) {
-    // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
-    let record = unsafe { &*(*handle.base).record() };
-    let watched = match record.settings.growth {
+/// Marks the handle again if there is still something to watch. It is the end of the view.
+pub(crate) fn watch_again(suspended: &mut Suspended<'_>) {
+    if is_watched(suspended.record()) {
+        suspended.handle().sp |= switch::WATCHED;
+    }
+}
+
+/// True if the coroutine of this record is to be looked at before its next resume.
+pub(crate) fn is_watched(record: &Record) -> bool {
+    match record.settings.growth {
         Growth::Relocate => {
             record.size() > record.settings.first_size() && record.settings.shrink != Shrink::Off
         }
         Growth::InPlace => is_watched_in_place(record),
-    };
-    if watched {
-        handle.sp |= switch::WATCHED;
     }
 }
 
@@ -108,38 +97,36 @@ fn tell_site(record: &Record) {
 }
 
 /// True if the mark has been in place for long enough. Puts it there if it is not.
-///
-/// # Safety
-/// As for [`before_resume`], the handle not marked any more.
-unsafe fn is_quiet(handle: &Handle, record: &mut Record) -> bool {
-    let mark = (handle.base as usize - record.size() / 4) & !(MARK_BYTES - 1);
-    if mark + MARK_BYTES > handle.sp - RED_ZONE {
-        record.watch.marked = false; // more than a quarter is in use right now
-        record.watch.quiet = 0;
+fn is_quiet(suspended: &mut Suspended<'_>) -> bool {
+    let mark = (suspended.base() as usize - suspended.record().size() / 4) & !(MARK_BYTES - 1);
+    if mark + MARK_BYTES > suspended.lowest() {
+        let watch = &mut suspended.record_mut().watch;
+        watch.marked = false; // more than a quarter is in use right now
+        watch.quiet = 0;
         return false;
     }
     // SAFETY: below what a suspended coroutine uses of its stack, and accessible: a quarter of the size below the base.
-    if unsafe { lay_mark(mark) } && record.watch.marked {
-        record.watch.quiet += 1;
-        return record.watch.quiet >= record.watch.patience;
+    let intact = unsafe { lay_mark(mark) };
+    let watch = &mut suspended.record_mut().watch;
+    if intact && watch.marked {
+        watch.quiet += 1;
+        return watch.quiet >= watch.patience;
     }
-    record.watch.marked = true;
-    record.watch.quiet = 0;
+    watch.marked = true;
+    watch.quiet = 0;
     false
 }
 
 /// The same for a stack that stays: true if it has been used below the page of its stack pointer, and then not for long enough.
-///
-/// # Safety
-/// As for [`is_quiet`].
-unsafe fn is_quiet_in_place(handle: &Handle, record: &mut Record) -> bool {
+fn is_quiet_in_place(suspended: &mut Suspended<'_>) -> bool {
     // Where the page has no room for the mark the next one has.
-    let mark = (handle.sp - RED_ZONE - MARK_BYTES) / PAGE * PAGE;
-    if mark < Record::end(record) - record.open {
+    let mark = (suspended.lowest() - MARK_BYTES) / PAGE * PAGE;
+    if mark < suspended.end() - suspended.record().open {
         return false; // the lowest page there is
     }
     // SAFETY: below what a suspended coroutine uses of its stack, and in its window, all of which is accessible.
     let intact = unsafe { lay_mark(mark) };
+    let record = suspended.record_mut();
     let watch = &mut record.watch;
     if intact && watch.marked {
         watch.quiet = watch.quiet.saturating_add(1);
@@ -175,90 +162,77 @@ unsafe fn lay_mark(at: usize) -> bool {
 
 /// Makes the stack of a suspended coroutine as small as it can be with as much room as is used, and no smaller than it
 /// was at first. True if it became smaller. After an error nothing has changed.
-///
-/// # Safety
-/// The handle is that of a coroutine suspended on its own stack, not marked.
-pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
-    // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
-    unsafe {
-        let record = (*handle.base).record();
-        (*record).watch.marked = false;
-        (*record).watch.quiet = 0;
-        let outcome = match (*record).settings.growth {
-            Growth::InPlace => Ok(give_back_unused(handle, &mut *record)),
-            Growth::Relocate => shrink_moving(handle, record),
-        };
-        if matches!(outcome, Ok(true)) {
-            // It may have moved.
-            (*(*handle.base).record()).shrinks += 1;
-            stats::count_shrink();
-        }
-        outcome
+pub(crate) fn shrink(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
+    let record = suspended.record_mut();
+    record.watch.marked = false;
+    record.watch.quiet = 0;
+    let outcome = match record.settings.growth {
+        Growth::InPlace => Ok(give_back_unused(suspended)),
+        Growth::Relocate => shrink_moving(suspended),
+    };
+    if matches!(outcome, Ok(true)) {
+        suspended.record_mut().shrinks += 1;
+        stats::count_shrink();
     }
+    outcome
 }
 
 /// Gives back the memory of all pages below what a stack that stays uses. False if there was none.
-///
-/// # Safety
-/// As for [`shrink`]; `record` is its record.
-unsafe fn give_back_unused(handle: &Handle, record: &mut Record) -> bool {
-    let end = Record::end(record);
-    let used = end - (handle.sp - RED_ZONE) / PAGE * PAGE;
+fn give_back_unused(suspended: &mut Suspended<'_>) -> bool {
+    let (end, used) = (suspended.end(), used_pages(suspended));
+    let record = suspended.record_mut();
     let before = record.bytes();
     if used >= record.open || resident(end - record.open..end - used) == 0 {
         return false;
     }
     record.highest = record.highest.max(before);
     record.watch.spike = false;
-    // SAFETY: the window is accessible, and nothing below the stack pointer's red zone is needed.
-    unsafe { Pages::new(record.class, end).discard(record.open, used) };
+    discard_unused(suspended);
     true
 }
 
-/// # Safety
-/// As for [`shrink`]; `record` is its record.
-unsafe fn shrink_moving(handle: &mut Handle, record: *mut Record) -> Result<bool, Error> {
-    // SAFETY: a suspended coroutine's record is accessible, and nobody else uses it.
-    unsafe {
-        let used = handle.base as usize - (handle.sp - RED_ZONE);
-        let need = Record::end(record) - handle.base as usize + 2 * used;
-        let size = fitting(need, (*record).settings.first_size());
-        if size >= (*record).size() {
-            return Ok(false);
-        }
-        if (*record).class.size() <= size {
-            // It is cut down where it is, if its slack was opened there.
-            stock::resize(record, size::open_bytes(size))?;
-            discard_unused(handle, record);
-            return Ok(true);
-        }
-        if (*record).is_pinned() {
-            (*record).note(NotMoved::at(Reason::Pinned, switch::registers_of(handle.sp).pc()));
-            return Ok(false);
-        }
-        match relocate::relocate_parked(handle, size) {
-            Ok(_) => Ok(true),
-            Err(Refusal { error: Some(error), .. }) => Err(error),
-            Err(Refusal { why, .. }) => {
-                (*record).note(why);
-                Ok(false)
-            }
+fn shrink_moving(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
+    let base = suspended.base() as usize;
+    let need = suspended.end() - base + 2 * (base - suspended.lowest());
+    let record = suspended.record_mut();
+    let size = fitting(need, record.settings.first_size());
+    if size >= record.size() {
+        return Ok(false);
+    }
+    if record.class.size() <= size {
+        // It is cut down where it is, if its slack was opened there.
+        // SAFETY: the slot is the coroutine's, and so many bytes hold what it uses.
+        unsafe { stock::resize(record, size::open_bytes(size))? };
+        discard_unused(suspended);
+        return Ok(true);
+    }
+    let outcome = if record.is_pinned() {
+        Err(NotMoved::at(Reason::Pinned, suspended.registers().pc()).into())
+    } else {
+        // SAFETY: whoever asked for a stack that moves made the promise about pointers.
+        unsafe { relocate::relocate_parked(suspended, size) }
+    };
+    match outcome {
+        Ok(_) => Ok(true),
+        Err(Refusal { error: Some(error), .. }) => Err(error),
+        Err(Refusal { why, .. }) => {
+            suspended.record_mut().note(why);
+            Ok(false)
         }
     }
 }
 
-/// Gives back the memory of the pages below what a stack uses that was cut down: it was touched when it was used further down.
-///
-/// # Safety
-/// The handle is that of a suspended coroutine, not marked; `record` is its record.
-unsafe fn discard_unused(handle: &Handle, record: *const Record) {
-    let end = Record::end(record);
-    let used = end - (handle.sp - RED_ZONE) / PAGE * PAGE;
-    // SAFETY: a suspended coroutine's record is accessible; of its own pages, nothing is needed below the stack pointer.
-    unsafe {
-        if used < (*record).open {
-            Pages::new((*record).class, end).discard((*record).open, used);
-        }
+/// Bytes of the pages, from the slot's end down, that the coroutine uses.
+fn used_pages(suspended: &Suspended<'_>) -> usize {
+    suspended.end() - suspended.lowest() / PAGE * PAGE
+}
+
+/// Gives back the memory of the accessible pages below what the stack uses.
+fn discard_unused(suspended: &Suspended<'_>) {
+    let (used, record) = (used_pages(suspended), suspended.record());
+    if used < record.open {
+        // SAFETY: the slot is the coroutine's, and nothing below its red zone is needed.
+        unsafe { Pages::new(record.class, suspended.end()).discard(record.open, used) };
     }
 }
 

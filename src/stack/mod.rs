@@ -15,4 +15,5 @@ pub(crate) mod record;
 pub(crate) mod release;
 pub(crate) mod scouts;
 pub(crate) mod stock;
+pub(crate) mod suspended;
 pub(crate) mod watch;
