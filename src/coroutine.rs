@@ -849,6 +849,5 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 /// ```
 #[must_use]
 pub fn current_stats() -> Option<Stats> {
-    // SAFETY: the record of the coroutine that runs is accessible.
-    switch::running().map(|running| unsafe { (*running.record()).stats() })
+    switch::running().map(|running| running.with_record(|record| record.stats()))
 }

@@ -44,26 +44,24 @@ use crate::thread;
 pub fn reserve(bytes: usize) -> Result<(), Error> {
     let mark = 0u8;
     let here = &raw const mark as usize;
-    let Some(record) = switch::running().map(Running::record) else { return Ok(()) };
-    let above = Record::bytes_above(record, here);
+    let Some(running) = switch::running() else { return Ok(()) };
+    let above = Record::bytes_above(running.record(), here);
     let need = above.saturating_add(bytes).saturating_add(RED_ZONE);
-    // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
-    let (open, size, maximum, growth) = unsafe {
-        ((*record).open, (*record).size(), (*record).settings.maximum(), (*record).settings.growth)
-    };
-    // SAFETY: as above.
-    let on_another_stack = !unsafe { Record::holds(record, here) };
-    if need <= open || on_another_stack {
+    let (open, size, settings, on_own_stack, slack) = running.with_record(|record| {
+        let on_own_stack = above <= record.class.stride();
+        (record.open, record.size(), record.settings, on_own_stack, growth::slack_first(record, need))
+    });
+    if need <= open || !on_own_stack {
         return Ok(());
     }
+    let maximum = settings.maximum();
     let room = Error::Room { bytes, maximum };
-    if growth == Growth::InPlace {
+    if settings.growth == Growth::InPlace {
         return Err(room);
     }
-    // SAFETY: as above.
-    if let Some(open) = growth::slack_first(unsafe { &*record }, need) {
+    if let Some(open) = slack {
         // SAFETY: the bytes are within the window, and what is below those that are open is not used.
-        return unsafe { open_now(record, open) };
+        return unsafe { open_now(running, open) };
     }
     let Some(size) = size::grown(size, need, maximum) else { return Err(room) };
     if let Some(stack) = thread::signal_stack_end() {
@@ -71,28 +69,25 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
         // handled further down on it. The function moves this stack as that of a suspended coroutine is moved.
         unsafe { switch::hop(size, move_running, stack) };
     }
-    // If it has moved, so has this pointer to its head.
-    // SAFETY: as above.
-    let (open, class) = unsafe { ((*record).open, (*record).class) };
+    let (open, window) = running.with_record(|record| (record.open, record.class.window()));
     let slack = need.next_multiple_of(PAGE);
     if need <= open {
         Ok(())
-    } else if slack <= class.window() && size::size_of_open(slack) <= maximum {
+    } else if slack <= window && size::size_of_open(slack) <= maximum {
         // SAFETY: just checked.
-        unsafe { open_now(record, slack) }
+        unsafe { open_now(running, slack) }
     } else {
         Err(room)
     }
 }
 
 /// # Safety
-/// `record` is the running coroutine's; `open` bytes are within its slot's window, and nothing below them is needed.
-unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
-    // SAFETY: the record of the running coroutine is accessible, and its slot has so many bytes.
-    unsafe {
-        let begun = Begun::now(&*record);
-        begun.finish(growth::open(record, open)?);
-    }
+/// `open` bytes are within the window of the running coroutine's slot, and nothing below them is needed.
+unsafe fn open_now(running: Running, open: usize) -> Result<(), Error> {
+    let begun = running.with_record(|record| Begun::now(record));
+    // SAFETY: the slot has so many bytes, as the caller says.
+    let done = unsafe { growth::open(running, open)? };
+    begun.finish(running, done);
     Ok(())
 }
 
@@ -101,26 +96,21 @@ unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
 unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
     let Some(running) = switch::running() else { return rsp };
     let mut handle = Handle { sp: rsp, base: running.base() };
-    let record = running.record();
-    // SAFETY: the coroutine has put itself into the state of a suspended one, with such a handle. Whoever asked for
-    // `Growth::Relocate` made the promise about pointers.
-    unsafe {
-        let begun = Begun::now(&*record);
-        let outcome = if (*record).is_pinned() {
-            Err(NotMoved::at(Reason::Pinned, reserve as *const () as usize).into())
-        } else {
-            relocate::relocate_suspended(&mut Suspended::new(&mut handle), size)
-        };
-        match outcome {
-            Ok(moved) => {
-                running.set_base(handle.base);
-                begun.finish(moved.done());
-                handle.sp
-            }
-            Err(refusal) => {
-                (*record).note(refusal.why);
-                rsp
-            }
+    let (begun, pinned) = running.with_record(|record| (Begun::now(record), record.is_pinned()));
+    let outcome = if pinned {
+        Err(NotMoved::at(Reason::Pinned, reserve as *const () as usize).into())
+    } else {
+        // SAFETY: the coroutine has put itself into the state of a suspended one, with such a handle. Whoever asked for
+        // `Growth::Relocate` made the promise about pointers.
+        unsafe { relocate::relocate_suspended(&mut Suspended::new(&mut handle), size) }
+    };
+    match outcome {
+        Ok(moved) => {
+            // SAFETY: the stack has moved, and this is where its base is.
+            unsafe { running.set_base(handle.base) };
+            begun.finish(running, moved.done());
         }
+        Err(refusal) => running.with_record(|record| record.note(refusal.why)),
     }
+    handle.sp
 }

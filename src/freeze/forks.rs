@@ -15,6 +15,7 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::io;
 
 use crate::error::Error;
+use crate::sync::let_others_run;
 use crate::words::words;
 
 static CHANGING: AtomicUsize = AtomicUsize::new(0);
@@ -43,7 +44,7 @@ pub(super) fn apart<R>(work: impl FnOnce() -> R) -> R {
     while FORKING.load(Ordering::SeqCst) != 0 && words().forks.get() == 0 {
         CHANGING.fetch_sub(1, Ordering::SeqCst);
         while FORKING.load(Ordering::SeqCst) != 0 {
-            wait();
+            let_others_run();
         }
         CHANGING.fetch_add(1, Ordering::SeqCst);
     }
@@ -57,7 +58,7 @@ extern "C" fn before() {
     words().forks.set(1);
     FORKING.fetch_add(1, Ordering::SeqCst);
     while CHANGING.load(Ordering::SeqCst) != 0 {
-        wait();
+        let_others_run();
     }
 }
 
@@ -71,9 +72,4 @@ extern "C" fn in_child() {
     FORKING.store(0, Ordering::SeqCst);
     CHANGING.store(0, Ordering::SeqCst);
     words().forks.set(0);
-}
-
-fn wait() {
-    // SAFETY: no arguments.
-    unsafe { libc::sched_yield() };
 }

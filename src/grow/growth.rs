@@ -6,7 +6,7 @@ use crate::size;
 use crate::stack::record::Record;
 use crate::stack::stock;
 use crate::stats::{self, LastGrowth};
-use crate::switch;
+use crate::switch::Running;
 
 /// A growth that is under way.
 pub(crate) struct Begun {
@@ -16,9 +16,8 @@ pub(crate) struct Begun {
     at: u64,
 }
 
-/// What a growth did, and where the record is now.
+/// What a growth did.
 pub(crate) struct Done {
-    pub record: *mut Record,
     pub growth: Growth,
     pub bytes: usize,
     pub words: usize,
@@ -31,10 +30,12 @@ impl Begun {
     }
 
     /// It has: counts it, in its record and for the process.
-    pub(crate) fn finish(self, done: Done) {
-        let Done { record, growth, bytes, words } = done;
-        // SAFETY: where the record of the running coroutine is now, accessible and this thread's.
-        let record = unsafe { &mut *record };
+    pub(crate) fn finish(self, running: Running, done: Done) {
+        running.with_record(|record| self.count(record, done, running));
+    }
+
+    fn count(self, record: &mut Record, done: Done, running: Running) {
+        let Done { growth, bytes, words } = done;
         let nanoseconds = now().wrapping_sub(self.at);
         let last = LastGrowth { from: self.from, to: record.size(), bytes, words, nanoseconds };
         record.tidy = true;
@@ -44,9 +45,7 @@ impl Begun {
         record.highest = record.highest.max(last.to);
         record.last = last;
         record.watch.start_over(record.settings.shrink, record.shrinks != 0);
-        if record.settings.shrink != Shrink::Off
-            && let Some(running) = switch::running()
-        {
+        if record.settings.shrink != Shrink::Off {
             running.watch();
         }
         stats::count(growth, &last);
@@ -65,12 +64,12 @@ pub(crate) fn slack_first(record: &Record, need: usize) -> Option<usize> {
 /// Makes `open` bytes of the running coroutine's slot accessible: its slack, in place of a move.
 ///
 /// # Safety
-/// `record` is the running coroutine's; `open` bytes are within its slot's window, more than are open, and nothing below them
-/// is needed.
-pub(crate) unsafe fn open(record: *mut Record, open: usize) -> Result<Done, Error> {
+/// The bytes are within the slot's window, more than are open, and nothing below those that are open is needed.
+pub(crate) unsafe fn open(running: Running, open: usize) -> Result<Done, Error> {
+    let record = running.record();
     // SAFETY: the running coroutine's own slot. On its own stack this may have faulted, and made it larger already.
     unsafe { stock::resize(record, open.max((*record).open))? };
-    Ok(Done { record, growth: Growth::InPlace, bytes: 0, words: 0 })
+    Ok(Done { growth: Growth::InPlace, bytes: 0, words: 0 })
 }
 
 /// Nanoseconds of a clock that only runs forward; read without a system call.

@@ -27,17 +27,16 @@ use crate::switch::RED_ZONE;
 /// # Safety
 /// `fault` is a fault of the running coroutine at the guard of its own stack, `context` the interrupted context.
 pub(crate) unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
-    let record = Record::at(fault.slot.end());
-    // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
-    let (growth, begun) = unsafe { ((*record).settings.growth, Begun::now(&*record)) };
+    let running = fault.running;
+    let (growth, begun) = running.with_record(|record| (record.settings.growth, Begun::now(record)));
     let outcome = match growth {
         // SAFETY: the caller says what kind of fault it is and of whom.
         Growth::Relocate => unsafe { make_room(context, fault) },
         Growth::InPlace => Err(Fatal::Maximum),
     };
     match outcome {
-        Ok(done) => begun.finish(done),
-        Err(why) => report::overflow(record, fault.slot.end() - fault.lowest, &why, context),
+        Ok(done) => begun.finish(running, done),
+        Err(why) => report::overflow(running.record(), fault.slot.end() - fault.lowest, &why, context),
     }
 }
 
@@ -46,32 +45,28 @@ pub(crate) unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
 /// # Safety
 /// As for [`grow`].
 unsafe fn make_room(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Fatal> {
-    let record = Record::at(fault.slot.end());
     let need = fault.slot.end() - fault.lowest.min(context.rsp() - RED_ZONE);
-    // SAFETY: the running coroutine's record, which only this thread uses.
-    if let Some(open) = growth::slack_first(unsafe { &*record }, need) {
-        // SAFETY: so many bytes are within the slot's window, and nothing below its open pages is in use.
-        return unsafe { growth::open(record, open) }.map_err(Fatal::Kernel);
+    let (slack, refusal, larger) = fault.running.with_record(|record| {
+        let larger = size::grown(record.size(), need, record.settings.maximum());
+        (growth::slack_first(record, need), may_move(record, fault).err(), larger)
+    });
+    if let Some(open) = slack {
+        return open_now(fault, open);
     }
-    // SAFETY: the same record.
-    let (size, maximum) = unsafe { ((*record).size(), (*record).settings.maximum()) };
-    // SAFETY: the same record.
-    let refusal = match may_move(unsafe { &*record }, fault) {
-        Ok(()) => {
-            let size = size::grown(size, need, maximum).ok_or(Fatal::Maximum)?;
+    let refusal = match refusal {
+        Some(reason) => NotMoved::at(reason, context.rip()).into(),
+        None => {
             // SAFETY: the fault is at a growth point, and whoever asked for `Growth::Relocate` made the promise about
             // pointers.
-            match unsafe { relocate::relocate(context, fault, size) } {
+            match unsafe { relocate::relocate(context, fault, larger.ok_or(Fatal::Maximum)?) } {
                 Ok(done) => return Ok(done),
                 Err(refusal) => refusal,
             }
         }
-        Err(reason) => NotMoved::at(reason, context.rip()).into(),
     };
-    // SAFETY: the same record: a stack that was refused is where it was.
-    unsafe { (*record).note(refusal.why) };
-    // SAFETY: the caller says whose fault it is.
-    unsafe { open_slack(fault) }.map_err(|fatal| refusal.error.map_or(fatal, Fatal::Kernel))
+    // It is where it was.
+    fault.running.with_record(|record| record.note(refusal.why));
+    open_slack(fault).map_err(|fatal| refusal.error.map_or(fatal, Fatal::Kernel))
 }
 
 /// What speaks against moving now, looking at the instruction and the coroutine only.
@@ -86,19 +81,18 @@ pub(crate) fn may_move(record: &Record, fault: &Fault) -> Result<(), Reason> {
 }
 
 /// Opens the pages down to the fault, in a slot whose stack may move, but not now.
-///
-/// # Safety
-/// As for [`grow`].
-unsafe fn open_slack(fault: &Fault) -> Result<Done, Fatal> {
-    let record = Record::at(fault.slot.end());
+fn open_slack(fault: &Fault) -> Result<Done, Fatal> {
     let open = fault.slot.end() - fault.address / PAGE * PAGE;
-    // SAFETY: the running coroutine's record, which only this thread uses.
-    if size::size_of_open(open) > unsafe { (*record).settings.maximum() } {
+    if size::size_of_open(open) > fault.running.with_record(|record| record.settings.maximum()) {
         return Err(Fatal::Maximum);
     }
     if open > fault.slot.class().window() {
         return Err(Fatal::Slack);
     }
-    // SAFETY: the bytes are within the slot's window, and nothing below the fault is in use.
-    unsafe { growth::open(record, open) }.map_err(Fatal::Kernel)
+    open_now(fault, open)
+}
+
+fn open_now(fault: &Fault, open: usize) -> Result<Done, Fatal> {
+    // SAFETY: so many bytes are within the window of the running coroutine's slot, and nothing below its open pages is in use.
+    unsafe { growth::open(fault.running, open) }.map_err(Fatal::Kernel)
 }

@@ -184,8 +184,7 @@ pub(crate) fn registers_and_places(suspended: &Suspended<'_>) -> (Registers, [Op
 impl Moved {
     /// What this growth did.
     pub(crate) fn done(&self) -> Done {
-        let Self { record, bytes, words, .. } = *self;
-        Done { record, growth: Growth::Relocate, bytes, words: words.rewritten }
+        Done { growth: Growth::Relocate, bytes: self.bytes, words: self.words.rewritten }
     }
 
     /// Where the base is now that was at `old`. It is told where its record is.

@@ -235,6 +235,14 @@ impl Running {
         // SAFETY: the base of a running coroutine is accessible.
         unsafe { (*self.base()).record() }
     }
+
+    /// Lets `look` see its record, and write it. Not within itself.
+    #[inline]
+    pub(crate) fn with_record<R>(self, look: impl FnOnce(&mut Record) -> R) -> R {
+        // SAFETY: the record of a running coroutine is accessible. Only its thread uses it: this one, which does nothing else
+        // with it meanwhile. Should this stack move, on which `look` may run, the reference moves with it.
+        look(unsafe { &mut *self.record() })
+    }
 }
 
 /// A colour below `colours`, the same for all slots in a MiB, and from MiB to MiB in no regular pattern.

@@ -190,7 +190,7 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: 
     run.words += moved.words as u64;
     run.hits.count(rip);
     // SAFETY: the running coroutine's record, where it is now.
-    unsafe { after_move(run, context.rsp(), moved.record) };
+    unsafe { after_move(run, context.rsp(), running.record()) };
 }
 
 /// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an
@@ -222,7 +222,7 @@ unsafe fn move_here(
         let record = Record::at(slot.end());
         may_move(&*record, &here).ok()?;
         let done = relocate::relocate(context, &here, (*record).size().next_power_of_two()).ok()?;
-        (*done.record).tidy = true;
+        (*running.record()).tidy = true;
         Some(done)
     }
 }
