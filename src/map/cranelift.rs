@@ -110,7 +110,7 @@ use cranelift_codegen::{CodegenError, CompiledCode};
 
 use super::{Cfa, FrameMap, Place, Register, Registration, Rules, Source, Verdict};
 
-/// Chooses the best settings for code that runs on growing stacks.
+/// Chooses the settings that code on growing stacks is best compiled with.
 ///
 /// | setting | value | why |
 /// | --- | --- | --- |
@@ -189,7 +189,7 @@ pub enum Error {
     Read(gimli::Error),
     /// A rule that Cranelift is not known to make, or a frame of 64 MiB or more.
     Rule,
-    /// The maps could not be registered.
+    /// They could not be registered.
     Refused(super::Error),
 }
 
