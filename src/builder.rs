@@ -1,17 +1,19 @@
 //! How a coroutine is made: sizes, way to grow, name.
 
 use core::mem::{ManuallyDrop, MaybeUninit};
-use core::ptr;
 use std::sync::Arc;
 
 use crate::coroutine::{self, Coroutine, Yielder};
 use crate::error::Error;
-use crate::grow::{self, Maps, Shrink, Watch};
+use crate::not_moved;
+use crate::settings::{Growth, Maps, Settings, Shrink};
 use crate::site::{self, Site};
-use crate::stack::class::{Class, MAX_SIZE, MIN_SIZE, open_bytes};
-use crate::stack::{INLINE_CLOSURE, Record, SCOUT, cache};
-use crate::stats::Growth;
+use crate::size::{MAX_SIZE, MIN_SIZE};
+use crate::stack::record::{INLINE_CLOSURE, Record, SCOUT};
+use crate::stack::watch::Watch;
+use crate::stack::{scouts, stock};
 use crate::switch::{self, Entry, Handle};
+use crate::thread;
 
 /// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
 ///
@@ -80,13 +82,14 @@ pub type RawFunction = unsafe extern "C" fn(yielder: &Yielder<usize, usize>, arg
 pub struct Builder {
     first_size: usize,
     maximum: Option<usize>,
-    growth: Growth,
     name: Option<Arc<str>>,
-    shrink: Shrink,
-    maps: Maps,
     learn: bool,
-    slack_first: bool,
+    /// But for the two sizes, which are checked when a coroutine is made.
+    settings: Settings,
 }
+
+/// Of a coroutine about which nobody has said anything.
+const DEFAULT: Settings = Settings::in_place(DEFAULT_MAXIMUM_IN_PLACE);
 
 impl Default for Builder {
     fn default() -> Self {
@@ -104,16 +107,7 @@ impl Builder {
     /// ```
     #[must_use]
     pub const fn new() -> Self {
-        Self {
-            first_size: MIN_SIZE,
-            maximum: None,
-            growth: Growth::InPlace,
-            name: None,
-            shrink: Shrink::Default,
-            maps: Maps::Ambiguous,
-            learn: true,
-            slack_first: false,
-        }
+        Self { first_size: MIN_SIZE, maximum: None, name: None, learn: true, settings: DEFAULT }
     }
 
     /// How many bytes of stack a coroutine whose stack moves has to begin with: a power of two from
@@ -179,7 +173,7 @@ impl Builder {
     /// ```
     #[must_use]
     pub const fn shrink(mut self, policy: Shrink) -> Self {
-        self.shrink = policy;
+        self.settings.shrink = policy;
         self
     }
 
@@ -204,7 +198,7 @@ impl Builder {
     /// ```
     #[must_use]
     pub const fn maps(mut self, maps: Maps) -> Self {
-        self.maps = maps;
+        self.settings.maps = maps;
         self
     }
 
@@ -258,7 +252,7 @@ impl Builder {
     /// ```
     #[must_use]
     pub const fn slack_first(mut self, first: bool) -> Self {
-        self.slack_first = first;
+        self.settings.slack_first = first;
         self
     }
 
@@ -314,7 +308,7 @@ impl Builder {
     /// ```
     #[must_use]
     pub unsafe fn relocating(mut self) -> Self {
-        self.growth = Growth::Relocate;
+        self.settings.growth = Growth::Relocate;
         self
     }
 
@@ -358,7 +352,7 @@ impl Builder {
         Out: 'static,
         Ret: 'static,
     {
-        make(f, &self.plan()?, &self.name)
+        make(f, self.checked()?, self.learn, &self.name)
     }
 
     /// Makes a coroutine that runs `function` when it is first resumed, with no frame of Rust code below it.
@@ -387,36 +381,26 @@ impl Builder {
     /// `function` does not unwind: a panic that leaves it ends the process. When the coroutine is dropped while it is
     /// suspended nothing is unwound, its frames are forgotten: nothing outside may still refer to them.
     pub unsafe fn spawn_raw(&self, function: RawFunction) -> Result<Coroutine<usize, usize, usize>, Error> {
-        let plan = Plan { raw: true, learn: false, ..self.plan()? };
-        let record = cache::take(plan.class, plan.open())?;
-        // SAFETY: the slot was taken for this plan, and a function pointer fits; asm/switch.S calls it.
-        Ok(Coroutine::from_handle(unsafe { fill(record, function, switch::regrow_raw, &plan, &self.name) }))
+        let mut settings = self.checked()?;
+        settings.raw = true;
+        let record = take(settings)?;
+        // SAFETY: the slot was taken for these settings, and a function pointer fits; asm/switch.S calls it.
+        Ok(Coroutine::from_handle(unsafe {
+            fill(record, function, switch::regrow_raw, settings, &self.name)
+        }))
     }
 
-    fn plan(&self) -> Result<Plan, Error> {
+    /// The settings, with both sizes.
+    fn checked(&self) -> Result<Settings, Error> {
         let maximum = self.checked_maximum()?;
-        if self.growth == Growth::Relocate && self.maps != Maps::Off {
-            grow::record_unknown_code();
+        if self.settings.growth == Growth::Relocate && self.settings.maps != Maps::Off {
+            not_moved::record_unknown_code();
         }
-        let class = match self.growth {
-            Growth::InPlace => Class::staying(maximum),
-            Growth::Relocate => Class::moving(self.first_size),
-        };
-        Ok(Plan {
-            class,
-            growth: self.growth,
-            first_size: self.first_size,
-            maximum,
-            shrink: self.shrink,
-            maps: self.maps,
-            slack_first: self.slack_first,
-            raw: false,
-            learn: self.learn,
-        })
+        Ok(self.settings.with_sizes(self.first_size, maximum))
     }
 
     fn checked_maximum(&self) -> Result<usize, Error> {
-        let default = match self.growth {
+        let default = match self.settings.growth {
             Growth::InPlace => DEFAULT_MAXIMUM_IN_PLACE,
             Growth::Relocate => DEFAULT_MAXIMUM_RELOCATE,
         };
@@ -434,83 +418,99 @@ impl Builder {
     }
 }
 
-/// Makes a coroutine with the default properties; [`Coroutine::new`] in all but name.
-#[inline(always)]
-pub(crate) fn make_default<In, Out, Ret, F>(f: F) -> Result<Coroutine<In, Out, Ret>, Error>
-where
-    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
-{
-    const MAXIMUM: usize = DEFAULT_MAXIMUM_IN_PLACE;
-    const PLAN: Plan = Plan {
-        class: Class::staying(MAXIMUM),
-        growth: Growth::InPlace,
-        first_size: MIN_SIZE,
-        maximum: MAXIMUM,
-        shrink: Shrink::Default,
-        maps: Maps::Ambiguous,
-        slack_first: false,
-        raw: false,
-        learn: true,
-    };
-    make(f, &PLAN, &None)
-}
-
-/// What a builder comes to, checked.
-#[derive(Clone, Copy)]
-struct Plan {
-    class: Class,
-    growth: Growth,
-    first_size: usize,
-    maximum: usize,
-    shrink: Shrink,
-    maps: Maps,
-    slack_first: bool,
-    /// No Rust frames: it is not unwound.
-    raw: bool,
-    learn: bool,
-}
-
-impl Plan {
-    /// Bytes of a slot that are accessible from the start.
-    #[inline(always)]
-    const fn open(&self) -> usize {
-        match self.growth {
-            Growth::InPlace => self.class.window(),
-            Growth::Relocate => open_bytes(self.first_size),
+impl<In, Out, Ret> Coroutine<In, Out, Ret> {
+    /// Makes a coroutine that runs `f` when it is first resumed: 2 KiB of stack, growing in place up to
+    /// [`DEFAULT_MAXIMUM_IN_PLACE`](crate::DEFAULT_MAXIMUM_IN_PLACE).
+    ///
+    /// # Panics
+    /// Where [`try_new`](Self::try_new) returns an error.
+    ///
+    /// ```
+    /// let mut coroutine = regrow::Coroutine::<u32, (), u32>::new(|_, input| input * 2);
+    /// assert_eq!(coroutine.resume(21).returned(), Some(42));
+    /// ```
+    #[inline]
+    #[track_caller]
+    pub fn new<F>(f: F) -> Self
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+        In: 'static,
+        Out: 'static,
+        Ret: 'static,
+    {
+        match Self::try_new(f) {
+            Ok(coroutine) => coroutine,
+            Err(error) => panic!("cannot create a coroutine: {error}"),
         }
+    }
+
+    /// As [`new`](Self::new), returning what went wrong.
+    ///
+    /// # Errors
+    /// If the system refuses memory, mappings, or the fault handler.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), regrow::Error> {
+    /// let mut coroutine = regrow::Coroutine::<(), (), u32>::try_new(|_, ()| 1)?;
+    /// # let _ = coroutine.resume(());
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[inline]
+    pub fn try_new<F>(f: F) -> Result<Self, Error>
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+        In: 'static,
+        Out: 'static,
+        Ret: 'static,
+    {
+        make(f, DEFAULT, true, &None)
     }
 }
 
 #[inline(always)]
-fn make<In, Out, Ret, F>(f: F, plan: &Plan, name: &Option<Arc<str>>) -> Result<Coroutine<In, Out, Ret>, Error>
+fn make<In, Out, Ret, F>(
+    f: F,
+    settings: Settings,
+    learn: bool,
+    name: &Option<Arc<str>>,
+) -> Result<Coroutine<In, Out, Ret>, Error>
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
     let site = site::here!(F);
-    if plan.growth == Growth::Relocate
-        && plan.learn
+    if settings.growth == Growth::Relocate
+        && learn
         && let Some(learned) = site.learned()
     {
-        return make_learned(f, plan, name, site, learned);
+        return make_learned(f, settings, name, site, learned);
     }
-    let record = cache::take(plan.class, plan.open())?;
-    // SAFETY: the slot was taken above, for this plan.
-    let mut coroutine = unsafe { fill_with_closure(record, f, plan, name) };
-    // SAFETY: the same.
-    unsafe { (*record).site = if plan.learn { site } else { ptr::null() } };
-    // SAFETY: the same.
-    let scout = unsafe { (*record).counted == SCOUT };
-    let watched = match plan.shrink {
+    let record = take(settings)?;
+    // SAFETY: the slot was taken above, for these settings.
+    let (mut coroutine, scout) = unsafe {
+        let scout = (*record).counted == SCOUT;
+        let coroutine = fill_with_closure(record, f, settings, name);
+        (*record).site = learn.then_some(site);
+        (coroutine, scout)
+    };
+    let watched = match settings.shrink {
         Shrink::Off => false,
         Shrink::Eager => true,
-        Shrink::Default => scout || plan.learn && site.is_spiky(),
+        Shrink::Default => scout || learn && site.is_spiky(),
     };
-    if plan.growth == Growth::InPlace && watched {
-        // SAFETY: the same.
+    if settings.growth == Growth::InPlace && watched {
+        // SAFETY: the slot is the coroutine's, which nobody else knows yet.
         unsafe { (*record).scout = scout };
         coroutine.watch();
     }
     Ok(coroutine)
+}
+
+/// A slot for a coroutine with these settings.
+#[inline(always)]
+fn take(settings: Settings) -> Result<*mut Record, Error> {
+    let class = settings.first_class();
+    stock::take(class, class.first_open(), thread::prepare)
 }
 
 /// As [`make`], at a site that has learned a start size.
@@ -518,7 +518,7 @@ where
 #[inline(never)]
 fn make_learned<In, Out, Ret, F>(
     f: F,
-    plan: &Plan,
+    settings: Settings,
     name: &Option<Arc<str>>,
     site: &'static Site,
     learned: usize,
@@ -526,16 +526,15 @@ fn make_learned<In, Out, Ret, F>(
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    let first_size = learned.clamp(plan.first_size, plan.maximum);
-    let class = Class::moving(first_size);
-    let plan = Plan { class, first_size, ..*plan };
-    let record = cache::take(class, plan.open())?;
-    // SAFETY: the slot was taken above, for this plan.
+    let first_size = learned.clamp(settings.first_size(), settings.maximum());
+    let settings = settings.with_sizes(first_size, settings.maximum());
+    let record = take(settings)?;
+    // SAFETY: the slot was taken above, for these settings.
     unsafe {
-        let coroutine = fill_with_closure(record, f, &plan, name);
-        (*record).site = site;
+        let coroutine = fill_with_closure(record, f, settings, name);
+        (*record).site = Some(site);
         if site.count() {
-            site::send_scout(record);
+            scouts::send(record);
         }
         Ok(coroutine)
     }
@@ -547,7 +546,7 @@ where
 unsafe fn fill_with_closure<In, Out, Ret, F>(
     record: *mut Record,
     f: F,
-    plan: &Plan,
+    settings: Settings,
     name: &Option<Arc<str>>,
 ) -> Coroutine<In, Out, Ret>
 where
@@ -556,13 +555,13 @@ where
     if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
         let entry = coroutine::entry::<In, Out, Ret, F>;
         // SAFETY: by the caller's word; the entry function takes an `F`, which fits.
-        return Coroutine::from_handle(unsafe { fill(record, f, entry, plan, name) });
+        return Coroutine::from_handle(unsafe { fill(record, f, entry, settings, name) });
     }
     // A closure too large for the head goes to the heap, and the box into the head.
     let boxed = Box::new(f);
     let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
     // SAFETY: by the caller's word; the box fits.
-    unsafe { fill_with_boxed(record, f, plan, name) }
+    unsafe { fill_with_boxed(record, f, settings, name) }
 }
 
 /// # Safety
@@ -570,45 +569,45 @@ where
 unsafe fn fill_with_boxed<In, Out, Ret, F>(
     record: *mut Record,
     f: F,
-    plan: &Plan,
+    settings: Settings,
     name: &Option<Arc<str>>,
 ) -> Coroutine<In, Out, Ret>
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
     // SAFETY: by the caller's word; the entry function takes an `F`.
-    Coroutine::from_handle(unsafe { fill(record, f, coroutine::entry::<In, Out, Ret, F>, plan, name) })
+    Coroutine::from_handle(unsafe { fill(record, f, coroutine::entry::<In, Out, Ret, F>, settings, name) })
 }
 
 /// Writes the head of a slot that was just taken.
 ///
 /// # Safety
-/// The slot of `record` is the caller's and was taken for `plan`. `F` is what `entry` expects to find, at most
+/// The slot of `record` is the caller's and was taken for these settings. `F` is what `entry` expects to find, at most
 /// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
 #[inline(always)]
-unsafe fn fill<F>(record: *mut Record, f: F, entry: Entry, plan: &Plan, name: &Option<Arc<str>>) -> Handle {
+unsafe fn fill<F>(
+    record: *mut Record,
+    f: F,
+    entry: Entry,
+    settings: Settings,
+    name: &Option<Arc<str>>,
+) -> Handle {
     let place = Record::closure(record, size_of::<F>());
     let base = Record::base(record, size_of::<F>());
     // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
     // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
     unsafe {
         Record::clear(record);
-        (*record).first_open = plan.open();
-        (*record).maximum = plan.maximum;
-        (*record).growth = plan.growth;
-        (*record).watch = Watch::new(plan.shrink);
-        (*record).first_log = plan.first_size.trailing_zeros() as u8;
-        (*record).maps = plan.maps;
-        (*record).slack_first = plan.slack_first;
-        (*record).raw = plan.raw;
+        (*record).settings = settings;
+        (*record).watch = Watch::new(settings.shrink);
         (*record).base_offset = (Record::end(record) - base as usize) as u16;
         (*record).drop_closure = coroutine::drop_closure::<F>;
-        (*record).highest = if plan.growth == Growth::InPlace { 0 } else { plan.first_size };
+        (*record).highest = if settings.growth == Growth::InPlace { 0 } else { settings.first_size() };
         if name.is_some() {
             (*record).name.clone_from(name);
             (*record).tidy = true;
         }
         place.cast::<MaybeUninit<ManuallyDrop<F>>>().write(MaybeUninit::new(ManuallyDrop::new(f)));
-        switch::prepare(base, record, entry)
+        switch::prepare(base, record.cast(), entry)
     }
 }

@@ -6,13 +6,19 @@ use core::mem::ManuallyDrop;
 use core::ptr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use crate::builder;
 use crate::error::Error;
 use crate::frames::{self, Frames};
-use crate::grow::{self, NotMoved, State, Told};
-use crate::stack::class::PAGE;
-use crate::stack::{self, Record};
-use crate::stats::{Growth, Stats};
+use crate::freeze;
+use crate::freeze::block::Frozen;
+use crate::freeze::state::State;
+use crate::freeze::touched::Told;
+use crate::grow::shrink;
+use crate::not_moved::{NotMoved, Reason};
+use crate::settings::Growth;
+use crate::size::PAGE;
+use crate::stack::record::Record;
+use crate::stack::release::release;
+use crate::stats::Stats;
 use crate::switch::{self, Base, Handle, PANICKED, RED_ZONE, RESUME, RETURNED, UNWIND, Word, YIELDED};
 use crate::thread;
 
@@ -121,54 +127,6 @@ impl<Out, Ret> CoroutineResult<Out, Ret> {
 }
 
 impl<In, Out, Ret> Coroutine<In, Out, Ret> {
-    /// Makes a coroutine that runs `f` when it is first resumed: 2 KiB of stack, growing in place up to
-    /// [`DEFAULT_MAXIMUM_IN_PLACE`](crate::DEFAULT_MAXIMUM_IN_PLACE).
-    ///
-    /// # Panics
-    /// Where [`try_new`](Self::try_new) returns an error.
-    ///
-    /// ```
-    /// let mut coroutine = regrow::Coroutine::<u32, (), u32>::new(|_, input| input * 2);
-    /// assert_eq!(coroutine.resume(21).returned(), Some(42));
-    /// ```
-    #[inline]
-    #[track_caller]
-    pub fn new<F>(f: F) -> Self
-    where
-        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
-        In: 'static,
-        Out: 'static,
-        Ret: 'static,
-    {
-        match Self::try_new(f) {
-            Ok(coroutine) => coroutine,
-            Err(error) => panic!("cannot create a coroutine: {error}"),
-        }
-    }
-
-    /// As [`new`](Self::new), returning what went wrong.
-    ///
-    /// # Errors
-    /// If the system refuses memory, mappings, or the fault handler.
-    ///
-    /// ```
-    /// # fn main() -> Result<(), regrow::Error> {
-    /// let mut coroutine = regrow::Coroutine::<(), (), u32>::try_new(|_, ()| 1)?;
-    /// # let _ = coroutine.resume(());
-    /// # Ok(())
-    /// # }
-    /// ```
-    #[inline]
-    pub fn try_new<F>(f: F) -> Result<Self, Error>
-    where
-        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
-        In: 'static,
-        Out: 'static,
-        Ret: 'static,
-    {
-        builder::make_default(f)
-    }
-
     #[inline(always)]
     pub(crate) fn from_handle(handle: Handle) -> Self {
         Self { handle, types: PhantomData, not_send: PhantomData }
@@ -233,12 +191,12 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
         // SAFETY: it has not ended and is not frozen, so it is suspended, and takes an `In` with `RESUME`.
         let reply = unsafe {
-            grow::before_resume(&mut self.handle);
+            shrink::before_resume(&mut self.handle);
             switch::resume(&mut self.handle, input.word(), RESUME)
         };
         if !self.done() {
             // SAFETY: it has not ended, so it has suspended again.
-            unsafe { grow::after_resume(&mut self.handle) };
+            unsafe { shrink::after_resume(&mut self.handle) };
         }
         reply
     }
@@ -254,7 +212,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         unsafe {
             let result =
                 if outcome == RETURNED { Ok(Transfer::read(word)) } else { Err(Transfer::read(word)) };
-            stack::release((*self.handle.base).record());
+            release((*self.handle.base).record());
             result
         }
     }
@@ -323,7 +281,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn growth(&self) -> Growth {
-        self.ask(grow::Frozen::growth, |record| record.growth).unwrap_or(Growth::InPlace)
+        self.ask(|frozen| frozen.settings().growth, |record| record.settings.growth)
+            .unwrap_or(Growth::InPlace)
     }
 
     /// Its name, while it has not ended.
@@ -333,7 +292,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn name(&self) -> Option<&str> {
-        let of_block = |frozen: &grow::Frozen| frozen.name().map(ptr::from_ref);
+        let of_block = |frozen: &Frozen| frozen.name().map(ptr::from_ref);
         let name = self.ask(of_block, |record| record.name.as_deref().map(ptr::from_ref)).flatten();
         // SAFETY: the name is on the heap and belongs to the coroutine, which is borrowed, wherever its record is.
         name.map(|name| unsafe { &*name })
@@ -347,7 +306,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.ask(grow::Frozen::stats, Record::stats).unwrap_or(Stats::NONE)
+        self.ask(Frozen::stats, Record::stats).unwrap_or(Stats::NONE)
     }
 
     /// Gives back what the stack has more than the suspended coroutine needs. True if there was something.
@@ -383,8 +342,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
         // SAFETY: it is suspended there, and stays so.
         unsafe {
-            let outcome = grow::shrink(&mut self.handle);
-            grow::after_resume(&mut self.handle);
+            let outcome = shrink::shrink(&mut self.handle);
+            shrink::after_resume(&mut self.handle);
             outcome
         }
     }
@@ -448,9 +407,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
         // SAFETY: it is suspended there, and stays so if it is not frozen; the list lives as long as the caller says.
         unsafe {
-            let outcome = grow::freeze(&mut self.handle, told);
+            let outcome = freeze::freeze(&mut self.handle, told);
             if !matches!(outcome, Ok(true)) {
-                grow::after_resume(&mut self.handle);
+                shrink::after_resume(&mut self.handle);
             }
             outcome
         }
@@ -465,8 +424,13 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
                 true
             }
             State::Elsewhere(sp) => {
-                // SAFETY: it is suspended there.
-                unsafe { grow::refuse_elsewhere((*self.handle.base).record(), sp) };
+                // SAFETY: it is suspended there, so its record and what its suspend has left are accessible.
+                unsafe {
+                    let record = (*self.handle.base).record();
+                    if (*record).settings.growth == Growth::Relocate {
+                        (*record).note(NotMoved::at(Reason::OnAnotherStack, switch::registers_of(sp).pc()));
+                    }
+                }
                 false
             }
             _ => false,
@@ -479,7 +443,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// As for [`freeze_telling`](Self::freeze_telling).
     pub(crate) unsafe fn tell(&self, told: Told) {
         // SAFETY: by the caller's word.
-        unsafe { grow::tell(&self.handle, told) };
+        unsafe { freeze::tell(&self.handle, told) };
     }
 
     /// Brings a frozen coroutine back onto a stack now; a resume does it, too.
@@ -498,8 +462,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
         // SAFETY: it is frozen, as far as the handle knows; without an error it is suspended then.
         unsafe {
-            grow::thaw(&mut self.handle)?;
-            grow::after_resume(&mut self.handle);
+            freeze::thaw(&mut self.handle, thread::prepare)?;
+            shrink::after_resume(&mut self.handle);
         }
         Ok(())
     }
@@ -523,7 +487,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.ask(grow::Frozen::bytes, Record::bytes).unwrap_or(0)
+        self.ask(Frozen::bytes, Record::bytes).unwrap_or(0)
     }
 
     /// As [`bytes`](Self::bytes), without asking the kernel: of a stack that grows in place, those of the pages from its stack
@@ -531,12 +495,12 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     pub(crate) fn parked_bytes(&self) -> usize {
         let of_record = |record: &Record| {
             let used = Record::end(record).wrapping_sub(self.handle.sp).wrapping_add(RED_ZONE);
-            match record.growth {
+            match record.settings.growth {
                 Growth::InPlace if used <= record.open => used.next_multiple_of(PAGE),
                 _ => record.bytes(),
             }
         };
-        self.ask(grow::Frozen::bytes, of_record).unwrap_or(0)
+        self.ask(Frozen::bytes, of_record).unwrap_or(0)
     }
 
     /// Why its stack stayed where it was when that last happened although it may move: it grew in place, did not shrink, or was
@@ -560,7 +524,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// ```
     #[must_use]
     pub fn last_not_moved(&self) -> Option<NotMoved> {
-        self.ask(grow::Frozen::not_moved, |record| record.not_moved).flatten()
+        self.ask(Frozen::not_moved, |record| record.not_moved).flatten()
     }
 
     /// The frames on its stack, to look at: a table when printed, plain data otherwise. Reads unwind tables and the
@@ -592,12 +556,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     }
 
     /// Asks the block of a coroutine that is frozen, or the record of one that is not; nobody after its end.
-    fn ask<R>(
-        &self,
-        of_block: impl FnOnce(&grow::Frozen) -> R,
-        of_record: impl FnOnce(&Record) -> R,
-    ) -> Option<R> {
-        grow::peek(&self.handle, of_block).or_else(|| self.record().map(of_record))
+    fn ask<R>(&self, of_block: impl FnOnce(&Frozen) -> R, of_record: impl FnOnce(&Record) -> R) -> Option<R> {
+        freeze::peek(&self.handle, of_block).or_else(|| self.record().map(of_record))
     }
 
     fn record(&self) -> Option<&Record> {
@@ -664,9 +624,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             // SAFETY: it has not ended; whoever made a raw coroutine said that its frames may be forgotten.
             unsafe {
                 let record = (*self.handle.base).record();
-                if (*record).raw {
+                if (*record).settings.raw {
                     self.handle.sp = switch::ENDED;
-                    return stack::release(record);
+                    return release(record);
                 }
             }
             if cfg!(panic = "unwind") {
@@ -679,7 +639,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             let record = (*self.handle.base).record();
             self.handle.sp = switch::ENDED;
             // The stack is given back even if the closure's destructor panics.
-            let release = OnDrop(|| stack::release(record));
+            let release = OnDrop(|| release(record));
             ((*record).drop_closure)(record.cast());
             drop(release);
         }

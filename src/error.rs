@@ -3,6 +3,8 @@
 use core::fmt;
 use std::io;
 
+use crate::size::{MAX_SIZE, MIN_SIZE};
+
 /// Why a coroutine could not be created. Nothing is lost: no memory, no slot, and the closure is
 /// dropped as if it had never been passed.
 ///
@@ -77,8 +79,7 @@ impl fmt::Display for Error {
             Self::Size { what, bytes } => write!(
                 f,
                 "{what} of {bytes} bytes: give a power of two from {} to {} bytes",
-                crate::MIN_SIZE,
-                crate::MAX_SIZE
+                MIN_SIZE, MAX_SIZE
             ),
             Self::FirstAboveMaximum { first, maximum } => write!(
                 f,

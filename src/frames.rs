@@ -18,10 +18,11 @@ use core::ops::Add;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use crate::grow;
 use crate::map::{self, End, Kind, Source, Stuck, Verdict, Walk, Word};
-use crate::stack::Record;
-use crate::stats::{Growth, Stats};
+use crate::not_moved;
+use crate::settings::Growth;
+use crate::stack::record::Record;
+use crate::stats::Stats;
 use crate::switch::{self, Base};
 use crate::symbol;
 
@@ -387,7 +388,7 @@ impl Frames {
         let mut all = Self {
             name: record.name.as_deref().map(str::to_owned),
             state: if fresh { State::NotStarted } else { State::Suspended },
-            growth: record.growth,
+            growth: record.settings.growth,
             size: record.stats().size,
             used: base as usize - sp,
             ..Self::finished()
@@ -395,7 +396,7 @@ impl Frames {
         if fresh {
             return all;
         }
-        grow::record_unknown_code();
+        not_moved::record_unknown_code();
         // SAFETY: by the caller's word.
         (all.frames, all.end) = unsafe { walk(sp, base) };
         if let End::Stuck { why: Stuck::NoMap, .. } = all.end {

@@ -71,16 +71,24 @@ compile_error!(
 mod readme {}
 
 mod builder;
+mod context;
 mod coroutine;
 mod error;
 pub mod frames;
+mod freeze;
 mod grow;
+mod handler;
+mod hooks;
 pub mod map;
+mod not_moved;
 mod pin;
 mod pool;
 mod report;
+mod reserve;
+mod settings;
 mod signals;
 mod site;
+mod size;
 mod stack;
 mod stats;
 mod switch;
@@ -89,18 +97,21 @@ mod sync;
 mod thread;
 #[cfg(feature = "torture")]
 pub mod torture;
+mod words;
 
 pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE, RawFunction};
 pub use coroutine::{Coroutine, CoroutineResult, Yielder, current_stats};
 pub use error::Error;
 pub use frames::Frames;
-pub use grow::{Maps, NotMoved, Reason, Shrink, not_moved, reserve};
+pub use not_moved::{NotMoved, Reason, not_moved};
 pub use pin::{Pinned, PinnedCode, pin, pin_code, pin_object, pinned_room};
 pub use pool::{Key, Pool, PoolStats};
+pub use reserve::reserve;
+pub use settings::{Growth, Maps, Shrink};
 pub use signals::{keep_signals_off_coroutine_stacks, signals_on_coroutine_stacks};
 pub use site::{SpawnSite, spawn_sites};
-pub use stack::class::{MAX_SIZE, MIN_SIZE};
+pub use size::{MAX_SIZE, MIN_SIZE};
 #[doc(hidden)]
-pub use stack::{Slots, slots};
-pub use stats::{Growth, LastGrowth, Stats, Totals, WordsByMap, totals};
+pub use stack::census::{Slots, slots};
+pub use stats::{LastGrowth, Stats, Totals, WordsByMap, totals};
 pub use thread::{cached_bytes, prepare_thread, trim};

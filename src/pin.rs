@@ -7,7 +7,8 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::rc::Rc;
 
-use crate::stack::{Record, class};
+use crate::size;
+use crate::stack::record::Record;
 use crate::switch::{self, Running};
 
 /// While one of these lives, the stack of the coroutine that made it does not move: it grows in place.
@@ -90,12 +91,13 @@ pub fn pinned_room() -> Option<usize> {
     let here = 0u8;
     let record = switch::running()?.record();
     // SAFETY: the running coroutine's record is accessible, and this thread's.
-    let (class, maximum, own) =
-        unsafe { ((*record).class, (*record).maximum, Record::holds(record, &raw const here as usize)) };
+    let (class, maximum, own) = unsafe {
+        ((*record).class, (*record).settings.maximum(), Record::holds(record, &raw const here as usize))
+    };
     if !own {
         return None;
     }
-    let window = class.window().min(class::open_bytes(maximum));
+    let window = class.window().min(size::open_bytes(maximum));
     Some(window.saturating_sub(Record::bytes_above(record, &raw const here as usize)))
 }
 

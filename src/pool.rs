@@ -20,8 +20,8 @@ use std::sync::Arc;
 
 use crate::coroutine::{Coroutine, CoroutineResult};
 use crate::error::Error;
-use crate::grow::{Told, Touched};
-use crate::stats::Growth;
+use crate::freeze::touched::{Told, Touched};
+use crate::settings::Growth;
 
 /// A coroutine in a [`Pool`]. It stays the same until the coroutine has ended or was removed, and is not used again.
 ///

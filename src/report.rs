@@ -7,34 +7,47 @@ use core::ffi::{c_int, c_void};
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicI32, Ordering};
 
+use crate::context::{Context, NAMES};
 use crate::error::Error;
-use crate::grow::{Context, NAMES, Refusal};
-use crate::stack::{Record, Slot, class::size_of_open, guard};
+use crate::size::size_of_open;
+use crate::stack::arena::Slot;
+use crate::stack::guard;
+use crate::stack::record::Record;
 use crate::symbol;
 
 /// Frames shown, innermost first.
 const FRAMES: usize = 32;
 
+/// Why a stack cannot grow, which ends the process.
+pub(crate) enum Fatal {
+    /// It would exceed the coroutine's maximum.
+    Maximum,
+    /// It may not move here, and the slack below it is used up.
+    Slack,
+    /// The kernel gave no memory.
+    Kernel(Error),
+}
+
 /// A stack that cannot grow: in the manner of Go's "stack exceeds limit".
-pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, context: &mut Context<'_>) -> ! {
+pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context: &mut Context<'_>) -> ! {
     // SAFETY: the running coroutine's record, accessible, and this thread's.
-    let (size, maximum) = unsafe { ((*record).size(), (*record).maximum) };
+    let (size, maximum) = unsafe { ((*record).size(), (*record).settings.maximum()) };
     let need = size_of_open(need.next_multiple_of(4096));
     let mut out = Stderr::for_a_report();
     let _ = match why {
-        Refusal::Maximum => writeln!(
+        Fatal::Maximum => writeln!(
             out,
             "regrow: {} exceeds its {maximum}-byte stack limit\nfatal error: stack overflow\n  size {size} bytes, \
              {need} needed; raise Builder::maximum if this depth is meant",
             Name(record)
         ),
-        Refusal::Slack => writeln!(
+        Fatal::Slack => writeln!(
             out,
             "regrow: {} may not move its stack here and has used up its slack\nfatal error: stack overflow\n  size {size} \
              bytes, {need} needed, limit {maximum} bytes; start it larger with Builder::first_size",
             Name(record)
         ),
-        Refusal::Kernel(error) => writeln!(
+        Fatal::Kernel(error) => writeln!(
             out,
             "regrow: {} cannot grow its stack\nfatal error: out of memory\n  size {size} bytes, {need} needed, limit \
              {maximum} bytes; {error}",
@@ -42,7 +55,7 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Refusal, contex
         ),
     };
     // SAFETY: as above.
-    if let (Refusal::Slack, Some(not_moved)) = (why, unsafe { (*record).not_moved }) {
+    if let (Fatal::Slack, Some(not_moved)) = (why, unsafe { (*record).not_moved }) {
         let _ = write!(out, "  not moved: {:?}, at ", not_moved.reason);
         let _ = symbol::describe(not_moved.frame, &mut out);
         let _ = writeln!(out);

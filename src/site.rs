@@ -15,14 +15,13 @@
 use core::arch::asm;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::stack::class::{MIN_SIZE, PAGE, size_of_open};
-use crate::stack::{Record, guard};
+use crate::size::MIN_SIZE;
 
 /// No site learns a larger size: beyond it a slot takes page tables of its own.
-const LARGEST: usize = 256 << 10;
+pub(crate) const LARGEST: usize = 256 << 10;
 
 /// Every how many coroutines of a site that has learned something there is a scout.
-const SCOUT_EVERY: u32 = 64;
+pub(crate) const SCOUT_EVERY: u32 = 64;
 
 /// After how many scouts the largest size any of them used becomes the one learned.
 const SCOUTS: u32 = 8;
@@ -66,13 +65,6 @@ pub(crate) use here;
 
 /// Learned of a site whose coroutines grow in place and have had spikes. No size: it would be 2 bytes.
 const SPIKY: u32 = 1;
-
-/// True for one in [`SCOUT_EVERY`] coroutines that grow in place and are made in a slot that is new to their thread. Not for the
-/// first ones of a program: a few take little memory, and to be watched costs time.
-pub(crate) fn is_scouts_turn() -> bool {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    COUNT.fetch_add(1, Ordering::Relaxed) % SCOUT_EVERY == SCOUT_EVERY - 1
-}
 
 impl Site {
     /// The size that coroutines made here start with, if anything was learned.
@@ -120,40 +112,6 @@ impl Site {
 /// Of the power of two that holds `size`, at most the largest that is learned.
 fn log(size: usize) -> u32 {
     size.min(LARGEST).next_power_of_two().trailing_zeros()
-}
-
-/// Gives all pages of a scout's stack back but the uppermost, so that at its end those it used can be told.
-///
-/// # Safety
-/// The slot of `record` is the caller's, and nothing below its head is needed.
-pub(crate) unsafe fn send_scout(record: *mut Record) {
-    // SAFETY: by the caller's word.
-    unsafe {
-        let open = (*record).open;
-        if open > PAGE {
-            guard::discard(Record::end(record) - open, open - PAGE);
-        }
-        (*record).scout = true;
-        (*record).tidy = true;
-    }
-}
-
-/// The size of the stack that a scout has used: down to its lowest page that is resident.
-///
-/// # Safety
-/// `record` is that of a scout that has ended, and whose stack has neither moved nor grown.
-pub(crate) unsafe fn used_by_scout(record: *const Record) -> usize {
-    let mut resident = [0u8; LARGEST / PAGE + 1];
-    // SAFETY: by the caller's word; the kernel writes a byte for each page.
-    unsafe {
-        let pages = ((*record).open / PAGE).min(resident.len());
-        let start = Record::end(record) - pages * PAGE;
-        if libc::mincore(start as *mut _, pages * PAGE, resident.as_mut_ptr()) != 0 {
-            return (*record).size();
-        }
-        let lowest = resident[..pages].iter().position(|&page| page & 1 != 0).unwrap_or(pages - 1);
-        size_of_open((pages - lowest) * PAGE)
-    }
 }
 
 /// What a spawn site of coroutines that move has learned; see [`spawn_sites`].

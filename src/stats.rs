@@ -2,25 +2,7 @@
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// How a stack comes to have more room.
-///
-/// ```
-/// use regrow::{Builder, Growth, Yielder};
-/// let coroutine = Builder::new().spawn(|_: &Yielder<(), ()>, ()| ());
-/// assert_eq!(coroutine.growth(), Growth::InPlace);
-/// // SAFETY: nothing is kept outside the stack.
-/// let coroutine = unsafe { Builder::new().relocating() }.spawn(|_: &Yielder<(), ()>, ()| ());
-/// assert_eq!(coroutine.growth(), Growth::Relocate);
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-#[repr(u8)]
-pub enum Growth {
-    /// All of its maximum is accessible from the start, and the kernel gives it memory page by page as it is touched. It
-    /// never moves.
-    InPlace,
-    /// It moves to a slot twice the size, and every pointer into it is rewritten.
-    Relocate,
-}
+use crate::settings::Growth;
 
 /// One growth of one stack.
 ///
@@ -197,8 +179,6 @@ pub(crate) fn count_words(words: &WordsByMap) {
     ELSEWHERE.fetch_add(words.elsewhere, Ordering::Relaxed);
     DATA.fetch_add(words.data, Ordering::Relaxed);
     AMBIGUOUS.fetch_add(words.ambiguous, Ordering::Relaxed);
-    #[cfg(feature = "torture")]
-    crate::torture::count_words(words);
 }
 
 /// Adds one shrink to the process-wide counters.

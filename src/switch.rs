@@ -39,7 +39,6 @@ use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
 use crate::map::{Register, Registers};
-use crate::stack::Record;
 
 /// What the owner of a coroutine keeps of it: two words.
 #[repr(C)]
@@ -56,7 +55,7 @@ pub(crate) const ENDED: usize = 1;
 /// Set in the `sp` of a coroutine whose stack has grown (`regrow_watch` in asm/switch.S, src/grow/shrink.rs).
 pub(crate) const WATCHED: usize = 2;
 
-/// Set in the `sp` of a frozen coroutine, which is the address of its block (src/grow/freeze.rs).
+/// Set in the `sp` of a frozen coroutine, which is the address of its block (src/freeze/block.rs).
 pub(crate) const FROZEN: usize = 4;
 
 impl Handle {
@@ -89,19 +88,8 @@ pub(crate) struct Base {
     pub link: Cell<usize>,
     /// A fixed address inside `regrow_entry`.
     pub return_address: usize,
-    /// Where the stack's record lies; rewritten like any other word when the stack moves.
-    record: *mut c_void,
-}
-
-impl Base {
-    #[inline(always)]
-    pub fn record(&self) -> *mut Record {
-        self.record.cast()
-    }
-
-    pub fn set_record(&mut self, record: *mut Record) {
-        self.record = record.cast();
-    }
+    /// Where the stack's record lies (src/stack/record.rs); rewritten like any other word when the stack moves.
+    pub owner: *mut c_void,
 }
 
 /// What a switch carries: a value, or the address of one on the other side's stack. Possibly
@@ -134,14 +122,14 @@ unsafe extern "C" {
 /// Writes the first frame of a coroutine below and into `base`, and returns its handle.
 ///
 /// # Safety
-/// `base` and 24 bytes below it are writable and nobody else's; `record` is the
+/// `base` and 24 bytes below it are writable and nobody else's; `owner` is the
 /// record of that stack.
 #[inline(always)]
-pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry) -> Handle {
+pub(crate) unsafe fn prepare(base: *mut Base, owner: *mut c_void, entry: Entry) -> Handle {
     let word = base.cast::<usize>();
     // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
     unsafe {
-        restore_base(base, record);
+        restore_base(base, owner);
         word.sub(1).write(regrow_entry as *const () as usize);
         word.sub(3).write(entry as usize);
     }
@@ -151,12 +139,12 @@ pub(crate) unsafe fn prepare(base: *mut Base, record: *mut Record, entry: Entry)
 /// Writes the base of a stack anew, but for the link, which the next resume writes.
 ///
 /// # Safety
-/// `base` is writable and nobody else's; `record` is the record of that stack.
-pub(crate) unsafe fn restore_base(base: *mut Base, record: *mut Record) {
+/// `base` is writable and nobody else's; `owner` is the record of that stack.
+pub(crate) unsafe fn restore_base(base: *mut Base, owner: *mut c_void) {
     // SAFETY: by the caller's word.
     unsafe {
         (*base).return_address = regrow_entry_return as *const () as usize;
-        (*base).record = record.cast();
+        (*base).owner = owner;
     }
 }
 
@@ -329,13 +317,6 @@ impl Running {
     pub unsafe fn set_base(self, base: *mut Base) {
         // SAFETY: as in `base`.
         unsafe { *self.word(40) = base as usize };
-    }
-
-    /// Its record, which is accessible. It lies in the window of the stack: when the stack moves, so does this pointer.
-    #[inline(always)]
-    pub fn record(self) -> *mut Record {
-        // SAFETY: the base of a running coroutine is accessible.
-        unsafe { (*self.base()).record() }
     }
 
     /// Lets its next suspend set [`WATCHED`] in its handle.

@@ -1,4 +1,4 @@
-//! What the lock-free protocols are made of: src/grow/{custody,touched}.rs, src/stack/free_list.rs, src/map/published.rs.
+//! What the lock-free protocols are made of: src/stack/{custody,free_list}.rs, src/freeze/touched.rs, src/map/published.rs.
 //!
 //! They take it from here and nowhere else. So models/ can compile the same files with atomics whose every order it tries.
 

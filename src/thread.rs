@@ -10,54 +10,19 @@
 //! Where another one has been put in its place, or the thread was never prepared, the handler may have to go over to a stack of
 //! its own (asm/on_fault.s).
 
-use core::arch::asm;
-use core::cell::Cell;
 use core::ffi::c_void;
 use core::ptr;
 use std::io;
 use std::sync::OnceLock;
 
 use crate::error::Error;
-use crate::grow;
-use crate::stack::{cache, class::PAGE, guard};
+use crate::handler;
+use crate::size::PAGE;
+use crate::stack::{guard, stock};
+use crate::words::words;
 
 /// For the handler itself: enough for the relocator and the reports in a debug build.
 const HANDLER_STACK: usize = 128 << 10;
-
-/// What of a thread the fault handler reads or writes, but for who runs: words in the thread's static block, 0 at first. Those
-/// of `thread_local!` may be allocated at their first use, in a library that was loaded later.
-#[repr(C)]
-pub(crate) struct Words {
-    /// This thread's alternate stack, 0 before it has one.
-    signal_stack: Cell<usize>,
-    /// Where this thread's stock of slots is, once it is prepared.
-    pub stock: Cell<*const cache::Cache>,
-    /// Address and count of changes at this thread's latest fault that had no reason any more (src/grow/in_place.rs).
-    pub missed: Cell<[usize; 2]>,
-    /// Not 0 while this thread forks (src/grow/forks.rs).
-    pub forks: Cell<usize>,
-}
-
-// As many bytes as asm/switch.S has for them.
-const _: () = assert!(size_of::<Words>() == 40);
-
-/// This thread's.
-#[inline]
-pub(crate) fn words() -> &'static Words {
-    let words: *const Words;
-    // Not a pure function: a coroutine may go on in another thread.
-    // SAFETY: computes an address in this thread's static block, whose own address is its first word. The words last as long
-    // as the thread, are zeros at first, which is right for each, and a shared reference to cells is not sent elsewhere.
-    unsafe {
-        asm!(
-            "mov {words}, [rip + regrow_words@GOTTPOFF]",
-            "add {words}, fs:[0]",
-            words = out(reg) words,
-            options(nostack, readonly),
-        );
-        &*words
-    }
-}
 
 /// Makes this thread able to run coroutines. Creating one does it; a thread that resumes coroutines
 /// created elsewhere (an unsafe thing to do, see [`Coroutine`](crate::Coroutine)) calls it first. On a thread that
@@ -89,7 +54,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
             guard::detect();
             stay_loaded();
             let key = create_key()?;
-            grow::install_handler()?;
+            handler::install()?;
             let _ = PROCESS.set(key);
             key
         }
@@ -101,7 +66,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
         unsafe { libc::mprotect(new as *mut _, PAGE, libc::PROT_NONE) };
         install(new)?;
         unblock_faults();
-        words().stock.set(cache::of_this_thread());
+        words().stock.set(stock::of_this_thread().cast());
         words().signal_stack.set(new);
         // SAFETY: the key was created in this process and is never deleted.
         unsafe { libc::pthread_setspecific(key, new as *const c_void) };
@@ -122,8 +87,8 @@ pub(crate) fn prepare() -> Result<(), Error> {
 /// assert_eq!(regrow::cached_bytes(), 0);
 /// ```
 pub fn trim() -> usize {
-    let bytes = cache::bytes();
-    cache::flush();
+    let bytes = stock::bytes();
+    stock::flush();
     bytes
 }
 
@@ -136,7 +101,7 @@ pub fn trim() -> usize {
 /// ```
 #[must_use]
 pub fn cached_bytes() -> usize {
-    cache::bytes()
+    stock::bytes()
 }
 
 /// Sees that the library this code is in is never unloaded, if it is one: the handler and the destructor of the key are called
@@ -176,7 +141,7 @@ fn unblock_faults() {
     unsafe {
         let mut faults: libc::sigset_t = core::mem::zeroed();
         libc::sigemptyset(&mut faults);
-        for signal in grow::SIGNALS {
+        for signal in handler::SIGNALS {
             libc::sigaddset(&mut faults, signal);
         }
         libc::pthread_sigmask(libc::SIG_UNBLOCK, &faults, ptr::null_mut());
@@ -206,7 +171,7 @@ fn stack_size() -> usize {
 }
 
 extern "C" fn end_of_thread(stack: *mut c_void) {
-    cache::flush();
+    stock::flush();
     words().signal_stack.set(0);
     let stack = stack as usize;
     // SAFETY: plain data for a system call; the mapping is the one this thread made, and no signal

@@ -17,52 +17,18 @@
 //! Safe code on two slices, the old words and the new: it can be tried on made-up stacks.
 #![forbid(unsafe_code)]
 
-use super::Reason;
 use super::rewrite::Window;
 use crate::map::{End, Frame, Kind, Location, Reader, Register, Registers, Stuck, Verdict, Walk, Word};
+use crate::not_moved::{NotMoved, Reason};
 use crate::pin;
+use crate::settings::Maps;
 use crate::stats::WordsByMap;
-
-/// Which words of a stack that moves may be judged by their value; see [`Builder::maps`](crate::Builder::maps).
-///
-/// ```
-/// # #[inline(never)]
-/// # fn deeper() {
-/// #     std::hint::black_box([0u8; 10_000]);
-/// # }
-///
-/// use regrow::{Builder, Maps, Reason, Yielder};
-/// // SAFETY: nothing is kept outside the stack.
-/// let builder = unsafe { Builder::new().relocating() }.maps(Maps::Precise);
-/// let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
-///     deeper();
-///     yielder.suspend(());
-/// });
-/// coroutine.resume(());
-/// // rustc records no pointers: its frames do not move then, and their stack has grown in place.
-/// assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::Imprecise);
-/// assert!(coroutine.stats().growths > 0);
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
-#[repr(u8)]
-pub enum Maps {
-    /// Those that no map speaks for. Every frame needs unwind data, as compilers emit it (`.eh_frame`);
-    /// a stack with a frame that has none grows in place.
-    #[default]
-    Ambiguous,
-    /// None in its frames: a stack with a word that no map speaks for grows in place. For compilers that record
-    /// all of their frames, and start their code with [`Builder::spawn_raw`](crate::Builder::spawn_raw). The
-    /// registers of the interrupted function, which no compiler's map describes, are judged by value.
-    Precise,
-    /// All of them: no map is looked at, and no frame needs any.
-    Off,
-}
 
 const WORD: usize = size_of::<usize>();
 const SAVED: usize = Register::CALLEE_SAVED.len();
 
 /// A stack that was copied and not rewritten yet.
-pub(super) struct Copied<'a> {
+pub(crate) struct Copied<'a> {
     /// The old address of the first word.
     pub lowest: usize,
     pub old: &'a [usize],
@@ -74,7 +40,7 @@ pub(super) struct Copied<'a> {
 
 /// What was done, by verdict.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct Words {
+pub(crate) struct Words {
     /// Changed.
     pub rewritten: usize,
     /// Looked at.
@@ -83,16 +49,13 @@ pub(super) struct Words {
     pub keep: [bool; SAVED],
 }
 
-/// Why frames cannot be rewritten, and which was the reason.
-pub(super) type Stopped = (Reason, usize);
-
 /// Rewrites all frames from the context `start` up to the base. After an error the new words are no good.
-pub(super) fn rewrite(
+pub(crate) fn rewrite(
     reader: &Reader<'_>,
     start: &Registers,
     policy: Maps,
     mut stack: Copied<'_>,
-) -> Result<Words, Stopped> {
+) -> Result<Words, NotMoved> {
     let mut words = Words::default();
     if policy == Maps::Off {
         let all = stack.lowest..stack.lowest + stack.old.len() * WORD;
@@ -110,15 +73,15 @@ pub(super) fn rewrite(
             break;
         }
         if pin::is_pinned_code(frame.code()) {
-            return Err((Reason::PinnedCode, frame.pc()));
+            return Err(NotMoved::at(Reason::PinnedCode, frame.pc()));
         }
         if policy == Maps::Precise && !frame.is_precise() {
-            return Err((Reason::Imprecise, frame.pc()));
+            return Err(NotMoved::at(Reason::Imprecise, frame.pc()));
         }
         let range = frame.range();
         // The innermost frame may begin in the guard, where nothing has been written yet.
         if range.start < below && below != lowest || range.end < below || range.end > top {
-            return Err((Reason::Inconsistent, frame.pc()));
+            return Err(NotMoved::at(Reason::Inconsistent, frame.pc()));
         }
         if frame.map().is_ambiguous() {
             ambiguous.get_or_insert(below); // if it is the innermost frame, with the red zone under it
@@ -137,10 +100,10 @@ pub(super) fn rewrite(
     match walk.end() {
         Some(End::Base) => Ok(words),
         Some(End::Stuck { pc, why: Stuck::NoMap | Stuck::NoRules | Stuck::Rules(_) }) => {
-            Err((Reason::NoMap, pc))
+            Err(NotMoved::at(Reason::NoMap, pc))
         }
-        Some(End::Stuck { pc, .. }) => Err((Reason::Inconsistent, pc)),
-        Some(End::Outermost) | None => Err((Reason::Inconsistent, start.pc())),
+        Some(End::Stuck { pc, .. }) => Err(NotMoved::at(Reason::Inconsistent, pc)),
+        Some(End::Outermost) | None => Err(NotMoved::at(Reason::Inconsistent, start.pc())),
     }
 }
 
@@ -248,7 +211,7 @@ mod tests {
         .unwrap()
     }
 
-    fn run(policy: Maps, rbx: Verdict) -> (Result<Words, Stopped>, Vec<usize>) {
+    fn run(policy: Maps, rbx: Verdict) -> (Result<Words, NotMoved>, Vec<usize>) {
         let all = StackMaps::new();
         let _registration = maps(&all, rbx);
         let value = OLD + 8;
@@ -286,7 +249,7 @@ mod tests {
 
     #[test]
     fn precise_means_no_ambiguous_word() {
-        assert_eq!(run(Maps::Precise, Verdict::Data).0, Err((Reason::Imprecise, 0x2010)));
+        assert_eq!(run(Maps::Precise, Verdict::Data).0, Err(NotMoved::at(Reason::Imprecise, 0x2010)));
     }
 
     #[test]

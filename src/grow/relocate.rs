@@ -23,39 +23,47 @@ use core::ptr;
 use core::slice;
 use core::sync::atomic::Ordering;
 
-use super::context::{Context, DWARF_PLACE, NAMES};
+use super::growth::Done;
 use super::obey::{self, Copied, Words};
+use super::point::{Point, growth_point};
 use super::rewrite::Window;
 use super::scratch::Scratch;
-use super::{Done, Fault, Reason, reason};
+use crate::context::{Context, DWARF_PLACE, NAMES};
 use crate::error::Error;
+use crate::hooks;
 use crate::map::{self, Register, Registers};
-use crate::stack::class::{Class, PAGE, open_bytes};
-use crate::stack::{Link, OLD, Record, Slot, cache, carry::carry, guard};
-use crate::stats::{self, Growth};
-use crate::switch::{self, Base, Handle, RED_ZONE};
+use crate::not_moved::{self, NotMoved, Refusal};
+use crate::settings::Growth;
+use crate::size::{Class, PAGE, open_bytes};
+use crate::stack::arena::{OLD, Slot};
+use crate::stack::carry::carry;
+use crate::stack::free_list::Link;
+use crate::stack::record::Record;
+use crate::stack::{guard, stock};
+use crate::stats;
+use crate::switch::{self, Base, Handle, RED_ZONE, Running};
+
+/// A fault that a larger stack will cure.
+pub(crate) struct Fault {
+    pub running: Running,
+    pub slot: Slot,
+    pub address: usize,
+    /// The lowest address that will be used soon, as far as is known: at most `address`.
+    pub lowest: usize,
+    pub growth_point: bool,
+    /// In a probe loop, which general register holds its end.
+    pub loop_end: Option<usize>,
+    /// Of a call, how many bytes it has.
+    pub call_length: usize,
+}
 
 /// A stack that has been moved, but for the registers.
-pub(super) struct Moved {
+pub(crate) struct Moved {
     pub window: Window,
     /// Where the record is now.
     pub record: *mut Record,
     pub bytes: usize,
     pub words: Words,
-}
-
-/// Why a stack was not moved. Nothing has changed.
-pub(super) enum Failure {
-    /// There is no memory for it.
-    Kernel(Error),
-    /// A frame speaks against it.
-    Frame(Reason, usize),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Kernel(error)
-    }
 }
 
 /// Moves the stack that `context` was interrupted on to a slot of `size` bytes. After an error
@@ -64,18 +72,19 @@ impl From<Error> for Failure {
 /// # Safety
 /// `fault` is at a growth point, in the coroutine that `context` interrupted, whose owner promised that
 /// pointers into its stack are only in it and in registers.
-pub(super) unsafe fn relocate(
+pub(crate) unsafe fn relocate(
     context: &mut Context<'_>,
     fault: &Fault,
     size: usize,
-) -> Result<Done, Failure> {
+) -> Result<Done, Refusal> {
     let start = interrupted(context, fault.call_length);
     // SAFETY: by the caller's word; the stack is used down to the red zone below rsp.
-    let Moved { window, record, bytes, words } = unsafe {
-        let moved = transfer(fault.slot, &start, size, [None; 6])?;
+    let moved = unsafe {
+        let moved = Move::make(fault.slot, &start, size, [None; 6])?;
         fault.running.set_base(moved.base(fault.running.base()));
         moved
     };
+    let Moved { window, words, .. } = moved;
     let general = context.general();
     let before: [usize; NAMES.len()] = core::array::from_fn(|place| general[place]);
     let mut registers = window.rewrite(general);
@@ -91,11 +100,20 @@ pub(super) unsafe fn relocate(
     for stretch in context.vectors() {
         registers += window.rewrite(stretch);
     }
-    Ok(Done { record, growth: Growth::Relocate, bytes, words: words.rewritten + registers })
+    Ok(Done { words: words.rewritten + registers, ..moved.done() })
+}
+
+/// Whether the instruction at `pc`, whose bytes are those that `byte` returns, is a growth point.
+pub(crate) fn is_growth_point(pc: usize, byte: impl Fn(usize) -> u8) -> bool {
+    match growth_point(byte) {
+        Point::Yes => true,
+        Point::IfFramePointer => has_frame_pointer(pc),
+        Point::No => false,
+    }
 }
 
 /// True if `rbp` points to the frame of the function at `pc`, there: its unwind data counts from it.
-pub(super) fn has_frame_pointer(pc: usize) -> bool {
+fn has_frame_pointer(pc: usize) -> bool {
     let reader = map::process().read();
     let rules = reader.find(pc).and_then(|map| map.rules());
     matches!(rules, Some(Ok(rules)) if rules.is_counted_from(Register::RBP))
@@ -121,13 +139,14 @@ fn interrupted(context: &mut Context<'_>, call_length: usize) -> Registers {
 /// # Safety
 /// The coroutine of `handle` is suspended, or has put itself into the same state, and its owner made the promise
 /// about pointers.
-pub(super) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Result<Moved, Failure> {
+pub(crate) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Result<Moved, Refusal> {
     // SAFETY: by the caller's word; what a suspend saves lies in the red zone below its stack pointer (src/switch.rs).
     unsafe {
         let sp = handle.sp;
-        let slot = Record::slot((*handle.base).record()).ok_or(Error::Arenas)?;
         let (start, parked) = suspended_registers(sp);
-        let moved = transfer(slot, &start, size, parked)?;
+        let slot = Record::slot((*handle.base).record());
+        let slot = slot.ok_or_else(|| Refusal::no_memory(Error::Arenas, start.pc()))?;
+        let moved = Move::make(slot, &start, size, parked)?;
         handle.base = moved.base(handle.base);
         handle.sp = moved.window.moved(sp);
         Ok(moved)
@@ -138,11 +157,11 @@ pub(super) unsafe fn relocate_suspended(handle: &mut Handle, size: usize) -> Res
 ///
 /// # Safety
 /// The coroutine of `handle` is suspended on its own stack, and its owner made the promise about pointers.
-pub(super) unsafe fn relocate_parked(handle: &mut Handle, size: usize) -> Result<Moved, Failure> {
+pub(crate) unsafe fn relocate_parked(handle: &mut Handle, size: usize) -> Result<Moved, Refusal> {
     // SAFETY: the caller says that it is suspended; after a failure nothing has changed, so it still is.
     unsafe {
         match relocate_suspended(handle, size) {
-            Err(Failure::Frame(reason, _)) if reason::knows_more(reason) => relocate_suspended(handle, size),
+            Err(refusal) if not_moved::knows_more(refusal.why.reason) => relocate_suspended(handle, size),
             outcome => outcome,
         }
     }
@@ -152,7 +171,7 @@ pub(super) unsafe fn relocate_parked(handle: &mut Handle, size: usize) -> Result
 ///
 /// # Safety
 /// `sp` is the stack pointer of a suspended coroutine.
-pub(super) unsafe fn suspended_registers(sp: usize) -> (Registers, [Option<usize>; 6]) {
+pub(crate) unsafe fn suspended_registers(sp: usize) -> (Registers, [Option<usize>; 6]) {
     let mut parked = [None; 6];
     for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
         if let Some(index) = register.saved_index() {
@@ -164,6 +183,12 @@ pub(super) unsafe fn suspended_registers(sp: usize) -> (Registers, [Option<usize
 }
 
 impl Moved {
+    /// What this growth did.
+    pub(crate) fn done(&self) -> Done {
+        let Self { record, bytes, words, .. } = *self;
+        Done { record, growth: Growth::Relocate, bytes, words: words.rewritten }
+    }
+
     /// Where the base is now that was at `old`. It is told where its record is.
     ///
     /// # Safety
@@ -171,79 +196,140 @@ impl Moved {
     unsafe fn base(&self, old: *mut Base) -> *mut Base {
         let base = self.window.moved(old as usize) as *mut Base;
         // SAFETY: by the caller's word. The base lies in the copied head; its record is where the copy is.
-        unsafe { (*base).set_record(self.record) };
+        unsafe { (*base).owner = self.record.cast() };
         base
     }
 }
 
-/// Moves the stack in slot `from`, in use as `start` says, to a slot of `size` bytes. After an error
-/// nothing has changed.
-///
-/// # Safety
-/// The slot holds the stack of a coroutine whose owner made the promise about pointers, and who does not run but in the
-/// caller, on another stack. `start` are the registers it goes on with, `parked` where some of them lie on that stack.
-unsafe fn transfer(
+/// A stack that is in two slots: the copy is committed, or abandoned.
+struct Move {
     from: Slot,
-    start: &Registers,
-    size: usize,
-    parked: [Option<usize>; 6],
-) -> Result<Moved, Failure> {
-    let end = from.end();
-    let record = Record::at(end);
-    // SAFETY: a coroutine's record is accessible, and only its thread uses it.
-    let (open, maps) = unsafe { ((*record).open, (*record).maps) };
-    let sp = start.get(Register::RSP).unwrap_or(end);
-    let lowest = sp.wrapping_sub(RED_ZONE).max(end - open) & !7;
-    // SAFETY: the list of old slots is this coroutine's.
-    let to = unsafe { Destination::find(&mut (*record).old, Class::moving(size), open_bytes(size))? };
-    let window = Window::new(from.start() + 1..end, to.slot.end());
-    // What lies in frames points to frames, the red zone included. The narrower the window, the fewer words that are
-    // no pointers look like one.
-    let frames = Window::new(sp.wrapping_sub(RED_ZONE)..end, to.slot.end());
+    to: Destination,
+    /// Bytes below the old slot's end that are accessible.
+    open: usize,
+    /// The lowest byte that was copied.
+    lowest: usize,
+    /// What lies in the old slot, moved to the new one.
+    window: Window,
+    /// Where the copy is, if not in the new slot yet.
+    scratch: Option<Scratch>,
+}
 
-    let scratch = if to.warm { None } else { Scratch::take(end - lowest) };
-    let copy = scratch.as_ref().map_or(window.moved(lowest), Scratch::start);
-
-    // SAFETY: both ranges are accessible, the second is ours alone, and `lowest` is aligned to a word.
-    let words = unsafe {
-        ptr::copy_nonoverlapping(lowest as *const u8, copy as *mut u8, end - lowest);
-        let length = (record as usize - lowest) / size_of::<usize>();
-        let old = slice::from_raw_parts(lowest as *const usize, length);
-        let new = slice::from_raw_parts_mut(copy as *mut usize, length);
-        obey::rewrite(
-            &map::process().read(),
-            start,
-            maps,
-            Copied { lowest, old, new, window: frames, parked },
-        )
-    };
-    let closed = words.map_err(|(reason, frame)| Failure::Frame(reason, frame)).and_then(|words| {
-        // SAFETY: nothing in the old slot is needed once it is closed, which is the last that can fail.
-        let closed = unsafe {
-            match &scratch {
-                Some(scratch) => close_carrying(end - open..end, lowest, window, scratch),
-                None => guard::close(end - open, open),
-            }
-        };
-        closed.map(|()| words).map_err(Failure::Kernel)
-    });
-    let new = Record::at(to.slot.end());
-    // SAFETY: the new slot is ours, and its record a copy; after an error the old record is still there.
-    unsafe {
-        match closed {
-            Ok(words) => {
-                retire(from, to.slot, &mut (*new).old);
-                (*new).class = to.slot.class();
-                (*new).open = to.open;
-                (*new).first_open = open_bytes(size);
-                stats::count_words(&words.by_map);
-                Ok(Moved { window, record: new, bytes: end - lowest, words })
-            }
-            Err(failure) => {
-                to.give_up(from, &mut (*record).old);
-                Err(failure)
+impl Move {
+    /// Moves the stack in slot `from`, in use as `start` says, to a slot of `size` bytes. After an error nothing has changed.
+    ///
+    /// # Safety
+    /// The slot holds the stack of a coroutine whose owner made the promise about pointers, and that does not run but in the
+    /// caller, on another stack. `start` are the registers it goes on with, `parked` where some of them lie on that stack.
+    unsafe fn make(
+        from: Slot,
+        start: &Registers,
+        size: usize,
+        parked: [Option<usize>; 6],
+    ) -> Result<Moved, Refusal> {
+        let no_memory = |error| Refusal::no_memory(error, start.pc());
+        // SAFETY: the stack, its old slots and its record are this thread's alone, as the caller says, and it does not change.
+        unsafe {
+            let copied = Self::copy(from, start, size).map_err(no_memory)?;
+            match copied.judge(start, parked) {
+                Ok(words) => copied.commit(words).map_err(no_memory),
+                Err(why) => {
+                    copied.abandon();
+                    Err(why.into())
+                }
             }
         }
+    }
+
+    /// Finds a slot of `size` bytes, and copies there what is in use.
+    ///
+    /// # Safety
+    /// As for [`make`](Self::make).
+    unsafe fn copy(from: Slot, start: &Registers, size: usize) -> Result<Self, Error> {
+        let end = from.end();
+        let record = Record::at(end);
+        // SAFETY: a coroutine's record is accessible; the list of old slots in it is this coroutine's.
+        let (open, to) = unsafe {
+            ((*record).open, Destination::find(&mut (*record).old, Class::moving(size), open_bytes(size))?)
+        };
+        let sp = start.get(Register::RSP).unwrap_or(end);
+        let lowest = sp.wrapping_sub(RED_ZONE).max(end - open) & !7;
+        let window = Window::new(from.start() + 1..end, to.slot.end());
+        let scratch = if to.warm { None } else { Scratch::take(end - lowest) };
+        let copied = Self { from, to, open, lowest, window, scratch };
+        // SAFETY: what is in use is accessible, and where it goes is this move's alone.
+        unsafe { ptr::copy_nonoverlapping(lowest as *const u8, copied.place() as *mut u8, end - lowest) };
+        Ok(copied)
+    }
+
+    /// Where the lowest byte of the copy is.
+    fn place(&self) -> usize {
+        self.scratch.as_ref().map_or(self.window.moved(self.lowest), Scratch::start)
+    }
+
+    /// Rewrites the words of the copy as the maps of its frames say. After an error they are no good.
+    ///
+    /// # Safety
+    /// As for [`make`](Self::make).
+    unsafe fn judge(&self, start: &Registers, parked: [Option<usize>; 6]) -> Result<Words, NotMoved> {
+        let Self { lowest, .. } = *self;
+        let end = self.from.end();
+        // What lies in frames points to frames, the red zone included. The narrower the window, the fewer words that are
+        // no pointers look like one.
+        let sp = start.get(Register::RSP).unwrap_or(end);
+        let window = Window::new(sp.wrapping_sub(RED_ZONE)..end, self.to.slot.end());
+        let record = Record::at(end);
+        let length = (record as usize - lowest) / size_of::<usize>();
+        // SAFETY: both copies are accessible and do not overlap; nobody writes the old one, and the new one is this move's
+        // alone. `lowest` is aligned to a word.
+        unsafe {
+            let old = slice::from_raw_parts(lowest as *const usize, length);
+            let new = slice::from_raw_parts_mut(self.place() as *mut usize, length);
+            let copied = Copied { lowest, old, new, window, parked };
+            obey::rewrite(&map::process().read(), start, (*record).settings.maps, copied)
+        }
+    }
+
+    /// Closes the old slot, the last thing that can fail. From then on the stack is in the new one.
+    ///
+    /// # Safety
+    /// As for [`make`](Self::make); the words of the copy are right.
+    unsafe fn commit(self, words: Words) -> Result<Moved, Error> {
+        let end = self.from.end();
+        let open = end - self.open..end;
+        // SAFETY: all that is in use of the old slot has been copied.
+        let closed = unsafe {
+            match &self.scratch {
+                Some(scratch) => close_carrying(open, self.lowest, self.window, scratch),
+                None => guard::close(open.start, open.len()),
+            }
+        };
+        if let Err(error) = closed {
+            // SAFETY: after an error the old slot is what it was.
+            unsafe { self.abandon() };
+            return Err(error);
+        }
+        let Self { from, to, lowest, window, .. } = self;
+        let record = Record::at(to.slot.end());
+        // SAFETY: the new slot is the stack's now, and its record a copy of the old one.
+        unsafe {
+            retire(from, to.slot, &mut (*record).old);
+            (*record).class = to.slot.class();
+            (*record).open = to.open;
+        }
+        stats::count_words(&words.by_map);
+        hooks::count_words(&words.by_map);
+        Ok(Moved { window, record, bytes: end - lowest, words })
+    }
+
+    /// The stack stays where it is: the new slot goes back.
+    ///
+    /// # Safety
+    /// As for [`make`](Self::make).
+    unsafe fn abandon(self) {
+        let record = Record::at(self.from.end());
+        // SAFETY: the old record is accessible, and its list of old slots is the one that the new slot was found in.
+        unsafe { self.to.give_up(self.from, &mut (*record).old) };
     }
 }
 
@@ -290,7 +376,8 @@ impl Destination {
     /// `old` is the list of the coroutine's old slots.
     unsafe fn find(old: &mut Link, class: Class, open: usize) -> Result<Self, Error> {
         let mut previous: Option<Slot> = None;
-        let mut link = if returns_to_former_slots() { *old } else { 0 };
+        // Not under torture: what was missed is to be noticed.
+        let mut link = if hooks::is_tortured() { 0 } else { *old };
         while let Some(slot) = Slot::from_link(link) {
             link = slot.meta().next.load(Ordering::Relaxed);
             if slot.class() == class {
@@ -305,7 +392,7 @@ impl Destination {
             }
             previous = Some(slot);
         }
-        let (slot, open, warm) = cache::take_in_handler(class, open)?;
+        let (slot, open, warm) = stock::take_in_handler(class, open)?;
         Ok(Self { slot, open, former: false, warm })
     }
 
@@ -323,14 +410,6 @@ impl Destination {
             self.slot.give(self.open);
         }
     }
-}
-
-/// Not under torture: what was missed is to be noticed.
-fn returns_to_former_slots() -> bool {
-    #[cfg(feature = "torture")]
-    return !crate::torture::is_running();
-    #[cfg(not(feature = "torture"))]
-    return true;
 }
 
 /// Marks a slot as left, and puts it on the coroutine's list of such.

@@ -8,7 +8,7 @@
 //!
 //! A word need not be one value. What is left of a dead pointer after a byte, a `u16` or a `u32` was stored over a part of
 //! it looks like a pointer still, if the value equals that part. Which slots are used, and that moves are by multiples of 64
-//! KiB, sees to it that common values do not or are not changed by it (src/stack/class.rs). For any other `u32` the odds
+//! KiB, sees to it that common values do not or are not changed by it (src/size.rs). For any other `u32` the odds
 //! are one in some hundred thousand that it matches the slot's address. A stack map has no such doubts.
 
 use core::ops::Range;

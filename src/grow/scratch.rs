@@ -13,7 +13,7 @@
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::stack::class::open_bytes;
+use crate::size::open_bytes;
 use crate::stack::{carry, guard};
 
 /// The scratch's size, and what it may come to keep of memory; a larger stack writes to new memory, too.
@@ -25,13 +25,13 @@ static IN_USE: AtomicBool = AtomicBool::new(false);
 static START: AtomicUsize = AtomicUsize::new(0);
 
 /// The scratch, taken until it is dropped.
-pub(super) struct Scratch {
+pub(crate) struct Scratch {
     start: usize,
 }
 
 impl Scratch {
     /// Takes it for a stack of so many bytes. `None` if it is of no use, or not to be had.
-    pub(super) fn take(bytes: usize) -> Option<Self> {
+    pub(crate) fn take(bytes: usize) -> Option<Self> {
         if bytes > MOST || !carry::is_possible() || IN_USE.swap(true, Ordering::Acquire) {
             return None;
         }
@@ -44,7 +44,7 @@ impl Scratch {
     }
 
     /// Its first byte, of [`MOST`].
-    pub(super) fn start(&self) -> usize {
+    pub(crate) fn start(&self) -> usize {
         self.start
     }
 }

@@ -28,102 +28,20 @@
 //! a mark was overwritten and the next one has outlasted so many. If it grows again after that, its patience
 //! doubles: a coroutine that always comes back is left alone soon.
 
+use super::relocate;
 use crate::error::Error;
+use crate::not_moved::{NotMoved, Reason, Refusal};
+use crate::settings::{Growth, Shrink};
 use crate::site::Site;
-use crate::stack::class::PAGE;
+use crate::size::{self, PAGE};
 use crate::stack::pages::{Pages, resident};
-use crate::stack::{Record, cache, class};
-use crate::stats::{self, Growth};
+use crate::stack::record::Record;
+use crate::stack::stock;
+use crate::stats;
 use crate::switch::{self, Handle, RED_ZONE};
-
-use super::reason::{self, NotMoved, Reason};
-use super::relocate::{self, Failure};
-
-/// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
-///
-/// ```
-/// # #[inline(never)]
-/// # fn deeper() {
-/// #     std::hint::black_box([0u8; 10_000]);
-/// # }
-///
-/// use regrow::{Builder, Shrink, Yielder};
-/// let size_after_a_spike = |policy| {
-///     // SAFETY: nothing is kept outside the stack.
-///     let builder = unsafe { Builder::new().relocating() }.learn(false).shrink(policy);
-///     let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
-///         deeper();
-///         loop {
-///             yielder.suspend(());
-///         }
-///     });
-///     for _ in 0..10 {
-///         coroutine.resume(());
-///     }
-///     coroutine.stats().size
-/// };
-/// assert_eq!(size_after_a_spike(Shrink::Eager), 2048);
-/// assert!(size_after_a_spike(Shrink::Default) > 10_000); // not yet
-/// assert!(size_after_a_spike(Shrink::Off) > 10_000);
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
-#[repr(u8)]
-pub enum Shrink {
-    /// Only when asked to ([`Coroutine::shrink`](crate::Coroutine::shrink)).
-    Off,
-    /// When less than a quarter has been used over 32 resumes; over twice as many each time it was in vain. A stack that
-    /// grows in place: when it has been used below the page it is suspended in, and then not over 32 resumes. Of those only
-    /// some are looked at: one in 64 that is made in new memory, and all that are made where one of these had such a spike.
-    #[default]
-    Default,
-    /// At the first resume that finds less than a quarter used since the one before. A stack that grows in place: that finds
-    /// nothing used below its page since the one before. Each resume of such a coroutine takes a few nanoseconds longer.
-    Eager,
-}
-
-/// How many resumes a mark must outlast, with [`Shrink::Default`].
-const PATIENCE: u16 = 32;
 
 /// After how many resumes without a spike a scout is one no more: each takes a few times as long as another's.
 const SCOUTED: u16 = 256;
-
-/// What a record keeps for this.
-#[derive(Clone, Copy)]
-pub(crate) struct Watch {
-    policy: Shrink,
-    /// The mark is in place.
-    marked: bool,
-    /// Of a stack that stays: a mark was overwritten, and nothing has been given back since.
-    spike: bool,
-    /// Resumes that the mark has outlasted.
-    quiet: u16,
-    patience: u16,
-}
-
-impl Watch {
-    pub(crate) const fn new(policy: Shrink) -> Self {
-        Self {
-            policy,
-            marked: false,
-            spike: false,
-            quiet: 0,
-            patience: if matches!(policy, Shrink::Eager) { 1 } else { PATIENCE },
-        }
-    }
-
-    pub(crate) const fn policy(self) -> Shrink {
-        self.policy
-    }
-
-    /// The stack has grown: whatever was marked is elsewhere.
-    pub(super) fn start_over(&mut self, shrunk_before: bool) {
-        self.marked = false;
-        self.quiet = 0;
-        if shrunk_before && self.policy == Shrink::Default {
-            self.patience = self.patience.saturating_mul(2);
-        }
-    }
-}
 
 /// One cache line of it is the mark: a pattern that code does not leave on a stack.
 const MARK: [u64; 8] = [u64::from_le_bytes(*b"unused\xf5\xf5"); 8];
@@ -141,7 +59,7 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
         if !Record::holds(record, handle.sp) {
             return; // suspended on another stack: it does not show how much of its own is in use
         }
-        if (*record).growth == Growth::Relocate {
+        if (*record).settings.growth == Growth::Relocate {
             if is_quiet(handle, &mut *record) {
                 // It moves, and its record with it. Without memory it stays as large as it is.
                 let _ = shrink(handle);
@@ -159,8 +77,10 @@ pub(crate) unsafe fn before_resume(handle: &mut Handle) {
 pub(crate) unsafe fn after_resume(handle: &mut Handle) {
     // SAFETY: a suspended coroutine's base and record are accessible, and nobody else uses them.
     let record = unsafe { &*(*handle.base).record() };
-    let watched = match record.growth {
-        Growth::Relocate => record.size() > record.first_size() && record.watch.policy != Shrink::Off,
+    let watched = match record.settings.growth {
+        Growth::Relocate => {
+            record.size() > record.settings.first_size() && record.settings.shrink != Shrink::Off
+        }
         Growth::InPlace => is_watched_in_place(record),
     };
     if watched {
@@ -170,9 +90,8 @@ pub(crate) unsafe fn after_resume(handle: &mut Handle) {
 
 /// True if the coroutine, whose stack stays, is watched.
 fn is_watched_in_place(record: &Record) -> bool {
-    // SAFETY: sites are statics.
-    let is_spiky = || unsafe { record.site.as_ref() }.is_some_and(Site::is_spiky);
-    match record.watch.policy {
+    let is_spiky = || record.site.is_some_and(Site::is_spiky);
+    match record.settings.shrink {
         Shrink::Off => false,
         Shrink::Eager => true,
         Shrink::Default => record.scout || is_spiky(),
@@ -181,8 +100,7 @@ fn is_watched_in_place(record: &Record) -> bool {
 
 /// Says that coroutines made where this one was have spikes.
 fn tell_site(record: &Record) {
-    // SAFETY: sites are statics.
-    if let Some(site) = unsafe { record.site.as_ref() }
+    if let Some(site) = record.site
         && record.scout
     {
         site.had_spike();
@@ -232,7 +150,7 @@ unsafe fn is_quiet_in_place(handle: &Handle, record: &mut Record) -> bool {
     }
     if watch.marked && !watch.spike {
         watch.spike = true;
-        watch.start_over(record.shrinks != 0);
+        watch.start_over(record.settings.shrink, record.shrinks != 0);
     }
     watch.marked = true;
     watch.quiet = 0;
@@ -266,7 +184,7 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
         let record = (*handle.base).record();
         (*record).watch.marked = false;
         (*record).watch.quiet = 0;
-        let outcome = match (*record).growth {
+        let outcome = match (*record).settings.growth {
             Growth::InPlace => Ok(give_back_unused(handle, &mut *record)),
             Growth::Relocate => shrink_moving(handle, record),
         };
@@ -304,26 +222,25 @@ unsafe fn shrink_moving(handle: &mut Handle, record: *mut Record) -> Result<bool
     unsafe {
         let used = handle.base as usize - (handle.sp - RED_ZONE);
         let need = Record::end(record) - handle.base as usize + 2 * used;
-        let size = fitting(need, (*record).first_size());
+        let size = fitting(need, (*record).settings.first_size());
         if size >= (*record).size() {
             return Ok(false);
         }
         if (*record).class.size() <= size {
             // It is cut down where it is, if its slack was opened there.
-            cache::resize(record, class::open_bytes(size))?;
+            stock::resize(record, size::open_bytes(size))?;
             discard_unused(handle, record);
             return Ok(true);
         }
         if (*record).is_pinned() {
-            let frame = switch::registers_of(handle.sp).pc();
-            reason::note(record, NotMoved { reason: Reason::Pinned, frame });
+            (*record).note(NotMoved::at(Reason::Pinned, switch::registers_of(handle.sp).pc()));
             return Ok(false);
         }
         match relocate::relocate_parked(handle, size) {
             Ok(_) => Ok(true),
-            Err(Failure::Kernel(error)) => Err(error),
-            Err(Failure::Frame(reason, frame)) => {
-                reason::note(record, NotMoved { reason, frame });
+            Err(Refusal { error: Some(error), .. }) => Err(error),
+            Err(Refusal { why, .. }) => {
+                (*record).note(why);
                 Ok(false)
             }
         }
@@ -346,9 +263,9 @@ unsafe fn discard_unused(handle: &Handle, record: *const Record) {
 }
 
 /// The smallest size from `first` on that has `need` accessible bytes.
-pub(super) fn fitting(need: usize, first: usize) -> usize {
+pub(crate) fn fitting(need: usize, first: usize) -> usize {
     let mut size = first;
-    while class::open_bytes(size) < need {
+    while size::open_bytes(size) < need {
         size *= 2;
     }
     size

@@ -108,7 +108,10 @@ use cranelift_codegen::isa::unwind::UnwindInfo;
 use cranelift_codegen::settings::{Configurable, SetResult};
 use cranelift_codegen::{CodegenError, CompiledCode};
 
-use super::{Cfa, FrameMap, Place, Register, Registration, Rules, Source, Verdict};
+use super::error;
+use super::frame_map::{Cfa, FrameMap, Place, Register, Rules, Source, Verdict};
+use super::process;
+use super::stack_maps::Registration;
 
 /// Chooses the settings that code on growing stacks is best compiled with.
 ///
@@ -190,7 +193,7 @@ pub enum Error {
     /// A rule that Cranelift is not known to make, or a frame of 64 MiB or more.
     Rule,
     /// They could not be registered.
-    Refused(super::Error),
+    Refused(error::Error),
 }
 
 impl fmt::Display for Error {
@@ -288,7 +291,7 @@ pub unsafe fn register(
 ) -> Result<Registration<'static>, Error> {
     let maps = maps(code, isa, address, rest)?;
     // SAFETY: the code lies at `address` while the maps are registered, and `rest` is true of it: the caller's contract.
-    unsafe { super::register(maps) }.map_err(Error::Refused)
+    unsafe { process::register(maps) }.map_err(Error::Refused)
 }
 
 /// The maps of `code` when it lies at `address`, in ascending order: for its prologue, for each call, and for the code between.

@@ -25,9 +25,10 @@ use gimli::{
     UnwindSection, UnwindTableRow,
 };
 
-use super::Error;
 use super::assembly;
+use super::error::Error;
 use super::frame_map::{Cfa, FrameMap, Kind, Place, Register, Rules, Source, Unwalkable, Verdict};
+use super::process::PROCESS;
 use super::stack_maps::{LayerName, Registration, StackMaps};
 
 type Bytes<'a> = EndianSlice<'a, LittleEndian>;
@@ -207,7 +208,7 @@ impl fmt::Display for Report {
 pub fn record_loaded_objects() -> Report {
     static RECORDED: Mutex<Recorded> =
         Mutex::new(Recorded { changes: (0, 0), objects: Vec::new(), assembly: None });
-    RECORDED.lock().unwrap_or_else(PoisonError::into_inner).refresh(&super::PROCESS)
+    RECORDED.lock().unwrap_or_else(PoisonError::into_inner).refresh(&PROCESS)
 }
 
 /// Adds the unwind tables of code that was compiled at run time: the contents of its `.eh_frame` section, at the address that it
@@ -244,7 +245,7 @@ pub unsafe fn register_eh_frame(section: &[u8]) -> Result<Registration<'static>,
     let tables = Tables::new(section, section.as_ptr() as usize, None);
     let mut functions = Functions::default();
     let _ = tables.each_in_order_of_section(|fde| functions.push(&tables, fde));
-    super::PROCESS.add(LayerName::Unwind, functions.maps).map(|(registration, _)| registration)
+    PROCESS.add(LayerName::Unwind, functions.maps).map(|(registration, _)| registration)
 }
 
 /// The objects that are in the table of the process.
@@ -718,8 +719,8 @@ mod tests {
         let mut functions = record(section(), section().as_ptr() as usize);
         assert!(functions.count > 1000);
         functions.maps.sort_by_key(|map| map.range.start);
-        super::super::record_loaded_objects();
-        let reader = super::super::process().read();
+        record_loaded_objects();
+        let reader = super::super::process::process().read();
         for map in &functions.maps {
             let found = reader.find(map.range.start).expect("recorded");
             assert_eq!(found.rules(), map.rules, "{map:?}");
@@ -728,8 +729,8 @@ mod tests {
 
     #[test]
     fn a_coroutines_first_frame_is_a_base() {
-        super::super::record_loaded_objects();
-        let reader = super::super::process().read();
+        record_loaded_objects();
+        let reader = super::super::process::process().read();
         let map = reader.find(regrow_entry as *const () as usize + 3).unwrap();
         let rules = map.rules().unwrap().unwrap();
         assert_eq!(rules.kind, Kind::Base);

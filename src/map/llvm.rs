@@ -78,7 +78,10 @@
 
 use core::fmt;
 
-use super::{FrameMap, Place, Register, Registration, Source, Verdict};
+use super::error;
+use super::frame_map::{FrameMap, Place, Register, Source, Verdict};
+use super::process;
+use super::stack_maps::Registration;
 
 const VERSION: u8 = 3;
 const HEADER: usize = 16;
@@ -138,7 +141,7 @@ pub enum Error {
         index: u32,
     },
     /// The maps could not be registered.
-    Refused(super::Error),
+    Refused(error::Error),
 }
 
 impl fmt::Display for Error {
@@ -269,7 +272,7 @@ pub unsafe fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error>
     }
     // SAFETY: the section describes the code at the addresses in it, and the code outlives the result: the caller's
     // contract, which is that of `map::register` for the maps made of it.
-    let registration = unsafe { super::register(maps) }.map_err(Error::Refused)?;
+    let registration = unsafe { process::register(maps) }.map_err(Error::Refused)?;
     Ok(Recorded { registration, unusable })
 }
 

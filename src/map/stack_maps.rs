@@ -12,7 +12,7 @@ use core::fmt;
 use core::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Error;
+use super::error::Error;
 use super::frame_map::{FrameMap, Place, Register, Rules, Source, Unwalkable, Verdict};
 use super::published::{Published, Reading, Retired};
 use super::table::{Entry, Run, Table};

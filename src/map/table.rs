@@ -21,7 +21,7 @@
 use core::ops::Range;
 use std::collections::HashMap;
 
-use super::Error;
+use super::error::Error;
 use super::frame_map::{FrameMap, Origin, Place, Rules, SAVED, Source, Unwalkable, Verdict};
 
 /// The rows of a table cover less than this.

@@ -12,18 +12,15 @@
 //! Free slots hang on one lock-free list a class; fresh ones are taken in batches. All of it may be
 //! called by the fault handler, also when it interrupted any of it: nothing waits for anyone.
 
-mod census;
-
-pub use census::{Slots, slots};
-
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
-use super::class::{ALIGN, CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
+use super::custody::Custody;
 use super::free_list::{FreeList, Link};
 use super::pages::Pages;
 use super::{carry, guard};
 use crate::error::Error;
-use crate::grow::Custody;
+use crate::hooks;
+use crate::size::{ALIGN, CLASSES, Class, PAGE, arena_places, arenas_below, next_place};
 
 const INDEX_BITS: u32 = 22;
 const MAX_SLOTS: u32 = 1 << INDEX_BITS;
@@ -86,6 +83,20 @@ static FREE: [FreeList; CLASSES] = [const { FreeList::new() }; CLASSES];
 /// Where arenas of moving stacks are looked for, from there down: decided by the first one, 0 before, and below the last one then.
 static TOP: AtomicUsize = AtomicUsize::new(0);
 
+/// For each arena how many of its slots were ever used.
+pub(super) fn used() -> impl Iterator<Item = usize> {
+    let claimed = CLAIMED.load(Ordering::Acquire).min(MAX_ARENAS);
+    ARENAS.iter().take(claimed).map(|arena| match arena.end.load(Ordering::Acquire) {
+        0 => 0,
+        _ => arena.fresh.load(Ordering::Acquire) as usize,
+    })
+}
+
+/// For each class the newest slot of its free list, or 0.
+pub(super) fn newest_free() -> impl Iterator<Item = Link> {
+    FREE.iter().map(FreeList::newest)
+}
+
 /// One slot of an arena.
 #[derive(Clone, Copy)]
 pub(crate) struct Slot {
@@ -106,6 +117,16 @@ impl Slot {
             }
         }
         None
+    }
+
+    /// The slot with this number of the arena with that number.
+    pub(super) fn of(arena: usize, index: usize) -> Self {
+        Self { arena: arena as u32, index: index as u32 }
+    }
+
+    /// The number of its arena, and its own number there.
+    pub(super) fn numbers(self) -> (usize, usize) {
+        (self.arena as usize, self.index as usize)
     }
 
     pub(crate) fn from_link(link: Link) -> Option<Self> {
@@ -169,8 +190,7 @@ impl Slot {
     /// Takes a slot of `class` off the free list or an arena, and sees that `open` bytes of it are
     /// accessible. Returns it with the bytes that are.
     pub(crate) fn take(class: Class, open: usize) -> Result<(Self, usize), Error> {
-        #[cfg(feature = "torture")]
-        let _undisturbed = crate::torture::undisturbed();
+        let _undisturbed = hooks::undisturbed();
         let slot = match Self::pop(class) {
             Some(slot) => slot,
             None => Self::take_fresh(class, open)?,
@@ -186,8 +206,7 @@ impl Slot {
 
     /// Puts a slot nobody uses on the free list; `open` bytes of it are accessible.
     pub(crate) fn give(self, open: usize) {
-        #[cfg(feature = "torture")]
-        let _undisturbed = crate::torture::undisturbed();
+        let _undisturbed = hooks::undisturbed();
         // SAFETY: nobody uses the slot.
         let open = if unsafe { guard::take_back(self.end() - open, open) } { 0 } else { open };
         self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
@@ -251,7 +270,7 @@ impl Slot {
     }
 
     /// It lies where no stack is to be.
-    fn is_left_out(self) -> bool {
+    pub(super) fn is_left_out(self) -> bool {
         self.arena().next_place(self.start()) != self.start()
     }
 

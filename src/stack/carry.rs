@@ -18,8 +18,8 @@ use core::ffi::{c_int, c_ulong};
 use core::ptr;
 use core::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
 
-use super::class::PAGE;
 use super::guard;
+use crate::size::PAGE;
 
 /// This process's own accesses only: needs no privilege.
 const UFFD_USER_MODE_ONLY: c_int = 1;

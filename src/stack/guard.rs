@@ -17,8 +17,8 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicIsize, AtomicU8, AtomicUsize, Ordering};
 use std::io;
 
-use super::class::PAGE;
 use crate::error::Error;
+use crate::size::PAGE;
 
 const MADV_GUARD_INSTALL: c_int = 102;
 const MADV_GUARD_REMOVE: c_int = 103;

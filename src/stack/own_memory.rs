@@ -10,9 +10,9 @@ use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::io;
 
-use super::class::PAGE;
 use super::guard;
 use crate::error::Error;
+use crate::size::PAGE;
 
 /// Where it is kept which file is open; null before there is such a page.
 static KEPT: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());

@@ -20,9 +20,9 @@
 
 use core::ops::Range;
 
-use super::class::{Class, PAGE};
 use super::guard;
 use crate::error::Error;
+use crate::size::{Class, PAGE};
 
 /// The pages of one slot.
 #[derive(Clone, Copy)]

@@ -25,13 +25,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::arena::Slot;
-use super::class::{Class, HEAD, size_of_open};
 use super::free_list::Link;
 use super::pages::resident;
-use crate::grow::{Maps, NotMoved, Watch};
+use super::watch::Watch;
+use crate::not_moved::{self, NotMoved};
+use crate::settings::{Growth, Settings};
 use crate::site::Site;
-use crate::stats::{Growth, LastGrowth, Stats};
-use crate::switch::Base;
+use crate::size::{Class, HEAD, size_of_open};
+use crate::stats::{LastGrowth, Stats};
+use crate::switch::{Base, Running};
 
 /// Bytes of a closure that is kept in the head; a larger one is boxed.
 pub(crate) const INLINE_CLOSURE: usize = 1024;
@@ -43,38 +45,26 @@ const LINE: usize = 64;
 /// What a coroutine is, apart from its stack. At the end of its slot.
 #[repr(C, align(64))]
 pub(crate) struct Record {
-    /// While the slot is cached: the record of the next cached slot.
-    pub next_cached: *mut Record,
+    /// While the slot is in a stock: the record of the next slot of the stock.
+    pub next_in_stock: *mut Record,
     /// Bytes below the slot's end that are accessible.
     pub open: usize,
-    /// While the slot is cached: for how many bytes it counts in the stock (src/stack/cache.rs). Of a slot that was just taken,
+    /// While the slot is in a stock: for how many bytes it counts in the stock (src/stack/stock.rs). Of a slot that was just taken,
     /// and is new to the thread: [`SCOUT`], if its coroutine is to be one.
     pub counted: usize,
-    /// What `open` goes back to when the coroutine has ended.
-    pub first_open: usize,
-    /// The largest size, in bytes, that the stack may reach.
-    pub maximum: usize,
     /// Slots that the stack has left, newest first.
     pub old: Link,
     /// The slot's class.
     pub class: Class,
-    pub growth: Growth,
-    /// Which words may be judged by their value.
-    pub maps: Maps,
-    /// Its slot's slack is used up before it moves.
-    pub slack_first: bool,
-    /// No Rust frames lie below: nothing is unwound when it is dropped.
-    pub raw: bool,
+    pub settings: Settings,
     /// Tells its site how much of its stack it uses (src/site.rs).
     pub scout: bool,
-    /// Where it was made; null if what it needs is not to be learned.
-    pub site: *const Site,
+    /// Where it was made; `None` if what it needs is not to be learned.
+    pub site: Option<&'static Site>,
     /// The owner leaves something behind that is not just forgotten: `release` has more to do.
     pub tidy: bool,
     /// Whether and when the stack becomes smaller.
     pub watch: Watch,
-    /// log2 of the size it had at first, below which it does not shrink.
-    pub first_log: u8,
     pub shrinks: u32,
     /// Why the stack grew in place at its latest growth that might have moved it.
     pub not_moved: Option<NotMoved>,
@@ -166,7 +156,7 @@ impl Record {
             (*record).old = 0;
             (*record).shrinks = 0;
             (*record).scout = false;
-            (*record).site = core::ptr::null();
+            (*record).site = None;
             (&raw mut (*record).name).write(None);
             (&raw mut (*record).pins).write(None);
             (*record).not_moved = None;
@@ -184,17 +174,13 @@ impl Record {
 
     /// Bytes of the slot that are used: what is accessible of a stack that moves, what has been touched of one that stays.
     pub(crate) fn bytes(&self) -> usize {
-        match self.growth {
+        match self.settings.growth {
             Growth::Relocate => self.open,
             Growth::InPlace => {
                 let end = Self::end(self);
                 resident(end - self.open..end)
             }
         }
-    }
-
-    pub(crate) fn first_size(&self) -> usize {
-        1 << self.first_log
     }
 
     pub(crate) fn is_pinned(&self) -> bool {
@@ -219,11 +205,35 @@ impl Record {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let size = match self.growth {
+        let size = match self.settings.growth {
             Growth::Relocate => self.size(),
             Growth::InPlace => self.bytes(),
         };
         Stats { size, highest: self.highest.max(size), ..self.counters() }
+    }
+}
+
+impl Record {
+    /// Counts a time that the stack did not move, and notes why.
+    pub(crate) fn note(&mut self, why: NotMoved) {
+        not_moved::count(why.reason);
+        self.not_moved = Some(why);
+    }
+}
+
+impl Base {
+    #[inline(always)]
+    pub(crate) fn record(&self) -> *mut Record {
+        self.owner.cast()
+    }
+}
+
+impl Running {
+    /// Its record, which is accessible. It lies in the window of the stack: when the stack moves, so does this pointer.
+    #[inline(always)]
+    pub(crate) fn record(self) -> *mut Record {
+        // SAFETY: the base of a running coroutine is accessible.
+        unsafe { (*self.base()).record() }
     }
 }
 
@@ -240,7 +250,7 @@ fn colour(end: usize, colours: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stack::class::PAGE;
+    use crate::size::PAGE;
 
     #[test]
     fn the_smallest_stack_has_its_two_kib_whatever_the_closure_and_colour() {

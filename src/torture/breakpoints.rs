@@ -30,8 +30,9 @@ use iced_x86::{
 };
 
 use super::functions::{Object, holding, loaded_objects, read};
-use crate::grow::{is_growth_point, probe_loop_end};
-use crate::stack::class::PAGE;
+use crate::grow::point::probe_loop_end;
+use crate::grow::relocate::is_growth_point;
+use crate::size::PAGE;
 
 /// One growth point.
 struct Patch {

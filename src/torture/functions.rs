@@ -6,7 +6,7 @@ use core::slice;
 
 use gimli::{BaseAddresses, CieOrFde, EhFrame, EhFrameHdr, NativeEndian, Pointer, UnwindSection};
 
-use crate::stack::class::PAGE;
+use crate::size::PAGE;
 
 /// An executable or a shared library.
 pub(super) struct Object {

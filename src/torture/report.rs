@@ -9,10 +9,12 @@ use iced_x86::{
     Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register,
 };
 
+use super::breakpoints;
 use super::functions::{holding, loaded_objects, read};
-use super::{Mode, breakpoints};
-use crate::grow::{Context, NAMES};
-use crate::stack::{Record, Slot};
+use super::mode::Mode;
+use crate::context::{Context, NAMES};
+use crate::stack::arena::Slot;
+use crate::stack::record::Record;
 use crate::stats::WordsByMap;
 use crate::switch::RED_ZONE;
 use crate::symbol;

@@ -2,27 +2,24 @@
 //!
 //! All of it is allocated before the first step; the handlers only fill in.
 
-use core::arch::asm;
 use core::cell::{Cell, UnsafeCell};
 use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::report::{self, Found, Hit, Report};
-use super::{Mode, breakpoints, leaf, trap};
+use super::mode::Mode;
+use super::report::{Found, Hit};
 use crate::coroutine::current_stats;
-use crate::stats::WordsByMap;
-use crate::switch::{self, Running};
+use crate::switch::Running;
 
 /// A stack does not return to a slot before this many moves.
 pub(super) const KEPT: usize = 256;
 
 /// What the handlers know of the torture on their thread.
 pub(super) struct Run {
-    mode: Mode,
-    random: u64,
-    limit: u64,
+    pub mode: Mode,
+    pub random: u64,
+    pub limit: u64,
     /// The coroutine that resumes the tortured one, if one does.
     pub outside: Option<Running>,
     pub leaves: &'static [Range<usize>],
@@ -36,7 +33,7 @@ pub(super) struct Run {
     pub words: u64,
     pub skipped: u64,
     pub refused: u64,
-    growths: u64,
+    pub growths: u64,
     pub hits: Hits,
 }
 
@@ -56,12 +53,8 @@ impl Run {
         self.steps >= self.limit
     }
 
-    fn by_steps(&self) -> bool {
+    pub(super) fn by_steps(&self) -> bool {
         !matches!(self.mode, Mode::Breakpoints | Mode::Overflows)
-    }
-
-    pub(super) fn by_smallest_steps(&self) -> bool {
-        self.mode == Mode::Overflows
     }
 }
 
@@ -84,7 +77,7 @@ impl Hits {
     const SIZE: usize = 1 << 16;
     const PROBES: usize = 16;
 
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { table: vec![Hit { pc: 0, moves: 0 }; Self::SIZE].into_boxed_slice(), lost: 0 }
     }
 
@@ -101,7 +94,7 @@ impl Hits {
         self.lost += 1;
     }
 
-    fn into_list(self) -> Vec<Hit> {
+    pub(super) fn into_list(self) -> Vec<Hit> {
         let mut list: Vec<_> = self.table.into_iter().filter(|hit| hit.pc != 0).collect();
         if self.lost != 0 {
             list.push(Hit { pc: 0, moves: self.lost });
@@ -114,43 +107,6 @@ impl Hits {
 thread_local! {
     /// The torture of this thread. Constant, without a destructor: readable in a handler.
     static CURRENT: Cell<*mut Run> = const { Cell::new(ptr::null_mut()) };
-}
-
-thread_local! {
-    /// How many things of the kind that moves would disturb are under way. As above.
-    static UNDISTURBED: Cell<u32> = const { Cell::new(0) };
-}
-
-thread_local! {
-    /// The words of all stacks that were moved on this thread since its torture began. As above.
-    static WORDS: Cell<WordsByMap> = const { Cell::new(WordsByMap::NONE) };
-}
-
-/// Counts the words of one move.
-pub(crate) fn count_words(words: &WordsByMap) {
-    let before = WORDS.get();
-    WORDS.set(WordsByMap {
-        pointers: before.pointers.wrapping_add(words.pointers),
-        elsewhere: before.elsewhere.wrapping_add(words.elsewhere),
-        data: before.data.wrapping_add(words.data),
-        ambiguous: before.ambiguous.wrapping_add(words.ambiguous),
-    });
-}
-
-/// No moves on this thread until the value is dropped.
-pub(crate) fn undisturbed() -> impl Drop {
-    struct Over;
-    impl Drop for Over {
-        fn drop(&mut self) {
-            UNDISTURBED.set(UNDISTURBED.get() - 1);
-        }
-    }
-    UNDISTURBED.set(UNDISTURBED.get() + 1);
-    Over
-}
-
-pub(super) fn may_disturb() -> bool {
-    UNDISTURBED.get() == 0
 }
 
 /// This thread's torture, null if there is none.
@@ -182,6 +138,20 @@ static FIRST: First = First {
     found: UnsafeCell::new(Found::NOTHING),
 };
 
+/// Forgets the finding of the run before.
+pub(super) fn forget() {
+    FIRST.complete.store(false, Ordering::Relaxed);
+    FIRST.claimed.store(false, Ordering::Release);
+}
+
+/// Makes this the torture of this thread, or none by a null.
+pub(super) fn set_current(run: *mut Run) {
+    // SAFETY: a plain system call.
+    let thread = if run.is_null() { 0 } else { unsafe { libc::gettid() } };
+    CURRENT.set(run);
+    THREAD.store(thread, Ordering::Release);
+}
+
 /// Records a finding if it is the first.
 pub(super) fn record(fill: impl FnOnce(&mut Found)) {
     if !FIRST.claimed.swap(true, Ordering::AcqRel) {
@@ -196,121 +166,9 @@ pub(super) fn recorded() -> Option<*mut Found> {
     FIRST.complete.load(Ordering::Acquire).then(|| FIRST.found.get())
 }
 
-/// Exclusive use of the one torture a process can run.
-pub(super) struct Turn {
-    run: *mut Run,
-    _lock: MutexGuard<'static, ()>,
-}
-
-/// Waits for its turn and prepares this thread.
-pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
-    static LOCK: Mutex<()> = Mutex::new(());
-    assert!(current().is_null(), "a tortured closure cannot run a torture of its own");
-    let lock = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Err(error) = trap::install() {
-        panic!("cannot torture: {error}");
-    }
-    report::prepare();
-    FIRST.complete.store(false, Ordering::Relaxed);
-    FIRST.claimed.store(false, Ordering::Release);
-    let run = Box::into_raw(Box::new(Run {
-        mode,
-        random: seed,
-        limit,
-        outside: None,
-        leaves: leaf::ranges(),
-        inside: false,
-        paused: false,
-        steps: 0,
-        moves: 0,
-        bytes: 0,
-        words: 0,
-        skipped: 0,
-        refused: 0,
-        growths: 0,
-        hits: Hits::new(),
-    }));
-    CURRENT.set(run);
-    WORDS.set(WordsByMap::NONE);
-    // SAFETY: a plain system call.
-    THREAD.store(unsafe { libc::gettid() }, Ordering::Release);
-    let turn = Turn { run, _lock: lock };
-    if mode == Mode::Breakpoints
-        && let Err(why) = trap::insert_breakpoints()
-    {
-        turn.end();
-        panic!("cannot torture: {why}");
-    }
-    turn
-}
-
-impl Turn {
-    /// Ends the torture and tells what it was like.
-    pub(super) fn end(self) -> Report {
-        set_trap_flag(false);
-        breakpoints::remove();
-        breakpoints::seal();
-        THREAD.store(0, Ordering::Release);
-        CURRENT.set(ptr::null_mut());
-        // SAFETY: made by `begin`; no handler on this thread uses it any more.
-        let run = unsafe { Box::from_raw(self.run) };
-        if run.paused {
-            trap::take_pending();
-        }
-        // SAFETY: complete, and this run's.
-        let found = recorded().map(|found| unsafe { &*found });
-        Report {
-            mode: run.mode,
-            steps: run.steps,
-            moves: run.moves,
-            growths: run.growths,
-            bytes_copied: run.bytes,
-            words_rewritten: run.words,
-            words_by_map: WORDS.get(),
-            skipped: run.skipped,
-            refused: run.refused,
-            hits: run.hits.into_list(),
-            findings: found.map(Found::resolve).into_iter().collect(),
-        }
-    }
-}
-
-/// Called by the tortured coroutine when it begins. What it returns counts the stack's growths when it is dropped.
-pub(super) fn enter() -> impl Drop {
-    struct Leave;
-    impl Drop for Leave {
-        fn drop(&mut self) {
-            count_growths();
-        }
-    }
-    Leave
-}
-
-/// Switches stepping on, before each resume. The handler switches it off when the coroutine has been left.
-pub(super) fn arm() {
-    // SAFETY: this thread's run; nothing is stepped through now.
-    let run = unsafe { &mut *current() };
-    run.inside = false;
-    run.outside = switch::running();
-    if run.by_steps() && !run.paused {
-        set_trap_flag(true);
-    }
-}
-
 /// Takes the growths of the running coroutine over into the report.
 pub(super) fn count_growths() {
     let growths = current_stats().map_or(0, |stats| stats.growths);
     // SAFETY: this thread's run; a handler in between writes other fields.
     unsafe { (*current()).growths = growths };
-}
-
-/// The processor traps after each instruction while the flag is set, from the one after the next on.
-fn set_trap_flag(on: bool) {
-    // SAFETY: changes a flag whose trap `trap::on_trap` handles.
-    unsafe {
-        match on {
-            true => asm!("pushfq", "or qword ptr [rsp], 0x100", "popfq"),
-            false => asm!("pushfq", "and qword ptr [rsp], -0x101", "popfq"),
-        }
-    }
 }

@@ -4,23 +4,33 @@
 //! context is changed into that of the resumer, as if the coroutine had suspended: its frames are left as they
 //! are, nothing is unwound, and its stack is never used again.
 //!
-//! The rules are those of src/grow/fault.rs: nothing here allocates, locks, prints, or panics.
+//! The rules are those of src/handler/mod.rs: nothing here allocates, locks, prints, or panics.
 
 use core::cell::UnsafeCell;
 use core::ffi::{c_int, c_void};
 use core::iter;
 use core::mem::MaybeUninit;
 use core::ptr;
+use core::sync::atomic::Ordering;
 use std::sync::OnceLock;
 
 use super::breakpoints;
 use super::functions::holding;
 use super::report::Kind;
 use super::run::{self, KEPT, Run};
+use crate::context::{Context, PLACE};
 use crate::error::Error;
-use crate::grow::{self, Context, chain_to, is_growth_point};
-use crate::stack::{self, Record, Slot, class::PAGE};
-use crate::stats::Growth;
+use crate::grow::growth::Done;
+use crate::grow::overflow::may_move;
+use crate::grow::point::{call_length, probe_loop_end};
+use crate::grow::relocate::{self, Fault, is_growth_point};
+use crate::handler::{self, chain_to};
+use crate::hooks;
+use crate::settings::Growth;
+use crate::size::PAGE;
+use crate::stack::arena::Slot;
+use crate::stack::record::Record;
+use crate::stack::release::give_back_old;
 use crate::switch::{self, RED_ZONE, Running};
 
 /// What was there before. Written once, before the handler can run.
@@ -35,7 +45,10 @@ pub(super) fn install() -> Result<(), Error> {
     static INSTALLED: OnceLock<()> = OnceLock::new();
     if INSTALLED.get().is_none() {
         // SAFETY: `on_trap` passes on what is not its own; only one torture is begun at a time.
-        unsafe { grow::take_over(libc::SIGTRAP, on_trap, PREVIOUS.0.get())? };
+        unsafe { handler::take_over(libc::SIGTRAP, on_trap, PREVIOUS.0.get())? };
+        static TABLE: hooks::Table =
+            hooks::Table { catches, put_instruction_back, put_breakpoint_back: breakpoints::put_back };
+        hooks::install(&TABLE);
         let _ = INSTALLED.set(());
     }
     Ok(())
@@ -87,7 +100,14 @@ unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mu
 
 /// Puts a breakpoint at each growth point, but for those in what the handlers call.
 pub(super) fn insert_breakpoints() -> Result<(), &'static str> {
-    breakpoints::insert(&[on_trap as *const () as usize, grow::ON_FAULT as *const () as usize])
+    // Calls through the table are not followed, so what is in it is named.
+    breakpoints::insert(&[
+        on_trap as *const () as usize,
+        handler::ON_FAULT as *const () as usize,
+        catches as *const () as usize,
+        put_instruction_back as *const () as usize,
+        breakpoints::put_back as *const () as usize,
+    ])
 }
 
 /// At a breakpoint, on whichever thread; false if it is none of ours.
@@ -160,7 +180,7 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: 
     let rip = context.rip();
     // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole. Only
     // bytes of the instruction are read, and of the one that follows a store.
-    let moved = unsafe { grow::move_here(context, running, slot, |at| breakpoints::code(rip + at)) };
+    let moved = unsafe { move_here(context, running, slot, |at| breakpoints::code(rip + at)) };
     let Some(moved) = moved else {
         run.refused += 1;
         return;
@@ -173,13 +193,48 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: 
     unsafe { after_move(run, context.rsp(), moved.record) };
 }
 
+/// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an
+/// instruction whose bytes are those that `byte` returns. `None` if it cannot be moved.
+///
+/// # Safety
+/// The coroutine that runs was interrupted, on its stack in `slot`; pointers into its stack are only in it and
+/// in registers.
+unsafe fn move_here(
+    context: &mut Context<'_>,
+    running: Running,
+    slot: Slot,
+    byte: impl Fn(usize) -> u8 + Copy,
+) -> Option<Done> {
+    let (rip, rsp) = (context.rip(), context.rsp());
+    let growth_point = is_growth_point(rip, byte);
+    let number = if growth_point { probe_loop_end(byte) } else { None };
+    let here = Fault {
+        running,
+        slot,
+        address: rsp,
+        lowest: rsp,
+        growth_point: true, // or as good as one
+        loop_end: number.map(|number| PLACE[number]),
+        call_length: call_length(byte),
+    };
+    // SAFETY: the running coroutine's record, as in `grow`; by the caller's word.
+    unsafe {
+        let record = Record::at(slot.end());
+        may_move(&*record, &here).ok()?;
+        let done = relocate::relocate(context, &here, (*record).size().next_power_of_two()).ok()?;
+        (*done.record).tidy = true;
+        Some(done)
+    }
+}
+
 /// The coroutine that runs, if its stack may move and is the one `rsp` is on.
 fn moving_stack(context: &Context<'_>) -> Option<(Running, Slot)> {
-    let running = switch::running().filter(|_| run::may_disturb())?;
+    let running = switch::running().filter(|_| hooks::may_disturb())?;
     let slot = Slot::containing(context.rsp())?;
     let record = running.record();
     // SAFETY: the record of the coroutine that runs is accessible.
-    let relocates = slot.end() == Record::end(record) && unsafe { (*record).growth } == Growth::Relocate;
+    let relocates =
+        slot.end() == Record::end(record) && unsafe { (*record).settings.growth } == Growth::Relocate;
     relocates.then_some((running, slot))
 }
 
@@ -194,7 +249,7 @@ fn in_probe_loop(context: &mut Context<'_>, slot: Slot) -> bool {
 unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
     if run.moves.is_multiple_of(KEPT as u64) {
         // SAFETY: by the caller's word.
-        unsafe { stack::give_back_oldest(record, KEPT) };
+        unsafe { give_back_oldest(record, KEPT) };
     }
     // SAFETY: by the caller's word.
     let open = Record::end(record) - unsafe { (*record).open };
@@ -202,6 +257,22 @@ unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
     let start = (used / PAGE * PAGE).max(open);
     // SAFETY: accessible bytes of the stack, below everything that is used.
     unsafe { ptr::write_bytes(start as *mut u8, super::report::POISON, used - start) };
+}
+
+/// Gives the slots back that a stack has left, all but the `keep` it left last.
+///
+/// # Safety
+/// `record` is the running coroutine's.
+unsafe fn give_back_oldest(record: *const Record, keep: usize) {
+    // SAFETY: by the caller's word only this thread uses the record.
+    let mut link = unsafe { (*record).old };
+    for _ in 1..keep {
+        let Some(slot) = Slot::from_link(link) else { return };
+        link = slot.meta().next.load(Ordering::Relaxed);
+    }
+    if let Some(last_kept) = Slot::from_link(link) {
+        give_back_old(last_kept.meta().next.swap(0, Ordering::Relaxed));
+    }
 }
 
 /// Does the system call that comes next itself, and stops stepping until it is undone, if it would block SIGTRAP.
@@ -269,19 +340,8 @@ pub(super) fn take_pending() {
     }
 }
 
-/// Whether a stack is to grow by the smallest step.
-pub(crate) fn smallest_steps() -> bool {
-    // SAFETY: as in `on_trap`.
-    unsafe { run::current().as_ref() }.is_some_and(Run::by_smallest_steps)
-}
-
-/// Whether the stacks of this thread are tortured.
-pub(crate) fn is_running() -> bool {
-    !run::current().is_null()
-}
-
 /// Whether a fault is a finding of the torture that runs, if one does. If so it has been dealt with.
-pub(crate) fn catches(address: usize, context: &mut Context<'_>) -> bool {
+fn catches(address: usize, context: &mut Context<'_>) -> bool {
     let thread = run::tortured_thread();
     if thread == 0 {
         return false;
@@ -328,19 +388,13 @@ fn poisoned(address: usize, context: &mut Context<'_>) -> Option<(Kind, Option<S
     found.then_some((Kind::Poison, None))
 }
 
-/// For a fault in an instruction that runs elsewhere since a breakpoint is in its place: puts it back there for as long
-/// as the fault is dealt with, since what is known about code is known by its place. It runs into the breakpoint again.
-pub(crate) fn instruction_in_its_place(context: &mut Context<'_>) -> Option<impl Drop + use<>> {
-    struct Breakpoint(usize);
-    impl Drop for Breakpoint {
-        fn drop(&mut self) {
-            breakpoints::put_back(self.0);
-        }
-    }
+/// Puts an instruction back, in which there was a fault, that runs elsewhere since a breakpoint is in its place. Returns where
+/// that is.
+fn put_instruction_back(context: &mut Context<'_>) -> Option<usize> {
     let (at, later) = breakpoints::original(context.rip())?;
     (!later && breakpoints::take_out(at)).then(|| {
         context.set_rip(at);
-        Breakpoint(at)
+        at
     })
 }
 

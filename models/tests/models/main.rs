@@ -2,19 +2,19 @@
 //! lets each load see every value that the memory order allows.
 //!
 //! The files with the protocols are those of the library. What they use of it is here: atomics and waiting ([`sync`]), and
-//! blocks of frozen stacks ([`freeze`]). Each model names the changes to these files that it was seen to fail after.
+//! blocks of frozen stacks ([`block`]). Each model names the changes to these files that it was seen to fail after.
 
-mod freeze;
+mod block;
 mod sync;
 
-#[path = "../../../src/grow/custody.rs"]
+#[path = "../../../src/stack/custody.rs"]
 mod custody;
 #[path = "../../../src/stack/free_list.rs"]
 #[expect(dead_code, reason = "no model needs all of it")]
 mod free_list;
 #[path = "../../../src/map/published.rs"]
 mod published;
-#[path = "../../../src/grow/touched.rs"]
+#[path = "../../../src/freeze/touched.rs"]
 #[expect(dead_code, reason = "no model needs all of it")]
 mod touched;
 

@@ -1,4 +1,4 @@
-//! Stacks frozen in place, touched and thawed: src/grow/custody.rs and src/grow/touched.rs.
+//! Stacks frozen in place, touched and thawed: src/stack/custody.rs and src/freeze/touched.rs.
 
 use std::cell::UnsafeCell as StdUnsafeCell;
 use std::convert::Infallible;
@@ -12,8 +12,8 @@ use loom::thread;
 
 use crate::check;
 
-use crate::custody::Custody;
-use crate::freeze::Frozen;
+use crate::block::Frozen;
+use crate::custody::{Block, Custody};
 use crate::touched::Touched;
 
 /// What is on the stack.
@@ -77,7 +77,7 @@ impl Model {
         self.custody.begin();
         *self.accessible.lock().unwrap() = false;
         self.write_stack(0);
-        self.custody.put(Some(self.block()));
+        self.custody.put(Some(self.block().cast()));
     }
 
     /// As `in_place::bring_back`.
@@ -89,9 +89,9 @@ impl Model {
 
     /// As `in_place::peek`, for whoever changes the block.
     fn peek(&self) {
-        if let Some(mut block) = self.custody.take() {
+        if let Some(block) = self.custody.take() {
             // SAFETY: the model keeps its block. loom sees who else uses it.
-            unsafe { block.as_mut() }.write();
+            unsafe { block.cast::<Frozen>().as_mut() }.write();
             self.custody.put(Some(block));
         }
     }
@@ -101,14 +101,15 @@ impl Model {
         let mut left = None;
         let Ok(()) = self.custody.thaw(|_| self.bring_back(), |block| left = Some(block));
         // SAFETY: the block was taken by this thread, which is its only user.
-        left.map(|block| unsafe { Frozen::free(block) }).is_some()
+        left.map(|block: NonNull<Block>| unsafe { Frozen::free(block.cast()) }).is_some()
     }
 
     /// As `in_place::serve`, in the fault handler.
     fn serve(&self) {
         if self.custody.is_frozen_or_busy() {
             // SAFETY: the block is this thread's; that the list lives is what is tried.
-            let Ok(()) = self.custody.thaw(|_| self.bring_back(), |block| unsafe { Touched::leave(block) });
+            let Ok(()) =
+                self.custody.thaw(|_| self.bring_back(), |block| unsafe { Touched::leave(block.cast()) });
         }
     }
 

@@ -15,7 +15,7 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::io;
 
 use crate::error::Error;
-use crate::thread;
+use crate::words::words;
 
 static CHANGING: AtomicUsize = AtomicUsize::new(0);
 static FORKING: AtomicUsize = AtomicUsize::new(0);
@@ -40,7 +40,7 @@ pub(super) fn prepare() -> Result<(), Error> {
 /// Does work during which a slot is `BUSY`; in the handler, too. Not within itself.
 pub(super) fn apart<R>(work: impl FnOnce() -> R) -> R {
     CHANGING.fetch_add(1, Ordering::SeqCst);
-    while FORKING.load(Ordering::SeqCst) != 0 && thread::words().forks.get() == 0 {
+    while FORKING.load(Ordering::SeqCst) != 0 && words().forks.get() == 0 {
         CHANGING.fetch_sub(1, Ordering::SeqCst);
         while FORKING.load(Ordering::SeqCst) != 0 {
             wait();
@@ -54,7 +54,7 @@ pub(super) fn apart<R>(work: impl FnOnce() -> R) -> R {
 
 /// What else is to be done before and after a fork may touch frozen stacks: this thread must not wait for itself.
 extern "C" fn before() {
-    thread::words().forks.set(1);
+    words().forks.set(1);
     FORKING.fetch_add(1, Ordering::SeqCst);
     while CHANGING.load(Ordering::SeqCst) != 0 {
         wait();
@@ -63,14 +63,14 @@ extern "C" fn before() {
 
 extern "C" fn in_parent() {
     FORKING.fetch_sub(1, Ordering::SeqCst);
-    thread::words().forks.set(0);
+    words().forks.set(0);
 }
 
 /// Other threads that were forking, or waiting for that, are not in the child.
 extern "C" fn in_child() {
     FORKING.store(0, Ordering::SeqCst);
     CHANGING.store(0, Ordering::SeqCst);
-    thread::words().forks.set(0);
+    words().forks.set(0);
 }
 
 fn wait() {

@@ -137,6 +137,11 @@ impl Class {
         MIN_SIZE << (self.index() % SIZES)
     }
 
+    /// Bytes below the slot's end that are accessible of a stack that has the slot's size, no slack opened.
+    pub(crate) const fn first_open(self) -> usize {
+        open_bytes(self.size())
+    }
+
     /// The most a stack in this slot can open, in bytes below the slot's end.
     pub(crate) const fn window(self) -> usize {
         let open = open_bytes(self.size());

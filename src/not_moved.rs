@@ -2,10 +2,8 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::error::Error;
 use crate::map;
-use crate::stack::Record;
-use crate::stats::Growth;
-use crate::switch;
 use crate::symbol;
 
 /// Why a stack whose growth is [`Growth::Relocate`](crate::Growth::Relocate) stayed where it was: it grew in place, did not
@@ -108,6 +106,34 @@ impl NotMoved {
     }
 }
 
+impl NotMoved {
+    /// Because of the frame that has this program counter.
+    pub(crate) const fn at(reason: Reason, frame: usize) -> Self {
+        Self { reason, frame }
+    }
+}
+
+/// As [`NotMoved`], from where it arises to whoever notes or reports it.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub why: NotMoved,
+    /// The kernel's answer, with [`Reason::NoMemory`].
+    pub error: Option<Error>,
+}
+
+impl Refusal {
+    /// The kernel gave no memory for a move that the frame at `frame` asked for.
+    pub(crate) fn no_memory(error: Error, frame: usize) -> Self {
+        Self { why: NotMoved::at(Reason::NoMemory, frame), error: Some(error) }
+    }
+}
+
+impl From<NotMoved> for Refusal {
+    fn from(why: NotMoved) -> Self {
+        Self { why, error: None }
+    }
+}
+
 static COUNTS: [AtomicU64; REASONS.len()] = [const { AtomicU64::new(0) }; REASONS.len()];
 
 /// How often stacks of this process that may move did not, by reason: to grow, to shrink, or to be frozen. Cheap enough to
@@ -135,35 +161,12 @@ pub(crate) fn record_unknown_code() {
 
 /// True if the code that kept a stack in place was unknown, and more is known since now: then it may be tried again.
 /// Not for the handler.
-pub(super) fn knows_more(reason: Reason) -> bool {
+pub(crate) fn knows_more(reason: Reason) -> bool {
     reason == Reason::NoMap && !map::record_loaded_objects().added.is_empty()
 }
 
-/// Counts a time that the stack of this record did not move, and notes why.
-///
-/// # Safety
-/// `record` is that of a coroutine of this thread, and accessible.
-pub(super) unsafe fn note(record: *mut Record, why: NotMoved) {
-    count(why.reason);
-    // SAFETY: by the caller's word.
-    unsafe { (*record).not_moved = Some(why) };
-}
-
-/// Notes that a stack that may move cannot, because its coroutine has suspended at `sp`, on another stack.
-///
-/// # Safety
-/// `record` is that of such a coroutine, of this thread.
-pub(crate) unsafe fn refuse_elsewhere(record: *mut Record, sp: usize) {
-    // SAFETY: the record of a suspended coroutine is accessible, and so is what its suspend has left below `sp`.
-    unsafe {
-        if (*record).growth == Growth::Relocate {
-            note(record, NotMoved { reason: Reason::OnAnotherStack, frame: switch::registers_of(sp).pc() });
-        }
-    }
-}
-
 /// Counts one.
-pub(super) fn count(reason: Reason) {
+pub(crate) fn count(reason: Reason) {
     if reason == Reason::NoMap {
         UNKNOWN_CODE.store(true, Ordering::Relaxed);
     }

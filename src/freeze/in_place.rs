@@ -8,7 +8,7 @@
 //! there is nobody who could make one:
 //!
 //! ```text
-//!             meta.frozen    pages                (src/grow/custody.rs)
+//!             meta.frozen    pages                (src/stack/custody.rs)
 //!  suspended  0              accessible
 //!             BUSY           accessible       freeze: bytes read          thaw: bytes written
 //!             BUSY           │ memory given   │                           ▲
@@ -35,7 +35,7 @@
 //! each; so do all where guards cannot be installed without access (before Linux 6.15, or with guards by page protection).
 //!
 //! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
-//! are blocked, it has room on its stack, and no process is forked in between (src/grow/forks.rs). The handler does not free blocks: it hangs them on a list.
+//! are blocked, it has room on its stack, and no process is forked in between (src/freeze/forks.rs). The handler does not free blocks: it hangs them on a list.
 
 use core::ffi::c_int;
 use core::mem::MaybeUninit;
@@ -43,17 +43,20 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::alone::{alone, look_for_flag};
+use super::block::{Frozen, SAVED};
 use super::forks;
-use super::freeze::{Frozen, SAVED};
 use super::touched::{TOUCHED, Told, Touched};
 use crate::error::Error;
 use crate::report;
-use crate::stack::class::PAGE;
+use crate::size::PAGE;
+use crate::stack::arena::Slot;
+use crate::stack::custody::Block;
+use crate::stack::guard;
 use crate::stack::own_memory::OwnMemory;
 use crate::stack::pages::resident;
-use crate::stack::{Record, Slot, guard};
+use crate::stack::record::Record;
 use crate::switch::{self, Base, Handle};
-use crate::thread;
+use crate::words::words;
 
 /// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.
 const FEW: usize = 1000;
@@ -69,7 +72,7 @@ static CHANGES: AtomicUsize = AtomicUsize::new(0);
 ///
 /// # Safety
 /// The handle is that of such a coroutine, not marked; the list in `told` lives as long as it is frozen.
-pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
+pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
     TOUCHED.free();
     look_for_flag();
     forks::prepare()?;
@@ -88,7 +91,7 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
         let words = (handle.base as usize + size_of::<Base>() - lowest) / size_of::<usize>();
         let mut block = Frozen::allocate(words)?;
         block.write(Frozen::of(record, words));
-        block.as_mut().tell(told);
+        block.as_mut().tell(told.list.cast(), told.entry);
 
         let meta = slot.meta();
         meta.open_pages.store(pages as u32, Ordering::Relaxed);
@@ -96,7 +99,7 @@ pub(super) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
             meta.frozen.begin();
             CHANGES.fetch_add(1, Ordering::SeqCst);
             let outcome = put_away(slot, lowest, block);
-            meta.frozen.put(outcome.is_ok().then_some(block));
+            meta.frozen.put(outcome.is_ok().then_some(block.cast()));
             outcome
         });
         if let Err(error) = outcome {
@@ -118,7 +121,7 @@ fn resident_below(bottom: usize, start: usize) -> usize {
 }
 
 /// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.
-pub(super) fn thaw(handle: &mut Handle) -> Result<(), Error> {
+pub(crate) fn thaw(handle: &mut Handle) -> Result<(), Error> {
     if let Some(slot) = Slot::containing(handle.base as usize) {
         let mut left = None;
         undisturbed(|| thaw_slot(slot, |block| left = Some(block)))?;
@@ -132,25 +135,20 @@ pub(super) fn thaw(handle: &mut Handle) -> Result<(), Error> {
     Ok(())
 }
 
-/// True if the stack with this base is frozen in place. Waits while it is being thawed.
-pub(super) fn is_frozen(base: *const Base) -> bool {
-    Slot::containing(base as usize).is_some_and(|slot| slot.meta().frozen.is_frozen())
-}
-
 /// Lets `look` see the block of the stack with this base, if it is frozen.
-pub(super) fn peek<R>(base: *const Base, look: impl FnOnce(&mut Frozen) -> R) -> Option<R> {
+pub(crate) fn peek<R>(base: *const Base, look: impl FnOnce(&mut Frozen) -> R) -> Option<R> {
     let slot = Slot::containing(base as usize)?;
     undisturbed(|| {
-        let mut block = slot.meta().frozen.take()?;
+        let mut block: NonNull<Frozen> = slot.meta().frozen.take()?.cast();
         // SAFETY: whoever has taken the block has it alone.
         let seen = look(unsafe { block.as_mut() });
-        slot.meta().frozen.put(Some(block));
+        slot.meta().frozen.put(Some(block.cast()));
         Some(seen)
     })
 }
 
 /// In the handler: true if the fault was at a frozen stack, which is thawed now.
-pub(super) fn serve(slot: Slot, address: usize) -> bool {
+pub(crate) fn serve(slot: Slot, address: usize) -> bool {
     if !slot.meta().frozen.is_frozen_or_busy() || !was_open(slot, address) {
         return false;
     }
@@ -175,11 +173,11 @@ fn open_bytes(slot: Slot) -> usize {
 
 /// In the handler, of a fault that nothing explains: true if a stack was frozen or thawed since this thread last asked about
 /// the address. Then the instruction may just have come too early, and is to be tried again.
-pub(super) fn came_too_early(slot: Slot, address: usize) -> bool {
+pub(crate) fn came_too_early(slot: Slot, address: usize) -> bool {
     let changes = CHANGES.load(Ordering::SeqCst);
     changes != 0
         && was_open(slot, address)
-        && thread::words().missed.replace([address, changes]) != [address, changes]
+        && words().missed.replace([address, changes]) != [address, changes]
 }
 
 /// Does something during which a slot is `BUSY`, outside the handler. Signals are blocked: a handler of the program's that
@@ -214,12 +212,12 @@ fn make_room() {
 /// Thaws a stack. `leave` gets its block, which is no longer needed, before anyone sees that the stack is thawed: from
 /// then on the owner of the list that the block names may be gone. After an error it is still frozen.
 fn thaw_slot(slot: Slot, leave: impl FnOnce(NonNull<Frozen>)) -> Result<(), Error> {
-    let bring_back = |block| {
+    let bring_back = |block: NonNull<Block>| {
         CHANGES.fetch_add(1, Ordering::SeqCst);
         // SAFETY: whoever has taken the block has block and stack alone.
-        unsafe { bring_back(slot, block) }
+        unsafe { bring_back(slot, block.cast()) }
     };
-    slot.meta().frozen.thaw(bring_back, leave)
+    slot.meta().frozen.thaw(bring_back, |block| leave(block.cast()))
 }
 
 /// Copies a stack from `lowest` on into its block, gives its pages back and guards them. After an error nothing has changed.

@@ -18,14 +18,14 @@ use core::ptr;
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::arena::Slot;
-use super::class::{CLASSES, Class, PAGE};
 use super::guard;
 use super::pages::{Pages, resident};
 use super::record::{Record, SCOUT};
+use super::scouts;
 use crate::error::Error;
 use crate::signals;
-use crate::site;
-use crate::thread;
+use crate::size::{CLASSES, Class, PAGE};
+use crate::words::words;
 
 /// Bytes of memory in stacks that a thread keeps for reuse.
 const BUDGET: usize = 8 << 20;
@@ -37,7 +37,7 @@ const KEPT: usize = 8 * PAGE;
 const OFTEN: u32 = 8;
 const SELDOM: u32 = 128;
 
-pub(crate) struct Cache {
+pub(crate) struct Stock {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
@@ -49,10 +49,10 @@ pub(crate) struct Cache {
 }
 
 thread_local! {
-    // Without a destructor and constant. The handler has its address from `thread::words`.
+    // Without a destructor and constant. The handler has its address from `words`.
     // `thread` gives the slots back when the thread ends.
-    static CACHE: Cache = const {
-        Cache {
+    static STOCK: Stock = const {
+        Stock {
             first: [const { Cell::new(core::ptr::null_mut()) }; CLASSES],
             bytes: Cell::new(0),
             busy: Cell::new(false),
@@ -63,7 +63,7 @@ thread_local! {
     };
 }
 
-impl Cache {
+impl Stock {
     #[inline(always)]
     fn pop(&self, class: Class) -> Option<*mut Record> {
         let first = &self.first[class.index()];
@@ -71,8 +71,8 @@ impl Cache {
         compiler_fence(Ordering::SeqCst);
         let record = first.get();
         if !record.is_null() {
-            // SAFETY: cached slots are accessible and belong to this thread.
-            let (next, counted) = unsafe { ((*record).next_cached, (*record).counted) };
+            // SAFETY: slots in the stock are accessible and belong to this thread.
+            let (next, counted) = unsafe { ((*record).next_in_stock, (*record).counted) };
             first.set(next);
             self.bytes.set(self.bytes.get() - counted);
         }
@@ -90,7 +90,7 @@ impl Cache {
         compiler_fence(Ordering::SeqCst);
         // SAFETY: the record is accessible and nobody else's, as its slot is.
         unsafe {
-            (*record).next_cached = first.get();
+            (*record).next_in_stock = first.get();
             (*record).counted = counted;
         }
         first.set(record);
@@ -138,21 +138,26 @@ impl Cache {
     }
 }
 
+/// Readies a thread for coroutines: its signal stack, and the fault handler.
+pub(crate) type Prepare = fn() -> Result<(), Error>;
+
 /// A slot of `class` with at least `open` accessible bytes. Its record's `open` and `class` are
 /// right, everything else in it is left over from its last owner.
+///
+/// Where the stock has none, `prepare` readies the thread first.
 #[inline(always)]
-pub(crate) fn take(class: Class, open: usize) -> Result<*mut Record, Error> {
-    match CACHE.with(|cache| cache.pop(class)) {
+pub(crate) fn take(class: Class, open: usize, prepare: Prepare) -> Result<*mut Record, Error> {
+    match STOCK.with(|stock| stock.pop(class)) {
         // SAFETY: a slot just taken is ours, its record accessible.
         Some(record) if unsafe { (*record).open } == open => Ok(record),
-        other => take_slowly(class, open, other, guard::leave_mappings),
+        other => take_slowly(class, open, other, prepare, guard::leave_mappings),
     }
 }
 
 /// As [`take`], for a stack that there was before: it is not refused in order to leave mappings to others.
-pub(crate) fn take_again(class: Class, open: usize) -> Result<*mut Record, Error> {
-    let cached = CACHE.with(|cache| cache.pop(class));
-    take_slowly(class, open, cached, || Ok(()))
+pub(crate) fn take_again(class: Class, open: usize, prepare: Prepare) -> Result<*mut Record, Error> {
+    let cached = STOCK.with(|stock| stock.pop(class));
+    take_slowly(class, open, cached, prepare, || Ok(()))
 }
 
 #[cold]
@@ -161,6 +166,7 @@ fn take_slowly(
     class: Class,
     open: usize,
     cached: Option<*mut Record>,
+    prepare: Prepare,
     may_be_made: fn() -> Result<(), Error>,
 ) -> Result<*mut Record, Error> {
     if let Some(record) = cached {
@@ -175,7 +181,7 @@ fn take_slowly(
             }
         };
     }
-    thread::prepare()?;
+    prepare()?;
     if class.is_moving() {
         signals::keep_off_moving_stacks();
     }
@@ -186,7 +192,7 @@ fn take_slowly(
     unsafe {
         (*record).open = now_open;
         (*record).class = class;
-        let scout = !class.is_moving() && site::is_scouts_turn();
+        let scout = !class.is_moving() && scouts::is_ones_turn();
         (*record).counted = if scout { SCOUT } else { 0 };
         if now_open > open {
             resize(record, open).inspect_err(|_| slot.give(now_open))?;
@@ -199,8 +205,8 @@ fn take_slowly(
 /// used before, and not given back.
 pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize, bool), Error> {
     // SAFETY: null, or where this thread's stock is, which lasts as long as the thread.
-    let cache = unsafe { thread::words().stock.get().as_ref() }.filter(|cache| !cache.busy.get());
-    let cached = cache.and_then(|cache| cache.pop(class));
+    let stock = unsafe { words().stock.get().cast::<Stock>().as_ref() }.filter(|stock| !stock.busy.get());
+    let cached = stock.and_then(|stock| stock.pop(class));
     match cached.and_then(|record| Record::slot(record).map(|slot| (slot, record))) {
         // SAFETY: a slot just taken is ours, its record accessible.
         Some((slot, record)) => Ok((slot, unsafe { (*record).open }, true)),
@@ -235,14 +241,14 @@ pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Erro
 pub(crate) unsafe fn put(record: *mut Record) {
     // SAFETY: the slot is accessible, so its record is.
     let (class, open) = unsafe { ((*record).class, (*record).open) };
-    CACHE.with(|cache| {
+    STOCK.with(|stock| {
         let budget = if class.is_moving() { BUDGET } else { BUDGET / 2 };
-        if cache.bytes.get() + open <= budget {
+        if stock.bytes.get() + open <= budget {
             // SAFETY: the slot is the caller's, and accessible.
-            unsafe { cache.push(record, class, open) }
+            unsafe { stock.push(record, class, open) }
         } else {
             // SAFETY: nothing in the slot is needed, and it is the caller's.
-            unsafe { put_by_weight(cache, record, class) }
+            unsafe { put_by_weight(stock, record, class) }
         }
     });
 }
@@ -253,13 +259,13 @@ pub(crate) unsafe fn put(record: *mut Record) {
 /// As for [`put`].
 #[cold]
 #[inline(never)]
-unsafe fn put_by_weight(cache: &Cache, record: *mut Record, class: Class) {
+unsafe fn put_by_weight(stock: &Stock, record: *mut Record, class: Class) {
     // SAFETY: nothing in the slot is needed, and it is the caller's.
     unsafe {
         if !class.is_moving() {
-            let weight = cache.weight(record);
-            if cache.bytes.get() + weight <= BUDGET {
-                return cache.push(record, class, weight);
+            let weight = stock.weight(record);
+            if stock.bytes.get() + weight <= BUDGET {
+                return stock.push(record, class, weight);
             }
         }
         give_back(record);
@@ -281,25 +287,25 @@ unsafe fn give_back(record: *mut Record) {
 }
 
 /// Where this thread's stock is.
-pub(crate) fn of_this_thread() -> *const Cache {
-    CACHE.with(ptr::from_ref)
+pub(crate) fn of_this_thread() -> *const Stock {
+    STOCK.with(ptr::from_ref)
 }
 
 /// Bytes of memory in this thread's stock, as they are counted.
 pub(crate) fn bytes() -> usize {
-    CACHE.with(|cache| cache.bytes.get())
+    STOCK.with(|stock| stock.bytes.get())
 }
 
 /// Shows the slots of this thread's stock to `each`, which returns false to see no more of their class.
 pub(crate) fn visit(mut each: impl FnMut(Slot) -> bool) {
-    CACHE.with(|cache| {
-        for first in &cache.first {
+    STOCK.with(|stock| {
+        for first in &stock.first {
             let mut record = first.get();
             while let Some(slot) = Record::slot(record)
                 && each(slot)
             {
-                // SAFETY: cached slots are accessible and belong to this thread.
-                record = unsafe { (*record).next_cached };
+                // SAFETY: slots in the stock are accessible and belong to this thread.
+                record = unsafe { (*record).next_in_stock };
             }
         }
     });
@@ -307,9 +313,9 @@ pub(crate) fn visit(mut each: impl FnMut(Slot) -> bool) {
 
 /// Gives all slots of this thread's stock back.
 pub(crate) fn flush() {
-    CACHE.with(|cache| {
+    STOCK.with(|stock| {
         for index in 0..CLASSES {
-            while let Some(record) = cache.pop(Class::from_index(index)) {
+            while let Some(record) = stock.pop(Class::from_index(index)) {
                 // SAFETY: a slot just taken off the stock is ours.
                 unsafe { give_back(record) }
             }

@@ -13,7 +13,6 @@
 
 use core::ptr::NonNull;
 
-use super::freeze::Frozen;
 use crate::sync::{AtomicUsize, Ordering, let_others_run};
 
 /// The word: 0 if the stack is not frozen, [`BUSY`], or the address of its block.
@@ -21,36 +20,40 @@ use crate::sync::{AtomicUsize, Ordering, let_others_run};
 #[repr(transparent)]
 pub(crate) struct Custody(AtomicUsize);
 
+/// A block, of which only the address is known here (src/freeze/block.rs).
+#[derive(Debug)]
+pub(crate) enum Block {}
+
 /// The stack is being frozen or thawed, or somebody looks at its block.
 const BUSY: usize = 1;
 
 impl Custody {
     /// The stack, which is not frozen, is going to be. The caller has it alone from here on, until it calls [`put`](Self::put).
-    pub(super) fn begin(&self) {
+    pub(crate) fn begin(&self) {
         self.0.store(BUSY, Ordering::SeqCst);
     }
 
     /// Whoever made it `BUSY` says that the stack is frozen in this block, or not frozen.
-    pub(super) fn put(&self, block: Option<NonNull<Frozen>>) {
+    pub(crate) fn put(&self, block: Option<NonNull<Block>>) {
         self.0.store(block.map_or(0, |block| block.as_ptr() as usize), Ordering::Release);
     }
 
     /// True if the stack is frozen, or that just changes. Does not wait.
-    pub(super) fn is_frozen_or_busy(&self) -> bool {
+    pub(crate) fn is_frozen_or_busy(&self) -> bool {
         self.0.load(Ordering::Acquire) != 0
     }
 
     /// True if the stack is frozen. Waits while that changes: its block may be on the list already, and whoever found it
     /// there is to see that it is frozen no longer.
-    pub(super) fn is_frozen(&self) -> bool {
+    pub(crate) fn is_frozen(&self) -> bool {
         self.settled() != 0
     }
 
     /// Takes the block of a frozen stack: the word is `BUSY` until [`put`](Self::put). `None` if the stack is not frozen.
-    pub(super) fn take(&self) -> Option<NonNull<Frozen>> {
+    pub(crate) fn take(&self) -> Option<NonNull<Block>> {
         loop {
             let seen = self.settled();
-            let block = NonNull::new(seen as *mut Frozen)?;
+            let block = NonNull::new(seen as *mut Block)?;
             if self.0.compare_exchange(seen, BUSY, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
                 return Some(block);
             }
@@ -59,10 +62,10 @@ impl Custody {
 
     /// Thaws the stack by `bring_back`, if it is frozen. `leave` gets its block, which is no longer needed, before anyone
     /// sees that the stack is thawed. After an error it is still frozen.
-    pub(super) fn thaw<E>(
+    pub(crate) fn thaw<E>(
         &self,
-        bring_back: impl FnOnce(NonNull<Frozen>) -> Result<(), E>,
-        leave: impl FnOnce(NonNull<Frozen>),
+        bring_back: impl FnOnce(NonNull<Block>) -> Result<(), E>,
+        leave: impl FnOnce(NonNull<Block>),
     ) -> Result<(), E> {
         let Some(block) = self.take() else { return Ok(()) };
         let outcome = bring_back(block);

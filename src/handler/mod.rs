@@ -7,16 +7,18 @@
 //!             │ yes
 //!           an old slot? ── yes ─► stale pointer: report, abort
 //!             │ no
-//!           a frozen stack? ─ yes ─► thaw it (src/grow/in_place.rs), return
+//!           a frozen stack? ─ yes ─► thaw it (src/freeze/in_place.rs), return
 //!             │ no
 //!           the running coroutine's guard, near rsp? ── no ──────────► the previous handler
 //!             │ yes
-//!           grow (src/grow/mod.rs) ── no room ─► overflow: report, abort
+//!           grow (src/grow/overflow.rs) ── no room ─► overflow: report, abort
 //!             │
 //!           return: the instruction runs again and never knows
 //! ```
 //!
 //! Nothing here allocates, locks, prints through std, panics or touches a lazily made thread-local.
+
+mod lost;
 
 use core::arch::naked_asm;
 use core::cell::UnsafeCell;
@@ -25,12 +27,17 @@ use core::mem::{MaybeUninit, offset_of};
 use core::ptr;
 use std::io;
 
-use super::context::{Context, PLACE};
-use super::point::{Point, call_length, growth_point, probe_loop_end};
-use super::{Fault, grow, in_place, lost, relocate};
+use crate::context::{Context, PLACE};
 use crate::error::Error;
+use crate::freeze::in_place;
+use crate::grow::overflow::grow;
+use crate::grow::point::{call_length, probe_loop_end};
+use crate::grow::relocate::{Fault, is_growth_point};
+use crate::hooks;
 use crate::report;
-use crate::stack::{Record, Slot, class::MAX_SIZE};
+use crate::size::MAX_SIZE;
+use crate::stack::arena::Slot;
+use crate::stack::record::Record;
 use crate::switch::{self, RED_ZONE};
 
 /// The signals of faults, which the handler is for.
@@ -39,14 +46,14 @@ pub(crate) const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 /// The handlers that were there before ours. Written once, before the first coroutine exists.
 struct Previous([UnsafeCell<MaybeUninit<libc::sigaction>>; SIGNALS.len()]);
 
-// SAFETY: each is written once, by `install_handler` with its mutex locked, before the handler of that signal is there to
+// SAFETY: each is written once, by `install` with its mutex locked, before the handler of that signal is there to
 // read it; read-only afterwards.
 unsafe impl Sync for Previous {}
 
 static PREVIOUS: Previous = Previous([const { UnsafeCell::new(MaybeUninit::uninit()) }; SIGNALS.len()]);
 
 /// Installs the handler; called once a process.
-pub(crate) fn install_handler() -> Result<(), Error> {
+pub(crate) fn install() -> Result<(), Error> {
     /// For how many of the signals it is: after an error the rest is left for the next call.
     static INSTALLED: std::sync::Mutex<usize> = std::sync::Mutex::new(0);
     let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -148,11 +155,10 @@ unsafe extern "C" fn serve_signal(signal: c_int, info: *mut libc::siginfo_t, raw
     let (code, address, mut context) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     keeping_errno(|| {
-        #[cfg(feature = "torture")]
-        let _in_place = crate::torture::instruction_in_its_place(&mut context);
+        let _in_place = hooks::instruction_in_its_place(&mut context);
         // A code of 0 or less: sent by a process, not by the processor.
         code > 0
-            && (caught(address, &mut context)
+            && (hooks::catches(address, &mut context)
                 || is_kernels_own(signal, code, address) && lost::send_again(&context)
                 || serve(address, context))
     })
@@ -183,17 +189,6 @@ fn keeping_errno<R>(f: impl FnOnce() -> R) -> R {
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     result
-}
-
-/// True if this fault is what somebody tortures a closure for.
-fn caught(address: usize, context: &mut Context<'_>) -> bool {
-    #[cfg(feature = "torture")]
-    return crate::torture::catches(address, context);
-    #[cfg(not(feature = "torture"))]
-    return {
-        let _ = (address, context);
-        false
-    };
 }
 
 /// Grows or thaws the stack that was touched; false if the fault is not ours.
@@ -264,31 +259,14 @@ fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
     let loop_end = if growth_point { probe_loop_end(byte).map(|number| PLACE[number]) } else { None };
     // What the code is about to use: for a large frame its lower end, which saves growing page by page.
     let lowest = match loop_end.map(|place| context.general()[place]) {
-        Some(end) if end < address && address - end <= MAX_SIZE && !smallest_steps() => end,
+        Some(end) if end < address && address - end <= MAX_SIZE && !hooks::smallest_steps() => end,
         _ => address,
     };
-    // SAFETY: the conditions of `grow` were checked above, one by one.
+    // SAFETY: it is a fault of the running coroutine, at the guard of its own stack: checked above.
     unsafe {
         grow(&mut context, &Fault { running, slot, address, lowest, growth_point, loop_end, call_length })
     };
     true
-}
-
-/// Whether the instruction at `pc`, whose bytes are those that `byte` returns, is a growth point.
-pub(crate) fn is_growth_point(pc: usize, byte: impl Fn(usize) -> u8) -> bool {
-    match growth_point(byte) {
-        Point::Yes => true,
-        Point::IfFramePointer => relocate::has_frame_pointer(pc),
-        Point::No => false,
-    }
-}
-
-/// True if a stack is to be made no larger than this one fault asks for.
-fn smallest_steps() -> bool {
-    #[cfg(feature = "torture")]
-    return crate::torture::smallest_steps();
-    #[cfg(not(feature = "torture"))]
-    return false;
 }
 
 /// Does what would have happened without us.
@@ -297,7 +275,7 @@ fn smallest_steps() -> bool {
 /// The arguments are those of the handler.
 unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
     let index = usize::from(signal != SIGNALS[0]);
-    // SAFETY: written by `install_handler` before this handler could run; by the caller's word.
+    // SAFETY: written by `install` before this handler could run; by the caller's word.
     unsafe { chain_to((*PREVIOUS.0[index].get()).assume_init_ref(), signal, info, raw) }
 }
 

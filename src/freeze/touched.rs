@@ -9,7 +9,7 @@
 
 use core::ptr::{self, NonNull};
 
-use super::freeze::Frozen;
+use super::block::Frozen;
 use crate::sync::{AtomicPtr, Ordering};
 
 /// A list of such blocks.
@@ -17,7 +17,7 @@ use crate::sync::{AtomicPtr, Ordering};
 pub(crate) struct Touched(AtomicPtr<Frozen>);
 
 /// The list of those that belong to nobody.
-pub(super) static TOUCHED: Touched = Touched::new();
+pub(crate) static TOUCHED: Touched = Touched::new();
 
 /// Whom the handler tells that it has thawed a stack: a list, and which of the list's owner's it is.
 ///
@@ -41,10 +41,10 @@ impl Touched {
     ///
     /// # Safety
     /// The block is the caller's, and that list lives.
-    pub(super) unsafe fn leave(mut block: NonNull<Frozen>) {
+    pub(crate) unsafe fn leave(mut block: NonNull<Frozen>) {
         // SAFETY: by the caller's word. The block is this thread's until it is on the list.
         unsafe {
-            let list = &(*block.as_ref().told()).0;
+            let list = &(*block.as_ref().told().cast::<Self>()).0;
             let mut head = list.load(Ordering::Relaxed);
             loop {
                 block.as_mut().link_to(head);
@@ -57,7 +57,7 @@ impl Touched {
     }
 
     /// Frees the blocks on the list.
-    pub(super) fn free(&self) {
+    pub(crate) fn free(&self) {
         drop(self.take());
     }
 

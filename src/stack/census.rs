@@ -3,14 +3,14 @@
 //! ```text
 //!  arena   | slot | slot | slot | ...                     | fresh, never used ... |
 //!            │      │      └ on neither list: has a stack, or is one that its stack has left (OLD)
-//!            │      └ in this thread's stock (src/stack/cache.rs)
+//!            │      └ in this thread's stock (src/stack/stock.rs)
 //!            └ on the free list of its class
 //! ```
 
 use core::sync::atomic::Ordering;
 
-use super::{ARENAS, CLAIMED, FREE, MAX_ARENAS, Slot};
-use crate::stack::cache;
+use super::arena::{self, Slot};
+use super::stock;
 
 /// How many slots are used for what; see [`slots`].
 #[doc(hidden)]
@@ -42,8 +42,7 @@ pub struct Slots {
 pub fn slots() -> Slots {
     let mut census = Census::new();
     let mut slots = Slots::default();
-    for list in &FREE {
-        let mut link = list.newest();
+    for mut link in arena::newest_free() {
         while let Some(slot) = Slot::from_link(link) {
             if !census.meet(slot) {
                 slots.twice += 1;
@@ -53,7 +52,7 @@ pub fn slots() -> Slots {
             link = slot.meta().next.load(Ordering::Acquire);
         }
     }
-    cache::visit(|slot| {
+    stock::visit(|slot| {
         let first_time = census.meet(slot);
         *(if first_time { &mut slots.cached } else { &mut slots.twice }) += 1;
         first_time
@@ -69,17 +68,13 @@ struct Census(Vec<Vec<bool>>);
 
 impl Census {
     fn new() -> Self {
-        let claimed = CLAIMED.load(Ordering::Acquire).min(MAX_ARENAS);
-        let used = |arena: &super::Arena| match arena.end.load(Ordering::Acquire) {
-            0 => 0,
-            _ => arena.fresh.load(Ordering::Acquire) as usize,
-        };
-        Self(ARENAS.iter().take(claimed).map(|arena| vec![false; used(arena)]).collect())
+        Self(arena::used().map(|slots| vec![false; slots]).collect())
     }
 
     /// True the first time. A slot that came into use just now counts as met.
     fn meet(&mut self, slot: Slot) -> bool {
-        let met = self.0.get_mut(slot.arena as usize).and_then(|arena| arena.get_mut(slot.index as usize));
+        let (arena, index) = slot.numbers();
+        let met = self.0.get_mut(arena).and_then(|arena| arena.get_mut(index));
         met.is_none_or(|met| !core::mem::replace(met, true))
     }
 
@@ -87,7 +82,7 @@ impl Census {
         let arenas = self.0.iter().enumerate();
         let all = arenas.flat_map(|(arena, slots)| {
             let unmet = slots.iter().enumerate().filter(|(_, met)| !**met);
-            unmet.map(move |(index, _)| Slot { arena: arena as u32, index: index as u32 })
+            unmet.map(move |(index, _)| Slot::of(arena, index))
         });
         all.filter(|slot| !slot.is_left_out())
     }

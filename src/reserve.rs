@@ -1,11 +1,12 @@
 //! Growing on request: without a fault, for a fraction of its price.
 
-use super::relocate::{self, Failure};
-use super::{Done, NotMoved, Reason, finish, now, open_to, reason, slack_first};
 use crate::error::Error;
-use crate::stack::Record;
-use crate::stack::class::{self, PAGE};
-use crate::stats::Growth;
+use crate::grow::growth::{self, Begun};
+use crate::grow::relocate;
+use crate::not_moved::{NotMoved, Reason};
+use crate::settings::Growth;
+use crate::size::{self, PAGE};
+use crate::stack::record::Record;
 use crate::switch::{self, Handle, RED_ZONE, Running};
 use crate::thread;
 
@@ -46,8 +47,9 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     let above = Record::bytes_above(record, here);
     let need = above.saturating_add(bytes).saturating_add(RED_ZONE);
     // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
-    let (open, size, maximum, growth) =
-        unsafe { ((*record).open, (*record).size(), (*record).maximum, (*record).growth) };
+    let (open, size, maximum, growth) = unsafe {
+        ((*record).open, (*record).size(), (*record).settings.maximum(), (*record).settings.growth)
+    };
     // SAFETY: as above.
     let on_another_stack = !unsafe { Record::holds(record, here) };
     if need <= open || on_another_stack {
@@ -58,11 +60,11 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
         return Err(room);
     }
     // SAFETY: as above.
-    if let Some(open) = slack_first(unsafe { &*record }, need) {
+    if let Some(open) = growth::slack_first(unsafe { &*record }, need) {
         // SAFETY: the bytes are within the window, and what is below those that are open is not used.
         return unsafe { open_now(record, open) };
     }
-    let Some(size) = class::grown(size, need, maximum) else { return Err(room) };
+    let Some(size) = size::grown(size, need, maximum) else { return Err(room) };
     if let Some(stack) = thread::signal_stack_end() {
         // SAFETY: nothing else runs on the signal stack as long as no signal is handled, and one that comes meanwhile is
         // handled further down on it. The function moves this stack as that of a suspended coroutine is moved.
@@ -74,7 +76,7 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     let slack = need.next_multiple_of(PAGE);
     if need <= open {
         Ok(())
-    } else if slack <= class.window() && class::size_of_open(slack) <= maximum {
+    } else if slack <= class.window() && size::size_of_open(slack) <= maximum {
         // SAFETY: just checked.
         unsafe { open_now(record, slack) }
     } else {
@@ -85,12 +87,10 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// `record` is the running coroutine's; `open` bytes are within its slot's window, and nothing below them is needed.
 unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
-    let start = now();
-    // SAFETY: by the caller's word.
+    // SAFETY: the record of the running coroutine is accessible, and its slot has so many bytes.
     unsafe {
-        let from = (*record).size();
-        let done = open_to(record, open)?;
-        finish(done, from, start);
+        let begun = Begun::now(&*record);
+        begun.finish(growth::open(record, open)?);
     }
     Ok(())
 }
@@ -98,31 +98,28 @@ unsafe fn open_now(record: *mut Record, open: usize) -> Result<(), Error> {
 /// On another stack: moves the stack of the running coroutine, which `rsp` was on, to a slot of `size` bytes if
 /// it may; returns what `rsp` is now.
 unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
-    let start = now();
     let Some(running) = switch::running() else { return rsp };
     let mut handle = Handle { sp: rsp, base: running.base() };
     let record = running.record();
-    // SAFETY: the coroutine has put itself into the state of a suspended one, with such a handle. Who asked for
+    // SAFETY: the coroutine has put itself into the state of a suspended one, with such a handle. Whoever asked for
     // `Growth::Relocate` made the promise about pointers.
     unsafe {
-        let from = (*record).size();
+        let begun = Begun::now(&*record);
         let outcome = if (*record).is_pinned() {
-            Err(Failure::Frame(Reason::Pinned, reserve as *const () as usize))
+            Err(NotMoved::at(Reason::Pinned, reserve as *const () as usize).into())
         } else {
             relocate::relocate_suspended(&mut handle, size)
         };
-        let (reason, frame) = match outcome {
+        match outcome {
             Ok(moved) => {
                 running.set_base(handle.base);
-                let words = moved.words.rewritten;
-                let done = Done { record: moved.record, growth: Growth::Relocate, bytes: moved.bytes, words };
-                finish(done, from, start);
-                return handle.sp;
+                begun.finish(moved.done());
+                handle.sp
             }
-            Err(Failure::Frame(reason, frame)) => (reason, frame),
-            Err(Failure::Kernel(_)) => (Reason::NoMemory, reserve as *const () as usize),
-        };
-        reason::note(record, NotMoved { reason, frame });
-        rsp
+            Err(refusal) => {
+                (*record).note(refusal.why);
+                rsp
+            }
+        }
     }
 }

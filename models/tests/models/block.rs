@@ -1,4 +1,4 @@
-//! What src/grow/freeze.rs is for the library: blocks, of which loom watches who uses them.
+//! What src/freeze/block.rs is for the library: blocks, of which loom watches who uses them.
 
 use std::cell::Cell;
 use std::ptr::{self, NonNull};
@@ -31,8 +31,8 @@ impl Frozen {
         self.link_to(ptr::null_mut());
     }
 
-    pub(crate) unsafe fn told(&self) -> *const Touched {
-        self.told
+    pub(crate) unsafe fn told(&self) -> *const () {
+        self.told.cast()
     }
 
     pub(crate) fn entry(&self) -> u32 {

@@ -13,9 +13,9 @@
 
 use core::ptr::NonNull;
 
-use super::Frozen;
-use super::in_place;
-use crate::stack::{Record, Slot};
+use super::block::Frozen;
+use crate::stack::arena::Slot;
+use crate::stack::record::Record;
 use crate::switch::{self, Base, Handle, Running};
 
 /// Where a coroutine is.
@@ -49,7 +49,7 @@ impl State {
             if handle.base.is_null() {
                 return NonNull::new(sp as *mut Frozen).map_or(Self::Ended, Self::FrozenElsewhere);
             }
-            if in_place::is_frozen(handle.base) {
+            if is_frozen_in_place(handle.base) {
                 return Self::FrozenHere;
             }
         }
@@ -65,6 +65,11 @@ impl State {
     pub(crate) fn is_frozen(self) -> bool {
         matches!(self, Self::FrozenElsewhere(_) | Self::FrozenHere)
     }
+}
+
+/// True if the stack with this base is frozen in place. Waits while it is being thawed.
+fn is_frozen_in_place(base: *const Base) -> bool {
+    Slot::containing(base as usize).is_some_and(|slot| slot.meta().frozen.is_frozen())
 }
 
 /// The coroutine of this thread that runs, or waits for one that it has resumed, and had this base when it was resumed.

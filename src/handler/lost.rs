@@ -9,10 +9,11 @@
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use super::context::Context;
+use crate::context::Context;
 use crate::report;
 use crate::signals;
-use crate::stack::{Record, Slot};
+use crate::stack::arena::Slot;
+use crate::stack::record::Record;
 use crate::switch::{self, RED_ZONE};
 
 /// The number of a page fault: the kernel's own signals leave it, and no page fault is without an address.

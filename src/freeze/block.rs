@@ -1,0 +1,269 @@
+//! The block of a frozen stack: its used bytes, and what of its record is not as in a new one.
+//!
+//! ```text
+//!      slot                                  block
+//!   end   ┌────────────┐
+//!         │ record     │ ── what differs ──► ┌────────────┐
+//!         │ ...        │    from a new one   │ Frozen     │
+//!  base   ├────────────┤                     ├────────────┤
+//!         │ frames     │ ──────────────────► │ words      │
+//!    sp   │ saved regs │                     └────────────┘
+//!         └────────────┘
+//! ```
+
+use core::mem::MaybeUninit;
+use core::ptr::{self, NonNull};
+use std::alloc::{Layout, alloc, dealloc};
+
+use crate::error::Error;
+use crate::not_moved::NotMoved;
+use crate::settings::{Growth, Settings};
+use crate::site::Site;
+use crate::size::{PAGE, size_of_open};
+use crate::stack::arena::Slot;
+use crate::stack::record::Record;
+use crate::stack::watch::Watch;
+use crate::stats::Stats;
+use crate::switch::Base;
+
+/// What a suspend saves below its stack pointer (src/switch.rs).
+pub(crate) const SAVED: usize = 24;
+pub(crate) const WORD: usize = size_of::<usize>();
+
+/// The head of a block, before its words.
+#[repr(C, align(16))]
+pub(crate) struct Frozen {
+    /// The bytes of the record, if there is more to it than the following. To be moved out, not dropped.
+    record: Option<Box<MaybeUninit<Record>>>,
+    /// In place only; with the entry: whom to tell when the stack is touched.
+    chain: Chain,
+    site: Option<&'static Site>,
+    /// Words that follow: from what the suspend saved to the first word of the base.
+    words: u32,
+    entry: u32,
+    /// In place only: the most pages that were seen to have memory.
+    highest: u32,
+    base_offset: u16,
+    settings: Settings,
+    /// In place only: its pages are without access, not guarded.
+    pub(crate) forbidden: bool,
+}
+
+const _: () = assert!(size_of::<Frozen>() == 48);
+
+/// What links a block to others.
+#[derive(Clone, Copy)]
+union Chain {
+    /// While the stack is frozen: the list to which its block goes when it is touched.
+    told: *const (),
+    /// On the list: the next block.
+    next: *mut Frozen,
+}
+
+impl Frozen {
+    fn layout(words: usize) -> Option<Layout> {
+        Layout::from_size_align(size_of::<Self>() + words * WORD, align_of::<Self>()).ok()
+    }
+
+    /// Bytes of the block.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Self>() + self.words as usize * WORD
+    }
+
+    /// The bytes of a slot from the stack pointer's side of these words up.
+    pub(crate) fn used(&self) -> usize {
+        self.words() * WORD + usize::from(self.base_offset)
+    }
+
+    /// Bytes from the base to the end of the slot.
+    pub(crate) fn base_offset(&self) -> usize {
+        usize::from(self.base_offset)
+    }
+
+    /// Words of the stack that are in the block.
+    pub(crate) fn words(&self) -> usize {
+        self.words as usize
+    }
+
+    /// Says whom to tell when the stack, frozen in place, is touched.
+    ///
+    /// `list` is the address of a list (src/freeze/touched.rs), `entry` which of its owner's the stack is.
+    pub(crate) fn tell(&mut self, list: *const (), entry: u32) {
+        self.chain = Chain { told: list };
+        self.entry = entry;
+    }
+
+    /// The list that was told.
+    ///
+    /// # Safety
+    /// The block is of a stack that is frozen in place, and not on a list.
+    pub(crate) unsafe fn told(&self) -> *const () {
+        // SAFETY: by the caller's word `tell` was the last to write it.
+        unsafe { self.chain.told }
+    }
+
+    /// Which of its owner's the stack is.
+    pub(crate) fn entry(&self) -> u32 {
+        self.entry
+    }
+
+    /// Links the block to the next one on a list.
+    pub(crate) fn link_to(&mut self, next: *mut Self) {
+        self.chain = Chain { next };
+    }
+
+    /// The next block on the list.
+    ///
+    /// # Safety
+    /// The block is on a list, or taken off with the whole of it.
+    pub(crate) unsafe fn next(&self) -> *mut Self {
+        // SAFETY: by the caller's word `link_to` was the last to write it.
+        unsafe { self.chain.next }
+    }
+
+    /// The record, if it is kept as a whole.
+    fn record(&self) -> Option<&Record> {
+        // SAFETY: the bytes of a record, which nobody moves out before the block is gone.
+        self.record.as_ref().map(|record| unsafe { record.assume_init_ref() })
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.record()?.name.as_deref()
+    }
+
+    pub(crate) fn not_moved(&self) -> Option<NotMoved> {
+        self.record()?.not_moved
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let used = self.used();
+        let size = match self.settings.growth {
+            Growth::InPlace => used.next_multiple_of(PAGE),
+            Growth::Relocate => size_of_open(used.next_multiple_of(PAGE)).next_power_of_two(),
+        };
+        let (counters, highest) = match self.record() {
+            Some(record) => (record.counters(), record.highest),
+            None => (Stats::NONE, self.first_highest()),
+        };
+        Stats { size, highest: highest.max(size), ..counters }
+    }
+
+    /// The most bytes that a stack ever had about which there is no more to say.
+    fn first_highest(&self) -> usize {
+        match self.settings.growth {
+            Growth::InPlace => self.highest as usize * PAGE,
+            Growth::Relocate => self.settings.first_size(),
+        }
+    }
+
+    /// # Safety
+    /// A block that [`freeze`] made.
+    pub(crate) unsafe fn words_of(block: NonNull<Self>) -> *mut usize {
+        // SAFETY: the words follow the head.
+        unsafe { block.as_ptr().add(1).cast() }
+    }
+}
+
+impl Frozen {
+    /// A block for so many words, not initialised.
+    pub(crate) fn allocate(words: usize) -> Result<NonNull<Self>, Error> {
+        let layout = Self::layout(words);
+        // SAFETY: the layout is not empty.
+        let block = layout.and_then(|layout| NonNull::new(unsafe { alloc(layout) }.cast()));
+        block.ok_or_else(|| Error::Memory {
+            doing: "freezing a coroutine",
+            bytes: layout.map_or(words, |layout| layout.size()),
+            source: std::io::Error::from_raw_os_error(libc::ENOMEM),
+        })
+    }
+
+    /// # Safety
+    /// A block from [`allocate`](Self::allocate) for so many words, not used afterwards.
+    pub(crate) unsafe fn deallocate(block: NonNull<Self>, words: usize) {
+        if let Some(layout) = Self::layout(words) {
+            // SAFETY: by the caller's word.
+            unsafe { dealloc(block.as_ptr().cast(), layout) };
+        }
+    }
+
+    /// # Safety
+    /// A block whose head is initialised, not used afterwards, and whose record has been moved out or is still in its slot.
+    pub(crate) unsafe fn free(block: NonNull<Self>) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            let words = block.as_ref().words as usize;
+            ptr::drop_in_place(block.as_ptr());
+            Self::deallocate(block, words);
+        }
+    }
+
+    /// The head of the block of a coroutine that takes so many words.
+    ///
+    /// # Safety
+    /// `record` is that of a suspended coroutine.
+    pub(crate) unsafe fn of(record: *mut Record, words: usize) -> Self {
+        // SAFETY: by the caller's word. A copied record is moved back, or forgotten.
+        unsafe {
+            // What a scout's pages would tell is lost.
+            (*record).scout = false;
+            let more = (*record).tidy
+                || (*record).open != (*record).class.first_open()
+                || (*record).shrinks != 0
+                || (*record).not_moved.is_some();
+            Self {
+                record: more.then(|| Box::new(record.cast::<MaybeUninit<Record>>().read())),
+                chain: Chain { next: ptr::null_mut() },
+                site: (*record).site,
+                words: words as u32,
+                entry: 0,
+                highest: ((*record).highest / PAGE) as u32,
+                base_offset: (*record).base_offset,
+                settings: (*record).settings,
+                forbidden: false,
+            }
+        }
+    }
+
+    /// Writes what the record of the stack was that was frozen in place; returns where its words belong, and how many bytes
+    /// they are.
+    ///
+    /// # Safety
+    /// `record` is writable; what is there needs no drop. The slot is the one of that stack.
+    pub(crate) unsafe fn place_in_place(&self, slot: Slot, record: *mut Record) -> (usize, usize) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            self.restore_record(record, 0);
+            if self.record.is_none() {
+                let open = slot.class().window();
+                (*record).open = open;
+                (*record).class = slot.class();
+            }
+        }
+        let bytes = self.words as usize * WORD;
+        (slot.end() - usize::from(self.base_offset) + size_of::<Base>() - bytes, bytes)
+    }
+
+    /// Writes the record that was kept, or one in which nothing has happened yet.
+    ///
+    /// # Safety
+    /// `record` is writable, what is there needs no drop, and a kept record is restored once.
+    pub(crate) unsafe fn restore_record(&self, record: *mut Record, size: usize) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            if let Some(kept) = &self.record {
+                return record.cast::<MaybeUninit<Record>>().copy_from_nonoverlapping(&raw const **kept, 1);
+            }
+            Record::clear(record);
+            (*record).settings = self.settings;
+            (*record).site = self.site;
+            (*record).watch = Watch::new(self.settings.shrink);
+            (*record).base_offset = self.base_offset;
+            (*record).highest =
+                if self.settings.growth == Growth::InPlace { self.first_highest() } else { size };
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Freezing: the used bytes of a suspended coroutine go into a [`block`] of just their size, its memory to others.
+//!
+//! A stack that moves gives its slot away ([`moving`]). One that grows in place keeps slot and address, and whoever touches it
+//! thaws it ([`in_place`]): whose block that is, is decided in src/stack/custody.rs, and who is told of it in [`touched`].
+
+mod alone;
+pub(crate) mod block;
+mod forks;
+pub(crate) mod in_place;
+mod moving;
+pub(crate) mod state;
+pub(crate) mod touched;
+
+use block::Frozen;
+use state::State;
+use touched::Told;
+
+use crate::error::Error;
+use crate::settings::Growth;
+use crate::stack::stock::Prepare;
+use crate::switch::{self, Handle};
+
+/// Lets `look` see the block of the coroutine, if it is frozen. One that is frozen in place may have thawed meanwhile.
+pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
+    match State::of(handle) {
+        // SAFETY: a block without a slot is the coroutine's as long as the handle says so.
+        State::FrozenElsewhere(block) => Some(look(unsafe { block.as_ref() })),
+        State::FrozenHere => in_place::peek(handle.base, |frozen| look(frozen)),
+        _ => None,
+    }
+}
+
+/// Says whom to tell when the stack is touched, if it is frozen in place.
+///
+/// # Safety
+/// The list lives as long as it is frozen.
+pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
+    if let State::FrozenHere = State::of(handle) {
+        in_place::peek(handle.base, |frozen| frozen.tell(told.list.cast(), told.entry));
+    }
+}
+
+/// Puts a suspended coroutine into a block, and gives its slot or its pages back. `false` if it must stay as it is: it
+/// never ran, is pinned, or a frame cannot be moved.
+///
+/// # Safety
+/// The handle is that of a coroutine suspended on its own stack, not marked; the list in `told` lives as long as it is frozen.
+pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Error> {
+    // SAFETY: it is suspended on its own stack, so its base and record are accessible, and it stays so.
+    unsafe {
+        let record = (*handle.base).record();
+        match (*record).settings.growth {
+            _ if switch::is_fresh(handle.sp) => Ok(false),
+            Growth::Relocate => moving::freeze(handle),
+            Growth::InPlace if (*record).is_pinned() => Ok(false),
+            Growth::InPlace => in_place::freeze(handle, told),
+        }
+    }
+}
+
+/// Brings a frozen coroutine back onto a stack. After an error it is still frozen.
+///
+/// # Safety
+/// The handle is that of a frozen coroutine; if in place, it may have thawed without the handle knowing.
+pub(crate) unsafe fn thaw(handle: &mut Handle, prepare: Prepare) -> Result<(), Error> {
+    match State::of(handle) {
+        // SAFETY: the handle says that the coroutine is frozen in this block.
+        State::FrozenElsewhere(block) => unsafe { moving::thaw(handle, block, prepare) },
+        _ => in_place::thaw(handle),
+    }
+}

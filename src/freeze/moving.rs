@@ -1,0 +1,140 @@
+//! Freezing a stack that moves: its slot is given to others.
+//!
+//! Its frames are walked and judged once, when it is frozen: words that point into the stack are moved to [`NOWHERE`], a
+//! stretch of addresses that no processor has. So thawing, into whatever slot is free, is a scan for these.
+//!
+//! A stale pointer into a frozen stack cannot be caught: its slot is somebody else's. That is the price of giving it away.
+
+use core::ptr::{self, NonNull};
+use core::slice;
+use core::sync::atomic::Ordering;
+
+use super::block::{Frozen, SAVED, WORD};
+use crate::error::Error;
+use crate::grow::obey::{self, Copied};
+use crate::grow::relocate::suspended_registers;
+use crate::grow::rewrite::Window;
+use crate::grow::shrink;
+use crate::map;
+use crate::not_moved::{self, NotMoved, Reason};
+use crate::size::{Class, open_bytes};
+use crate::stack::arena::Slot;
+use crate::stack::free_list::Link;
+use crate::stack::guard;
+use crate::stack::record::Record;
+use crate::stack::stock::{self, Prepare};
+use crate::switch::{self, Base, Handle};
+
+/// One past the window that pointers into frozen stacks are moved to: not canonical, so no address is in it.
+const NOWHERE: usize = 0x5245_4752_0000_0000;
+
+/// Puts a suspended coroutine into a block, and gives its slot to others. `false` if it must stay as it is: it is pinned, or a
+/// frame cannot be moved.
+///
+/// # Safety
+/// The handle is that of a coroutine that moves, has run, and is suspended on its own stack; it is not marked.
+pub(crate) unsafe fn freeze(handle: &mut Handle) -> Result<bool, Error> {
+    // SAFETY: the caller says that it is suspended on its own stack: its record, and its words from what the suspend saved
+    // up to its base, are accessible and change no more until it is resumed.
+    unsafe {
+        let record = (*handle.base).record();
+        if (*record).is_pinned() {
+            (*record).note(NotMoved::at(Reason::Pinned, switch::registers_of(handle.sp).pc()));
+            return Ok(false);
+        }
+        let count = (handle.base as usize - (handle.sp - SAVED)) / WORD + 1;
+        let block = Frozen::allocate(count)?;
+        let judged = match copy_to_nowhere(handle, block, count) {
+            Err(why) if not_moved::knows_more(why.reason) => copy_to_nowhere(handle, block, count),
+            judged => judged,
+        };
+        if let Err(why) = judged {
+            Frozen::deallocate(block, count);
+            (*record).note(why);
+            return Ok(false);
+        }
+        block.write(Frozen::of(record, count));
+        // Whoever follows an old slot to where its stack is finds that it is nowhere.
+        point_old_slots(record, 0);
+        if (*record).open > (*record).class.first_open() {
+            let _ = stock::resize(record, (*record).class.first_open()); // if that fails the slot is merely larger
+        }
+        stock::put(record);
+        guard::owe();
+        handle.sp = block.as_ptr() as usize | switch::FROZEN;
+        handle.base = ptr::null_mut();
+        Ok(true)
+    }
+}
+
+/// Copies a stack into the words of a block, where what points into it points to [`NOWHERE`]. After an error the words are no good.
+///
+/// # Safety
+/// The handle is that of a coroutine suspended on its own stack, which moves; the block has room for its `count` words.
+unsafe fn copy_to_nowhere(handle: &Handle, block: NonNull<Frozen>, count: usize) -> Result<(), NotMoved> {
+    let lowest = handle.sp - SAVED;
+    // SAFETY: the stack is suspended, so its words, from those that the suspend saved up to the first of the base, are
+    // accessible and do not change; those of the block are nobody else's yet.
+    unsafe {
+        let record = (*handle.base).record();
+        let words = Frozen::words_of(block);
+        ptr::copy_nonoverlapping(lowest as *const usize, words, count);
+        let (start, parked) = suspended_registers(handle.sp);
+        let copied = Copied {
+            lowest,
+            old: slice::from_raw_parts(lowest as *const usize, count),
+            new: slice::from_raw_parts_mut(words, count),
+            window: Window::new(lowest..Record::end(record), NOWHERE),
+            parked,
+        };
+        obey::rewrite(&map::process().read(), &start, (*record).settings.maps, copied).map(drop)
+    }
+}
+
+/// Brings a coroutine back from its block onto a stack. After an error it is still frozen.
+///
+/// # Safety
+/// The handle is that of a coroutine that is frozen in this block, which [`freeze`] made.
+pub(crate) unsafe fn thaw(
+    handle: &mut Handle,
+    block: NonNull<Frozen>,
+    prepare: Prepare,
+) -> Result<(), Error> {
+    // SAFETY: the block is the coroutine's, and nobody else's.
+    let (frozen, words) = unsafe { (block.as_ref(), Frozen::words_of(block)) };
+    let (settings, count, used) = (frozen.settings(), frozen.words(), frozen.used());
+    let size = shrink::fitting(used + used / 2, settings.first_size()).min(settings.maximum());
+    let record = stock::take_again(Class::moving(size), open_bytes(size), prepare)?;
+    guard::paid();
+    let end = Record::end(record);
+    let base = end - frozen.base_offset();
+    let lowest = base + WORD - count * WORD;
+    // SAFETY: the slot was taken for so many bytes, and nothing is in it. What was left in its record needs no drop.
+    unsafe {
+        ptr::copy_nonoverlapping(words, lowest as *mut usize, count);
+        let window = Window::new(NOWHERE - (end - lowest)..NOWHERE, end);
+        window.rewrite(slice::from_raw_parts_mut(lowest as *mut usize, count));
+
+        let (open, class) = ((*record).open, (*record).class);
+        frozen.restore_record(record, size);
+        (*record).open = open;
+        (*record).class = class;
+        let base = base as *mut Base;
+        switch::restore_base(base, record.cast());
+        point_old_slots(record, Record::slot(record).map_or(0, Slot::link));
+        *handle = Handle { sp: lowest + SAVED, base };
+        Frozen::free(block);
+    }
+    Ok(())
+}
+
+/// Says where the stack is that has left its old slots; 0: nowhere.
+///
+/// # Safety
+/// `record` is a suspended coroutine's.
+unsafe fn point_old_slots(record: *const Record, to: Link) {
+    // SAFETY: by the caller's word.
+    if let Some(newest) = Slot::from_link(unsafe { (*record).old }) {
+        newest.meta().moved_to.store(to, Ordering::Release);
+    }
+}

@@ -1,0 +1,82 @@
+//! What all growths have in common, by fault or on request: opening pages, and counting.
+
+use crate::error::Error;
+use crate::settings::{Growth, Shrink};
+use crate::size;
+use crate::stack::record::Record;
+use crate::stack::stock;
+use crate::stats::{self, LastGrowth};
+use crate::switch;
+
+/// A growth that is under way.
+pub(crate) struct Begun {
+    /// The stack's size before, in bytes.
+    from: usize,
+    /// By the clock of [`now`].
+    at: u64,
+}
+
+/// What a growth did, and where the record is now.
+pub(crate) struct Done {
+    pub record: *mut Record,
+    pub growth: Growth,
+    pub bytes: usize,
+    pub words: usize,
+}
+
+impl Begun {
+    /// The stack of this record is to become larger.
+    pub(crate) fn now(record: &Record) -> Self {
+        Self { from: record.size(), at: now() }
+    }
+
+    /// It has: counts it, in its record and for the process.
+    pub(crate) fn finish(self, done: Done) {
+        let Done { record, growth, bytes, words } = done;
+        // SAFETY: where the record of the running coroutine is now, accessible and this thread's.
+        let record = unsafe { &mut *record };
+        let nanoseconds = now().wrapping_sub(self.at);
+        let last = LastGrowth { from: self.from, to: record.size(), bytes, words, nanoseconds };
+        record.tidy = true;
+        record.growths += 1;
+        record.bytes_copied += bytes as u64;
+        record.words_rewritten += words as u64;
+        record.highest = record.highest.max(last.to);
+        record.last = last;
+        record.watch.start_over(record.settings.shrink, record.shrinks != 0);
+        if record.settings.shrink != Shrink::Off
+            && let Some(running) = switch::running()
+        {
+            running.watch();
+        }
+        stats::count(growth, &last);
+    }
+}
+
+/// How many bytes to open of a stack that is not to move before its slack is used up; `None` if the slack does not hold what is
+/// needed.
+pub(crate) fn slack_first(record: &Record, need: usize) -> Option<usize> {
+    let (size, maximum) = (record.size(), record.settings.maximum());
+    let in_window = |size| Some(size::open_bytes(size)).filter(|&open| open <= record.class.window());
+    let sizes = [size::grown_in_slack(size, need, maximum), size::grown(size, need, maximum)];
+    sizes.into_iter().flatten().find_map(in_window).filter(|_| record.settings.slack_first)
+}
+
+/// Makes `open` bytes of the running coroutine's slot accessible: its slack, in place of a move.
+///
+/// # Safety
+/// `record` is the running coroutine's; `open` bytes are within its slot's window, more than are open, and nothing below them
+/// is needed.
+pub(crate) unsafe fn open(record: *mut Record, open: usize) -> Result<Done, Error> {
+    // SAFETY: the running coroutine's own slot. On its own stack this may have faulted, and made it larger already.
+    unsafe { stock::resize(record, open.max((*record).open))? };
+    Ok(Done { record, growth: Growth::InPlace, bytes: 0, words: 0 })
+}
+
+/// Nanoseconds of a clock that only runs forward; read without a system call.
+fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    (time.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec as u64)
+}

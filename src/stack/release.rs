@@ -1,0 +1,51 @@
+//! The end of a coroutine's stack: what it held goes back.
+
+use core::sync::atomic::Ordering;
+
+use super::arena::{OLD, Slot};
+use super::free_list::Link;
+use super::record::Record;
+use super::{scouts, stock};
+
+/// Takes back everything a coroutine held that has ended: its slot, and those its stack has left.
+///
+/// # Safety
+/// The coroutine of `record` has ended and nothing on its stack is needed any more.
+#[inline(always)]
+pub(crate) unsafe fn release(record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if (*record).tidy {
+            tidy(record);
+        }
+        stock::put(record);
+    }
+}
+
+/// # Safety
+/// As for [`release`].
+#[cold]
+#[inline(never)]
+unsafe fn tidy(record: *mut Record) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        drop((*record).name.take());
+        scouts::learn(record);
+        drop((*record).pins.take());
+        give_back_old(core::mem::take(&mut (*record).old));
+        // What was opened below the first size of a stack that moves is closed again: its memory goes back and the
+        // next owner starts with what it asked for. If closing fails the slot is merely larger.
+        if (*record).open > (*record).class.first_open() {
+            let _ = stock::resize(record, (*record).class.first_open());
+        }
+    }
+}
+
+/// Puts the slots of a list of old slots on the free lists. The first of the list is the last to be used again.
+pub(crate) fn give_back_old(mut link: Link) {
+    while let Some(slot) = Slot::from_link(link) {
+        link = slot.meta().next.load(Ordering::Relaxed);
+        slot.meta().flags.fetch_and(!OLD, Ordering::Release);
+        slot.give(0);
+    }
+}
