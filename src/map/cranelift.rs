@@ -113,7 +113,7 @@ use super::frame_map::{Cfa, FrameMap, Place, Register, Rules, Source, Verdict};
 use super::process;
 use super::stack_maps::Registration;
 
-/// Chooses the settings that code on growing stacks is best compiled with.
+/// Chooses the best settings for code that runs on growing stacks.
 ///
 /// | setting | value | why |
 /// | --- | --- | --- |
@@ -192,7 +192,7 @@ pub enum Error {
     Read(gimli::Error),
     /// A rule that Cranelift is not known to make, or a frame of 64 MiB or more.
     Rule,
-    /// They could not be registered.
+    /// The maps could not be registered.
     Refused(error::Error),
 }
 
