@@ -113,6 +113,27 @@ use super::frame_map::{Cfa, FrameMap, Place, Register, Rules, Source, Verdict};
 use super::process;
 use super::stack_maps::Registration;
 
+/// Hidden lines of examples: `isa`, made with the settings of [`configure`], and `function`, which returns at once.
+macro_rules! an_empty_function {
+    () => {
+        r#"# use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
+# use cranelift_codegen::{Context, isa, settings};
+# use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+# let mut flags = settings::builder();
+# cranelift::configure(&mut flags)?;
+# let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
+# let signature = Signature::new(isa::CallConv::SystemV);
+# let mut function = Function::with_name_signature(UserFuncName::default(), signature);
+# let mut contexts = FunctionBuilderContext::new();
+# let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
+# let block = builder.create_block();
+# builder.switch_to_block(block);
+# builder.seal_block(block);
+# builder.ins().return_(&[]);
+# builder.finalize(isa.frontend_config());"#
+    };
+}
+
 /// Chooses the best settings for code that runs on growing stacks.
 ///
 /// | setting | value | why |
@@ -151,22 +172,8 @@ pub fn configure(flags: &mut impl Configurable) -> SetResult<()> {
 /// Why there are no [`maps`].
 ///
 /// ```
-/// # use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
-/// # use cranelift_codegen::{Context, isa, settings};
-/// # use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+#[doc = an_empty_function!()]
 /// use regrow::map::{self, Verdict, cranelift};
-/// # let mut flags = settings::builder();
-/// # cranelift::configure(&mut flags)?;
-/// # let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
-/// # let signature = Signature::new(isa::CallConv::SystemV);
-/// # let mut function = Function::with_name_signature(UserFuncName::default(), signature);
-/// # let mut contexts = FunctionBuilderContext::new();
-/// # let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
-/// # let block = builder.create_block();
-/// # builder.switch_to_block(block);
-/// # builder.seal_block(block);
-/// # builder.ins().return_(&[]);
-/// # builder.finalize(isa.frontend_config());
 /// # let mut context = Context::for_function(function);
 /// # let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
 /// # let address = 0x7200_0000;
@@ -253,22 +260,8 @@ impl core::error::Error for Error {
 /// As [`maps`]; [`Error::Refused`] if the code at `address` has maps already.
 ///
 /// ```
-/// # use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
-/// # use cranelift_codegen::{Context, isa, settings};
-/// # use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+#[doc = an_empty_function!()]
 /// use regrow::map::{self, Cfa, Place, Register, Rules, Verdict, cranelift};
-/// # let mut flags = settings::builder();
-/// # cranelift::configure(&mut flags)?;
-/// # let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
-/// # let signature = Signature::new(isa::CallConv::SystemV);
-/// # let mut function = Function::with_name_signature(UserFuncName::default(), signature);
-/// # let mut contexts = FunctionBuilderContext::new();
-/// # let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
-/// # let block = builder.create_block();
-/// # builder.switch_to_block(block);
-/// # builder.seal_block(block);
-/// # builder.ins().return_(&[]);
-/// # builder.finalize(isa.frontend_config());
 /// let mut context = Context::for_function(function);
 /// let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
 /// // ... copied to executable memory at
