@@ -27,9 +27,9 @@ pub fn process() -> ProcessMaps {
 ///
 /// - The code range of each map holds the code that the map is for.
 /// - What a map says of a frame is true whenever the code has a frame on the stack of a coroutine, at each address in the
-///   map's range. Its [rules](FrameMap::rules) find the frame's caller. What it calls a [pointer](Verdict::Pointer) is an
-///   address or not in use. What it calls [data](Verdict::Data) is never used as an address in the stack. Its words are
-///   in the frame. [`Verdict::Ambiguous`] is always true.
+///   map's range. Its [rules](FrameMap::rules) find the frame's caller. What it calls a [pointer](super::Verdict::Pointer) is an
+///   address or not in use. What it calls [data](super::Verdict::Data) is never used as an address in the stack. Its words are
+///   in the frame. [`Verdict::Ambiguous`](super::Verdict::Ambiguous) is always true.
 /// - The result is dropped before the code is changed or freed, and is leaked only if the code stays until the program ends.
 ///   It may be dropped earlier: frames of the code are then judged by unwind tables alone.
 ///
