@@ -1,7 +1,7 @@
 //! Reading the maps that `asm/frame_map.inc` has put into the section `regrow_frame_maps` of the program.
 //!
-//! The macros' file draws the format. The section is found through the symbols that a linker makes for the start and the end of a
-//! section whose name is an identifier; they are weak, so that a program without the section links too.
+//! The macros' file draws the format. Linkers make symbols for the start and the end of a section whose name is an identifier, and by
+//! these the section is found. They are weak, so a program without the section links too.
 
 use core::arch::asm;
 use core::slice;
@@ -13,7 +13,7 @@ const MAGIC: u32 = u32::from_le_bytes(*b"rfm1");
 const CFA: u8 = 16;
 const WORD: i64 = size_of::<usize>() as i64;
 
-/// A place in the section that is not what the macros write.
+/// A place in the section that does not hold what the macros write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Malformed {
     /// Offset in the section.
@@ -60,7 +60,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Goes to the next map; false at the end. Linkers fill up with zero bytes between the sections of several files.
+    /// Goes to the next map; false at the end. Between the sections of several files, linkers put zero bytes.
     fn skip_padding(&mut self) -> bool {
         let rest = self.section.get(self.offset..).unwrap_or_default();
         match rest.iter().position(|&byte| byte != 0) {

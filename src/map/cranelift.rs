@@ -23,61 +23,57 @@
 //!   ...                         body
 //! ```
 //!
-//! The prologue ends at the last change of the unwind rules, for no other code changes them; or, if the instruction
-//! there is the `sub rsp` that makes room for the frame, after that. (It is there if no register is saved.)
-//! Callee-saved registers that the prologue has saved hold values of callers, twice: the copies in the registers are dead,
-//! so they are data. `rbp` is a pointer as soon as the frame's end is counted from it.
+//! The prologue ends at the last change of the unwind rules, since no other code changes them. If the instruction there is the
+//! `sub rsp` that makes room for the frame (it is if no register is saved), the prologue ends after it. A callee-saved register
+//! that the prologue has saved is data: the copy in the register is dead. `rbp` is a pointer as soon as the frame's end is counted from it.
 //!
 //! # What a stack map says
 //!
-//! For each call, in which words of the frame's *stack slots* the values lie that were declared to be in need
-//! of a stack map and are used after the call. `cranelift-frontend` stores such a value to a slot of its own
-//! before every call and loads it again afterwards, so each copy of it that survives the call is in the map.
-//! Here each such word is a pointer. A call without a map of its own gets a frame without pointers.
+//! For each call it lists words of the frame's *stack slots*: those that hold a value which was declared to need a stack map and
+//! is used after the call. `cranelift-frontend` stores such a value to a slot of its own before each call and loads it again
+//! afterwards, so each copy that survives the call is in the map. Here each such word is a pointer. A call without a map gets a frame
+//! without pointers.
 //!
 //! # What Cranelift does not say
 //!
-//! A value that was not declared may be anywhere across a call, in a spill slot or in a callee-saved
-//! register, and nothing records it. So all that is not in the map is `rest`: [`Verdict::Ambiguous`], unless
-//! the compiler's author sees to all of the following and says [`Verdict::Data`]:
+//! A value that was not declared may wait across a call in any spill slot or callee-saved register, and nothing records it. So
+//! everything outside the map is `rest`. That is [`Verdict::Ambiguous`], unless the compiler's author makes sure of all of the following and
+//! says [`Verdict::Data`]:
 //!
-//! 1. Every value that may hold a pointer into a stack, also one computed from another, and every result of
-//!    `stack_addr`, is declared: `FunctionBuilder::declare_value_needs_stack_map`, or
-//!    `declare_var_needs_stack_map`.
-//! 2. Optimisation is off (`opt_level=none`, see [`configure`]). With it on, equal `stack_addr`s are merged
-//!    and moved out of loops *after* the declarations were obeyed; the merged one then waits in a
-//!    callee-saved register across the calls in between, and no map names it. This happens to the
-//!    addresses of the slots that the front end stores declared values to, so no declaration avoids it.
-//! 3. A pointer stored *into* a stack slot of one's own is declared at each call during which it matters, by
-//!    `DataFlowGraph::append_user_stack_map_entry`. The map then says the word is a pointer, so it must be
-//!    written before the first such call.
-//! 4. No function returns more than its calling convention has registers for, none takes a
-//!    `StructReturn` or `StructArgument`: Cranelift keeps the address of that memory for itself.
+//! 1. Every value that may hold a pointer into a stack is declared (`FunctionBuilder::declare_value_needs_stack_map` or
+//!    `declare_var_needs_stack_map`). That includes every result of `stack_addr`, and values computed from others.
+//! 2. Optimisation is off (`opt_level=none`, see [`configure`]). Otherwise equal `stack_addr`s are merged and moved out of loops
+//!    *after* the declarations were obeyed. The merged one then waits in a callee-saved register across calls, and no map
+//!    names it. This happens to the addresses of the slots that hold declared values, so no declaration avoids it.
+//! 3. A pointer stored *into* a stack slot of your own is declared at each call during which it matters
+//!    (`DataFlowGraph::append_user_stack_map_entry`). The map then says that the word is a pointer, so write it before the
+//!    first such call.
+//! 4. No function returns more than its calling convention has registers for, and none takes a `StructReturn` or
+//!    `StructArgument`: Cranelift keeps the address of that memory for itself.
 //! 5. `get_stack_pointer`, `get_frame_pointer` and dynamic stack slots are not used.
-//! 6. A function that passes arguments in memory has a stack slot, any at all. Such arguments are in no map
-//!    until the callee has read them, which it has not while its prologue makes the stack overflow. The words
-//!    below the first stack slot are therefore ambiguous whatever `rest` is; without a slot nothing tells
-//!    where they end. Calls with at most six integer arguments pass none in memory.
+//! 6. A function that passes arguments in memory has at least one stack slot. Such arguments are in no map until the callee has read
+//!    them, and it has not read them while its prologue makes the stack overflow. So the words below the first stack slot are
+//!    ambiguous, whatever `rest` is. Without a slot nothing tells where they end. Calls with at most six integer arguments pass
+//!    none in memory.
 //! 7. No tail call passes more arguments in memory than its function was given itself. (Those that are passed
 //!    then lie where the caller's frame seems to begin.)
 //!
-//! Registers that System V lets a callee destroy are words without an owner where another calling convention has the callee
-//! save them (`preserve_all`): ambiguous, whatever `rest` is.
+//! Some calling conventions (`preserve_all`) have the callee save registers that System V lets it destroy. The words that hold them have
+//! no owner, so they are ambiguous, whatever `rest` is.
 //!
 //! # Where the stack overflows
 //!
-//! With [`configure`]'s settings in the prologue and nowhere else: at `push rbp`, or at a probe. The probes touch the whole
-//! frame and, if the function calls others, room for their return address and `rbp`. Thus every frame of a growing
-//! stack has a map that speaks for each of its words: the innermost is in its prologue, the others stand at calls.
+//! With [`configure`]'s settings it overflows only in the prologue: at `push rbp`, or at a probe. The probes touch the whole frame and, if
+//! the function calls others, room for their return address and `rbp`. So each frame of a growing stack has a map with a verdict for
+//! each of its words: the innermost is in its prologue, and the others are at calls.
 //!
-//! With wider probes a frame of less than their distance overflows at a store in the body, where values are in whatever
-//! words the register allocator likes and nothing tells which; or at a call, whose map then says what the frame holds
-//! (see [`FrameMap::at_return`]).
+//! With wider probes, a frame smaller than their distance overflows at a store in the body or at a call. At a store nothing tells
+//! which words hold which values. At a call its map says what the frame holds (see [`FrameMap::at_return`]).
 //!
 //! # Unwinding
 //!
-//! Code made at run time is in no `.eh_frame`; the maps bring its rules, with two corrections. A prologue probes the
-//! stack, and overflows it, *before* Cranelift's rows change from `rsp` to `rbp`:
+//! Code made at run time has no `.eh_frame`, so the maps bring its rules, with two corrections. First, a prologue probes the stack,
+//! and overflows it, *before* Cranelift's rows change from `rsp` to `rbp`:
 //!
 //! ```text
 //!                          Cranelift's rows     here
@@ -89,8 +85,8 @@
 //!   sub rsp, frame         rbp + 16             rbp + 16
 //! ```
 //!
-//! And a function whose tail call needs more memory for arguments than it was itself given moves its return
-//! address and its caller's `rbp` down in the prologue. No rule holds meanwhile, and no map is given. Afterwards
+//! Second, a function whose tail call needs more memory for arguments than it was given itself moves its return address and
+//! its caller's `rbp` down in the prologue. During that no rule holds, and no map is given. Afterwards:
 //!
 //! ```text
 //!                          Cranelift's rows     here
@@ -99,8 +95,8 @@
 //!   rbp of the caller      CFA - 16             rbp + 0
 //! ```
 //!
-//! Cranelift describes no epilogues. Between `pop rbp` and `ret` the rules are wrong; no stack can overflow
-//! there, for nothing is pushed.
+//! Cranelift does not describe epilogues. Between `pop rbp` and `ret` the rules are wrong. No stack can overflow there, because nothing is
+//! pushed.
 
 use core::fmt;
 use core::ops::Range;
@@ -117,7 +113,28 @@ use super::frame_map::{Cfa, FrameMap, Place, Register, Rules, Source, Verdict};
 use super::process;
 use super::stack_maps::Registration;
 
-/// Chooses the settings that code on growing stacks is best compiled with.
+/// Hidden lines of examples: `isa`, made with the settings of [`configure`], and `function`, which returns at once.
+macro_rules! an_empty_function {
+    () => {
+        r#"# use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
+# use cranelift_codegen::{Context, isa, settings};
+# use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+# let mut flags = settings::builder();
+# cranelift::configure(&mut flags)?;
+# let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
+# let signature = Signature::new(isa::CallConv::SystemV);
+# let mut function = Function::with_name_signature(UserFuncName::default(), signature);
+# let mut contexts = FunctionBuilderContext::new();
+# let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
+# let block = builder.create_block();
+# builder.switch_to_block(block);
+# builder.seal_block(block);
+# builder.ins().return_(&[]);
+# builder.finalize(isa.frontend_config());"#
+    };
+}
+
+/// Chooses the best settings for code that runs on growing stacks.
 ///
 /// | setting | value | why |
 /// | --- | --- | --- |
@@ -128,9 +145,8 @@ use super::stack_maps::Registration;
 /// | `probestack_size_log2` | 4 | all of a frame is touched: its size is a multiple of 16 bytes |
 /// | `unwind_info` | `true` | rules come from it |
 ///
-/// Code whose frames' rest is [`Verdict::Ambiguous`] may be optimised: set `opt_level` again afterwards. Then frames
-/// overflow anywhere, too, so set `probestack_size_log2` to 12: a page, for the guard is never narrower. It saves a store
-/// for each 16 bytes of a frame.
+/// Code whose `rest` is [`Verdict::Ambiguous`] may be optimised: set `opt_level` again afterwards. Then frames overflow anywhere, so set
+/// `probestack_size_log2` to 12 (a page; the guard is never narrower). That saves a store for each 16 bytes of a frame.
 ///
 /// # Errors
 ///
@@ -156,22 +172,8 @@ pub fn configure(flags: &mut impl Configurable) -> SetResult<()> {
 /// Why there are no [`maps`].
 ///
 /// ```
-/// # use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
-/// # use cranelift_codegen::{Context, isa, settings};
-/// # use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+#[doc = an_empty_function!()]
 /// use regrow::map::{self, Verdict, cranelift};
-/// # let mut flags = settings::builder();
-/// # cranelift::configure(&mut flags)?;
-/// # let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
-/// # let signature = Signature::new(isa::CallConv::SystemV);
-/// # let mut function = Function::with_name_signature(UserFuncName::default(), signature);
-/// # let mut contexts = FunctionBuilderContext::new();
-/// # let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
-/// # let block = builder.create_block();
-/// # builder.switch_to_block(block);
-/// # builder.seal_block(block);
-/// # builder.ins().return_(&[]);
-/// # builder.finalize(isa.frontend_config());
 /// # let mut context = Context::for_function(function);
 /// # let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
 /// # let address = 0x7200_0000;
@@ -187,17 +189,17 @@ pub fn configure(flags: &mut impl Configurable) -> SetResult<()> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// Cranelift has no System V unwind data for this code: it is for another system, or `unwind_info` is off.
+    /// Cranelift has no System V unwind data for this code. It is for another system, or `unwind_info` is off.
     Missing,
-    /// Cranelift could not make it.
+    /// Cranelift could not make the unwind data.
     Codegen(CodegenError),
-    /// What it made cannot be written as DWARF.
+    /// The unwind data cannot be written as DWARF.
     Written(gimli::write::Error),
-    /// What was written cannot be read.
+    /// The written data cannot be read.
     Read(gimli::Error),
     /// A rule that Cranelift is not known to make, or a frame of 64 MiB or more.
     Rule,
-    /// They could not be registered.
+    /// The maps could not be registered.
     Refused(error::Error),
 }
 
@@ -230,21 +232,21 @@ impl core::error::Error for Error {
 
 /// Adds the maps of `code`, which lies at `address`, to those of the process.
 ///
-/// The time is linear in the number of earlier registrations. For a module of many functions collect their
-/// [`maps`] and [`register`](super::register) them together.
+/// The time is linear in the number of earlier registrations. For a module of many functions, collect their [`maps`] and
+/// [`register`](super::register) them together.
 ///
-/// `rest` is the verdict on all that Cranelift does not record; read [above](self#what-cranelift-does-not-say)
-/// before it is [`Data`](Verdict::Data).
+/// `rest` is the verdict for everything that Cranelift does not record. Read [above](self#what-cranelift-does-not-say) before you
+/// say [`Data`](Verdict::Data).
 ///
 /// # Safety
 ///
 /// That of [`map::register`](super::register) for these maps:
 ///
-/// - `isa` is what the code was compiled for, and the code lies at `address`, changed by relocations at most.
-/// - `rest` is true of all that Cranelift does not record. [`Verdict::Ambiguous`] always is. [`Verdict::Data`] is if the
-///   code keeps to [what is said above](self#what-cranelift-does-not-say).
-/// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
-///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
+/// - `isa` is what the code was compiled for. The code lies at `address`, with no changes but relocations.
+/// - `rest` is true of everything that Cranelift does not record. [`Verdict::Ambiguous`] always is. [`Verdict::Data`] is if the code
+///   keeps to [the list above](self#what-cranelift-does-not-say).
+/// - The result is dropped before the code is changed or freed, and is leaked only if the code stays until the program ends.
+///   It may be dropped earlier: frames of the code are then judged by unwind tables alone.
 ///
 /// Safe code cannot register maps:
 ///
@@ -258,22 +260,8 @@ impl core::error::Error for Error {
 /// As [`maps`]; [`Error::Refused`] if the code at `address` has maps already.
 ///
 /// ```
-/// # use cranelift_codegen::ir::{Function, InstBuilder, Signature, UserFuncName};
-/// # use cranelift_codegen::{Context, isa, settings};
-/// # use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+#[doc = an_empty_function!()]
 /// use regrow::map::{self, Cfa, Place, Register, Rules, Verdict, cranelift};
-/// # let mut flags = settings::builder();
-/// # cranelift::configure(&mut flags)?;
-/// # let isa = isa::lookup_by_name("x86_64-unknown-linux-gnu")?.finish(settings::Flags::new(flags))?;
-/// # let signature = Signature::new(isa::CallConv::SystemV);
-/// # let mut function = Function::with_name_signature(UserFuncName::default(), signature);
-/// # let mut contexts = FunctionBuilderContext::new();
-/// # let mut builder = FunctionBuilder::new(&mut function, &mut contexts);
-/// # let block = builder.create_block();
-/// # builder.switch_to_block(block);
-/// # builder.seal_block(block);
-/// # builder.ins().return_(&[]);
-/// # builder.finalize(isa.frontend_config());
 /// let mut context = Context::for_function(function);
 /// let code = context.compile(&*isa, &mut Default::default()).map_err(|error| error.inner)?;
 /// // ... copied to executable memory at
@@ -299,11 +287,11 @@ pub unsafe fn register(
     unsafe { process::register(maps) }.map_err(Error::Refused)
 }
 
-/// The maps of `code` when it lies at `address`, in ascending order: for its prologue, each of its calls, and all between.
+/// The maps of `code` when it lies at `address`, in ascending order: for its prologue, for each call, and for the code between.
 /// See [`register`] for `rest`.
 ///
 /// # Errors
-/// [`Error`]. None is known to occur for code for x86-64 Linux with frames of less than 64 MiB.
+/// [`Error`]. Code for x86-64 Linux with frames of less than 64 MiB is not known to cause one.
 ///
 /// ```
 /// # use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, UserFuncName, types};

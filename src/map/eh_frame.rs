@@ -6,8 +6,8 @@
 //!                      .eh_frame: CIE, FDE, FDE, ...  each FDE: a range of code, and a little program ─► rows
 //! ```
 //!
-//! Everything is read where the loader has mapped it; no file is opened. `gimli` parses it and runs the programs; each of their
-//! rows becomes a [`FrameMap`]. A row that cannot be expressed in [`Rules`] is kept, with the reason.
+//! The tables are read where the loader has mapped them; no file is opened. `gimli` parses them and runs the programs. Each row becomes
+//! a [`FrameMap`]. A row that [`Rules`] cannot express is kept, with the reason.
 
 use core::ffi::{c_int, c_void};
 use core::fmt;
@@ -44,7 +44,7 @@ unsafe extern "C" {
     fn regrow_entry();
 }
 
-/// What recording an object brought; part of a [`Report`].
+/// What was recorded of one object; part of a [`Report`].
 ///
 /// ```
 /// use regrow::map::ObjectReport;
@@ -60,15 +60,15 @@ pub struct ObjectReport {
     pub address: usize,
     /// Functions with unwind tables.
     pub functions: usize,
-    /// Rows of the table made of them.
+    /// Rows of the table that was made of them.
     pub rows: usize,
-    /// Memory that the table takes, in bytes.
+    /// The size of that table in bytes.
     pub bytes: usize,
     /// How long it took.
     pub time: Duration,
     /// Code whose frames cannot be walked, and why.
     pub unwalkable: Vec<(Range<usize>, Unwalkable)>,
-    /// What is wrong with its tables, if they could not be read, or not to their end.
+    /// What is wrong with its tables, if they could not be read to their end.
     pub error: Option<String>,
 }
 
@@ -86,7 +86,7 @@ impl ObjectReport {
         }
     }
 
-    /// Adds the object's maps, and says here what they take.
+    /// Adds the object's maps, and notes here what they take.
     fn add(
         &mut self,
         to: &'static StackMaps,
@@ -123,14 +123,14 @@ impl ObjectReport {
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Report {
-    /// Objects that were recorded this time.
+    /// The objects that this call recorded.
     pub added: Vec<ObjectReport>,
-    /// How many objects are no longer loaded, and were removed.
+    /// How many objects were removed, because they are no longer loaded.
     pub removed: usize,
 }
 
 impl Report {
-    /// Rows in all.
+    /// The rows of all objects.
     ///
     /// ```
     /// let report = regrow::map::record_loaded_objects();
@@ -141,7 +141,7 @@ impl Report {
         self.added.iter().map(|object| object.rows).sum()
     }
 
-    /// Memory they take, in bytes.
+    /// The size of all tables in bytes.
     ///
     /// ```
     /// let report = regrow::map::record_loaded_objects();
@@ -193,9 +193,9 @@ impl fmt::Display for Report {
     }
 }
 
-/// Records the unwind tables of every loaded object that is not recorded yet, and removes those of objects that are not loaded any
-/// more. The first time, it also records the maps of assembly that was written with the macros in `asm/frame_map.inc` and linked
-/// into the same object as this crate. If nothing was loaded or unloaded since the last time, it returns at once.
+/// Records the unwind tables of each loaded object that is not recorded yet, and removes those of objects that are no longer loaded.
+/// The first call also records the maps of assembly that was written with `asm/frame_map.inc` and linked into the same object as this
+/// crate. If nothing was loaded or unloaded since the last call, it returns at once.
 ///
 /// Call it after `dlopen` if coroutines that run code of that object may be moved.
 ///
@@ -211,16 +211,17 @@ pub fn record_loaded_objects() -> Report {
     RECORDED.lock().unwrap_or_else(PoisonError::into_inner).refresh(&PROCESS)
 }
 
-/// Adds the unwind tables of code that was compiled at run time: the contents of its `.eh_frame` section, at the address it
-/// was relocated for. The result removes them when it is dropped.
+/// Adds the unwind tables of code that was compiled at run time: the contents of its `.eh_frame` section, at the address that it
+/// was relocated for. Dropping the result removes them.
 ///
 /// # Safety
 ///
-/// Stacks are walked and moved by these tables. So the section is a complete `.eh_frame` section, at the address that it was
-/// relocated for, and what it says of the code is true: at each address of a function it finds the frame's caller. The
-/// result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the program
-/// runs. It may be dropped earlier: a stack with a frame of the code on it then stays where it is. The section itself is only
-/// read during the call.
+/// Stacks are walked and moved by these tables. So:
+///
+/// - The section is a complete `.eh_frame` section, at the address that it was relocated for. It is only read during the call.
+/// - What it says of the code is true: at each address of a function it finds the frame's caller.
+/// - The result is dropped before the code is changed or freed, and is leaked only if the code stays until the program ends. It may be
+///   dropped earlier: a stack with a frame of the code on it then stays where it is.
 ///
 /// Safe code cannot register tables:
 ///
@@ -229,7 +230,7 @@ pub fn record_loaded_objects() -> Report {
 /// ```
 ///
 /// # Errors
-/// If a function is in other tables already, or larger than 2 GiB. What cannot be parsed is left out.
+/// If a function is in other tables already, or is larger than 2 GiB. What cannot be parsed is left out.
 ///
 /// ```
 /// # fn code_and_tables() -> (Vec<u8>, Vec<u8>) { (vec![0xc3], vec![0; 4]) }

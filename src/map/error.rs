@@ -21,9 +21,9 @@ pub enum Error {
         /// One past its last address.
         end: usize,
     },
-    /// Two maps are for the same code.
+    /// Two maps cover the same code.
     Overlap {
-        /// An address that both are for.
+        /// An address that both cover.
         address: usize,
     },
 }

@@ -21,7 +21,7 @@ use core::ops::Range;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Verdict {
-    /// Nothing is known: it is a pointer if its value lies in the moving stack's window.
+    /// Nothing is known. The word is taken for a pointer if its value lies in the moving stack's window.
     #[default]
     Ambiguous = 0,
     /// A pointer, possibly null, possibly to elsewhere.
@@ -45,7 +45,7 @@ impl Verdict {
     }
 }
 
-/// A general register, by its number in DWARF, which is not the one in instructions.
+/// A general register, by its number in DWARF. Instructions number registers differently.
 ///
 /// ```
 /// use regrow::map::Register;
@@ -75,7 +75,7 @@ registers! {
 pub(super) const SAVED: usize = 6;
 
 impl Register {
-    /// The registers a callee keeps for its caller. Arrays of what is known about them are in this order.
+    /// The registers that a callee keeps for its caller, in the order that indices of callee-saved registers follow.
     pub const CALLEE_SAVED: [Self; SAVED] =
         [Self::RBX, Self::RBP, Self::R12, Self::R13, Self::R14, Self::R15];
 
@@ -149,7 +149,7 @@ pub struct Place(i32); // the offset above 5 bits that say from where
 pub(super) enum Origin {
     Register(Register),
     Cfa,
-    /// Of a saved register: not touched, it is still where it was in the frames further in.
+    /// Of a saved register: not touched. It is still where it was in the frames further in.
     Same,
     /// Of a saved register: lost.
     Undefined,
@@ -167,10 +167,10 @@ impl Place {
     const ORIGIN_BITS: u32 = 5;
     const LIMIT: i64 = 1 << (31 - Self::ORIGIN_BITS);
 
-    /// `offset` bytes above the CFA; below it, if negative.
+    /// `offset` bytes above the CFA, or below it if negative.
     ///
     /// # Panics
-    /// If `offset` is 64 MiB or more, either way.
+    /// If `offset` is 64 MiB or more in either direction.
     ///
     /// ```
     /// use regrow::map::Place;
@@ -247,8 +247,8 @@ impl fmt::Debug for Place {
     }
 }
 
-/// How the CFA, the end of a frame, is found. `Register` and `Loaded` are enough for every frame that compilers
-/// make, realigned ones and signal frames among them.
+/// How the CFA, the end of a frame, is found. `Register` and `Loaded` serve every frame that compilers make, realigned frames and
+/// signal frames too.
 ///
 /// ```
 /// use regrow::map::{Cfa, Register};
@@ -287,7 +287,7 @@ impl Cfa {
         Self::Register(Register::RSP, offset)
     }
 
-    /// `rbp + offset`: 16 in a function that has pushed rbp and copied rsp to it.
+    /// `rbp + offset`. The offset is 16 in a function that has pushed rbp and copied rsp to it.
     ///
     /// ```
     /// use regrow::map::{Cfa, Register};
@@ -299,7 +299,7 @@ impl Cfa {
     }
 }
 
-/// What a frame is to a walker.
+/// The kind of a frame.
 ///
 /// ```
 /// use regrow::map::{Cfa, Kind, Place, Register, Rules};
@@ -312,16 +312,16 @@ impl Cfa {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum Kind {
-    /// Called by the next frame.
+    /// An ordinary frame, called by the next one.
     #[default]
     Call,
-    /// Put there by the kernel: the next frame was interrupted, not left by a call.
+    /// A signal frame, made by the kernel. The next frame was interrupted; it did not make a call.
     Signal,
-    /// A coroutine's first frame; the next one is of whoever resumed it, on another stack.
+    /// A coroutine's first frame. The next one is the resumer's, on another stack.
     Base,
 }
 
-/// How to get from a frame to its caller's.
+/// How to get from a frame to its caller's frame.
 ///
 /// ```
 /// use regrow::map::{Cfa, Place, Register, Rules};
@@ -338,14 +338,14 @@ pub struct Rules {
     pub(super) return_address: Place,
     pub(super) saved: [Place; SAVED],
     pub(super) kind: Kind,
-    /// Which of the registers are not [`Place::SAME`].
+    /// The registers whose place is not [`Place::SAME`], as bits.
     pub(super) touched: u8,
     /// True if the return address and all saved registers are at offsets from the CFA: nearly always.
     pub(super) simple: bool,
 }
 
 impl Rules {
-    /// A frame that has saved no register, its return address right below the CFA.
+    /// A frame that has saved no register and has its return address right below the CFA.
     ///
     /// ```
     /// use regrow::map::{Cfa, Place, Register, Rules};
@@ -380,7 +380,7 @@ impl Rules {
         self.summarised()
     }
 
-    /// Says where the return address lies; [`Place::UNDEFINED`]: nowhere, the walk ends here.
+    /// Says where the return address lies. [`Place::UNDEFINED`] means that there is none, and that the walk ends here.
     ///
     /// ```
     /// use regrow::map::{Cfa, End, FrameMap, Place, Registers, Rules, StackMaps, Walk};
@@ -407,7 +407,7 @@ impl Rules {
         self
     }
 
-    /// Says that this is no ordinary frame.
+    /// Says that this is not an ordinary frame.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Kind, Registers, Rules, StackMaps, Walk};
@@ -435,7 +435,7 @@ impl Rules {
         self.cfa
     }
 
-    /// True if the frame's end is counted from `register`, which is a pointer into the stack, therefore.
+    /// True if the frame's end is counted from `register`, which therefore is a pointer into the stack.
     ///
     /// ```
     /// use regrow::map::{Cfa, Register, Rules};
@@ -447,7 +447,7 @@ impl Rules {
         matches!(self.cfa, Cfa::Register(from, _) | Cfa::Loaded { register: from, .. } if from == register)
     }
 
-    /// Where the function has saved its caller's `register`; `None` for one that a callee need not keep.
+    /// Where the function has saved its caller's `register`; `None` for a register that a callee need not keep.
     ///
     /// ```
     /// use regrow::map::{Cfa, Register, Rules};
@@ -467,13 +467,13 @@ impl Rules {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
 pub enum Unwalkable {
-    /// Its CFA is given by a DWARF expression other than those that [`Cfa`] has.
+    /// Its CFA is a DWARF expression that [`Cfa`] cannot express.
     CfaExpression,
-    /// Its caller's stack pointer is not its CFA: it switches stacks.
+    /// It switches stacks: its caller's stack pointer is not its CFA.
     StackPointer,
-    /// Its return address is in a register, or at a place that [`Place`] has not.
+    /// Its return address is in a register, or at a place that [`Place`] cannot express.
     ReturnAddress,
-    /// It keeps a callee-saved register in another register, or at a place that [`Place`] has not.
+    /// It keeps a callee-saved register in another register, or at a place that [`Place`] cannot express.
     SavedRegister,
     /// Its unwind instructions make no sense.
     Malformed,
@@ -513,7 +513,7 @@ pub enum Source {
     Llvm,
     /// User stack maps of Cranelift.
     Cranelift,
-    /// Somebody else, through [`register`](super::register).
+    /// Any other caller of [`register`](super::register).
     #[default]
     Other,
 }
@@ -532,8 +532,7 @@ impl fmt::Display for Source {
 
 /// What is known about a function's frame while `pc` is in a range of its code.
 ///
-/// A map without [`rules`](Self::rules) takes those of the function's unwind tables and adds what it knows about
-/// words. A map that says nothing about words leaves them all ambiguous.
+/// A map without [`rules`](Self::rules) takes those of the function's unwind tables. Words without a verdict are ambiguous.
 ///
 /// ```
 /// use regrow::map::{Cfa, FrameMap, Place, Register, Rules, Source, Verdict};
@@ -562,7 +561,7 @@ pub struct FrameMap {
 }
 
 impl FrameMap {
-    /// A map that says nothing yet, for code addresses from `range.start` to below `range.end`.
+    /// An empty map for the code addresses from `range.start` to below `range.end`.
     ///
     /// ```
     /// use regrow::map::{FrameMap, StackMaps};
@@ -584,13 +583,12 @@ impl FrameMap {
         }
     }
 
-    /// A map for the call that returns to `address` and for no other instruction: it covers the call's last
-    /// byte, which is where walkers look for a caller.
+    /// A map for the call that returns to `address`, and for no other instruction. It covers the call's last byte, where walkers look
+    /// for a caller.
     ///
-    /// It holds, too, for the call that *cannot push* its return address because the stack is full: the frame is the same
-    /// before that push and after the return. How long a call is only its decoder knows. So whoever looks up a
-    /// context that was interrupted at one does as walkers do, and takes the call's last byte, not its first, for
-    /// the program counter: `pc + length - 1`.
+    /// It also holds when the call *cannot push* its return address because the stack is full: the frame is the same before the push
+    /// and after the return. Only a decoder knows how long a call is. So look up a context that was interrupted at a call as walkers do,
+    /// by the call's last byte: `pc + length - 1`.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Verdict, Walk, Word};
@@ -610,7 +608,7 @@ impl FrameMap {
         Self::new(address.wrapping_sub(1)..address)
     }
 
-    /// Gives the rules for getting to the caller.
+    /// Gives the rules that lead to the caller's frame.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
@@ -626,7 +624,7 @@ impl FrameMap {
         self
     }
 
-    /// Says that a walk ends here, and why.
+    /// Says that a walk cannot go through this frame, and why.
     ///
     /// ```
     /// use regrow::map::{End, FrameMap, Registers, StackMaps, Stuck, Unwalkable, Walk};
@@ -647,8 +645,8 @@ impl FrameMap {
 
     /// Gives the verdict for the word at `place`. The last one given for a place holds.
     ///
-    /// Two places may be the same word, counted from different registers. Then a pointer wins, and
-    /// otherwise what is not [`rest`](Self::rest).
+    /// Two places counted from different registers may be the same word. Then `Pointer` wins, and otherwise the verdict that is not
+    /// [`rest`](Self::rest).
     ///
     /// ```
     /// use regrow::map::{FrameMap, Place, Register, Verdict};
@@ -663,8 +661,8 @@ impl FrameMap {
         self
     }
 
-    /// Gives the verdict for all words of the frame that [`word`](Self::word) was not called for. The return address and
-    /// saved registers have their own.
+    /// Gives the verdict for all words of the frame that have none by [`word`](Self::word). It does not concern the return address and
+    /// saved registers.
     ///
     /// ```
     /// use regrow::map::{FrameMap, StackMaps, Verdict};
@@ -679,8 +677,8 @@ impl FrameMap {
         self
     }
 
-    /// Gives the verdict for a callee-saved register that the function uses itself. (One it has not touched belongs to
-    /// a caller, and takes the verdict given there. One that the CFA is counted from is a pointer in any case.)
+    /// Gives the verdict for a callee-saved register that the function uses itself. (A register that it has not touched belongs to a
+    /// caller, whose map has the verdict. A register that the CFA is counted from is a pointer in any case.)
     ///
     /// # Panics
     /// If `register` is not one of [`Register::CALLEE_SAVED`].
@@ -697,8 +695,7 @@ impl FrameMap {
         self
     }
 
-    /// Gives the same verdict for all callee-saved registers. See [`register`](Self::register), of which calls before this
-    /// one are forgotten.
+    /// Gives the same verdict for all callee-saved registers, in place of those that [`register`](Self::register) gave before.
     ///
     /// ```
     /// use regrow::map::{FrameMap, Register, Verdict};
@@ -727,7 +724,7 @@ impl FrameMap {
         self
     }
 
-    /// The code addresses it is for.
+    /// The code addresses that it covers.
     ///
     /// ```
     /// assert_eq!(regrow::map::FrameMap::at_return(0x1005).range(), 0x1004..0x1005);
@@ -737,7 +734,7 @@ impl FrameMap {
         self.range.clone()
     }
 
-    /// The verdicts that were given for words, in that order.
+    /// The verdicts given for words, in the order they were given.
     ///
     /// ```
     /// use regrow::map::{FrameMap, Place, Register, Verdict};

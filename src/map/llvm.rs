@@ -30,9 +30,9 @@
 //!                8  i32  offset, constant, or index of a constant
 //! ```
 //!
-//! This is the layout of LLVM's own reader, `llvm/Object/StackMapParser.h`; where LLVM's prose differs, the
-//! reader is right. Nothing is copied or allocated to read: [`tables`] checks a table as a whole, once, and
-//! what it hands out are views of the section's bytes whose iterators cannot fail.
+//! This is the layout of LLVM's own reader, `llvm/Object/StackMapParser.h`. Where LLVM's prose differs, the reader is right. Reading copies
+//! and allocates nothing: [`tables`] checks each table once, as a whole, and returns views of the section's bytes whose iterators
+//! cannot fail.
 //!
 //! # Which records describe frames
 //!
@@ -44,40 +44,37 @@
 //! | `patchpoint` | where the patchable bytes *begin* | values a runtime asked for, of any type | no |
 //! | `stackmap` | some instruction | values a runtime asked for, of any type | no |
 //!
-//! A patchpoint's call returns to an address that no field holds, and neither of the two claims to list every
-//! pointer. A frame stopped in such a call is judged by its unwind data alone. The records can still
-//! be read, with [`Table::records`].
+//! No field holds the address that a patchpoint's call returns to, and the last two do not claim to list every pointer. A frame stopped in
+//! such a call is judged by its unwind tables alone. [`Table::records`] still reads the records.
 //!
-//! A statepoint is told by its shape ([`Record::statepoint`]). A patchpoint could be given three constants as
-//! first values and look the same; who mixes them gives statepoints ids of their own and passes a
-//! predicate to [`Table::frame_maps`].
+//! A statepoint is recognised by its shape ([`Record::statepoint`]). A patchpoint whose first values are three constants looks the
+//! same. If you mix the two, give statepoints ids of their own and pass a predicate to [`Table::frame_maps`].
 //!
 //! # What the locations of a statepoint mean here
 //!
-//! - `Indirect` in a pair, base or derived: a pointer word, or several where the size is a multiple of 8.
-//!   Derived pointers are interior pointers; they move like any other. `Register` in a pair
-//!   (`-fixup-allow-gcptr-in-csr`): a callee-saved register that holds a pointer. Constants (null): nothing.
-//! - `Direct` is the *address* of an `alloca`, as a sum to be computed: it names no word that holds it, so
-//!   there is nothing to rewrite. The memory it points to is another matter: an `alloca` listed as live is
-//!   LLVM's way to declare a spill slot of one's own, so its first word is a pointer word. Its size is not
-//!   recorded: list `alloca`s of one word, each a pointer.
-//! - `Indirect` and `Register` among the deopt values: a value of any type. An aligned word of it is ambiguous, and so is
-//!   a callee-saved register, unless a pair names the same: then it is a pointer. `Direct` there: an address, so nothing.
+//! - `Indirect` in a pair, base or derived, is a pointer word, or several if the size is a multiple of 8. Derived pointers are interior
+//!   pointers and move like others. `Register` in a pair (`-fixup-allow-gcptr-in-csr`) is a callee-saved register that
+//!   holds a pointer. Constants (null) need nothing.
+//! - `Direct` is the *address* of an `alloca`, as a sum to compute. No word holds it, so there is nothing to rewrite. But by listing an
+//!   `alloca` as live, LLVM declares a spill slot of your own, so its first word is a pointer. Its size is not recorded: list
+//!   `alloca`s of one word, each a pointer.
+//! - `Indirect` and `Register` among the deopt values hold a value of any type. Its aligned words are ambiguous, and so is a callee-saved
+//!   register. If a pair names the same place, it is a pointer. `Direct` there is an address and needs nothing.
 //!
-//! Words are counted from `rsp`; from `rbp` in frames of dynamic size, from `rbx`, LLVM's base pointer, in those that are
-//! realigned as well. Where the frame ends and where registers are saved is not recorded. The maps have no
-//! [`Rules`](super::Rules), therefore, and take those of the function's unwind tables: `.eh_frame` of a program is
-//! [recorded](super::record_loaded_objects) anyway; that of a JIT is [given](super::register_eh_frame).
+//! Words are counted from `rsp`. In frames of dynamic size they are counted from `rbp`, and if those are realigned too, from `rbx`, LLVM's
+//! base pointer. LLVM does not record where the frame ends and where registers are saved. So the maps have no
+//! [`Rules`](super::Rules) and take those of the function's unwind tables. A program's `.eh_frame` is
+//! [recorded](super::record_loaded_objects) anyway; a JIT [gives](super::register_eh_frame) its own.
 //!
 //! # What LLVM does not record
 //!
-//! Only pointers that the front end declares (as a rule, those in address space 1 that a `gc.relocate` gives
-//! back) are in the map. LLVM itself keeps *undeclared* pointers into the stack across calls: the address of
-//! an `alloca` that is used before and after a call may wait in `r12`, and a frame that is both realigned and
-//! of dynamic size keeps a base pointer in `rbx`. So the rest of a frame is [`Verdict::Ambiguous`]. A front
-//! end that has no `alloca` whose address is used on both sides of a call, none of dynamic size, none aligned
-//! to more than 16 bytes, and holds stack pointers only in declared values and passes none of them in memory,
-//! may say [`Verdict::Data`]; it answers for that as for its code.
+//! The map has only the pointers that the front end declares (usually those in address space 1 that a `gc.relocate` returns). LLVM
+//! itself keeps *undeclared* pointers into the stack across calls. The address of an `alloca` that is used before and after a call
+//! may wait in `r12`. A frame that is both realigned and of dynamic size keeps a base pointer in `rbx`. So the rest of a frame is
+//! [`Verdict::Ambiguous`]. A front end may say [`Verdict::Data`], and answers for it, if all of this holds:
+//!
+//! - No `alloca` has its address used on both sides of a call, has a dynamic size, or is aligned to more than 16 bytes.
+//! - Pointers into the stack are only in declared values, and none is passed in memory.
 
 use core::fmt;
 
@@ -115,7 +112,7 @@ pub enum Error {
         /// The version it claims.
         found: u8,
     },
-    /// The section ends before what is announced at `offset` does. Absurd counts end here too.
+    /// The section ends before the item at `offset` does. Absurd counts lead to this, too.
     Truncated {
         /// Where it begins.
         offset: usize,
@@ -129,7 +126,7 @@ pub enum Error {
         /// The number of records the table's header announces.
         records: u32,
     },
-    /// A location is of none of the five kinds.
+    /// A location's kind is not one of the five.
     Kind {
         /// Where the record of the location begins.
         offset: usize,
@@ -182,7 +179,7 @@ impl core::error::Error for Error {
     }
 }
 
-/// What [`register`] brought.
+/// What [`register`] returns.
 ///
 /// ```
 /// use regrow::map::{self, Source, Verdict, llvm};
@@ -201,26 +198,26 @@ impl core::error::Error for Error {
 #[must_use = "dropping it removes the maps"]
 #[derive(Debug)]
 pub struct Recorded {
-    /// Keeps the maps.
+    /// Dropping it removes the maps.
     pub registration: Registration<'static>,
-    /// Statepoints that got no map; their frames are judged by unwind data alone.
+    /// Statepoints without a map. Their frames are judged by unwind tables alone.
     pub unusable: Vec<Unusable>,
 }
 
-/// Adds the maps of all statepoints of a section, with addresses in place, to those of the process. Everything that has the
-/// shape of a statepoint is taken for one; where that is too much, see [`Table::frame_maps`].
+/// Adds the maps of all statepoints of a section to those of the process. The addresses in the section have been filled in. Every record
+/// with the shape of a statepoint is taken for one; [`Table::frame_maps`] lets you choose.
 ///
-/// `rest` is the verdict on all that LLVM does not record; read [above](self#what-llvm-does-not-record)
-/// before it is [`Data`](Verdict::Data).
+/// `rest` is the verdict for everything that LLVM does not record. Read [above](self#what-llvm-does-not-record) before you say
+/// [`Data`](Verdict::Data).
 ///
-/// A JIT has the section in memory. In a program or a shared library nothing says where it lies, for the linker makes
-/// symbols only for sections whose names are those of C. Give it one, in each object file:
+/// A JIT has the section in memory. In a program or a shared library no symbol says where it lies, because linkers make symbols only
+/// for sections whose names are identifiers of C. Give it such a name in each object file:
 ///
 /// ```text
 /// objcopy --rename-section .llvm_stackmaps=llvm_stackmaps,alloc,load,data,contents code.o
 /// ```
 ///
-/// (`data` although nothing writes it but the loader, which fills in the addresses.) Then:
+/// (It is `data` because the loader writes the addresses.) Then:
 ///
 /// ```no_run
 /// # use regrow::map::{self, Verdict, llvm};
@@ -247,12 +244,12 @@ pub struct Recorded {
 ///
 /// That of [`map::register`](super::register) for all maps of the section:
 ///
-/// - LLVM wrote the section, for the code that lies at the addresses in it, and those addresses have been filled in.
-/// - The words that it records for a statepoint are addresses or not in use. In particular nothing in it has the shape of
-///   a statepoint and is none.
+/// - LLVM wrote the section, for the code that lies at the addresses in it.
+/// - The words that it records for a statepoint are addresses or not in use. In particular, every record with the shape of a
+///   statepoint is one.
 /// - `rest` is true of all other words. [`Verdict::Ambiguous`] always is.
-/// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
-///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
+/// - The result is dropped before the code is changed or freed, and is leaked only if the code stays until the program ends.
+///   It may be dropped earlier: frames of the code are then judged by unwind tables alone.
 ///
 /// Safe code cannot register maps:
 ///
@@ -261,7 +258,7 @@ pub struct Recorded {
 /// ```
 ///
 /// # Errors
-/// If the section cannot be read, or has maps already. Nothing is added then.
+/// If the section cannot be read, or has maps already. Then nothing is added.
 pub unsafe fn register(section: &[u8], rest: Verdict) -> Result<Recorded, Error> {
     let mut maps = Vec::new();
     let mut unusable = Vec::new();
@@ -312,7 +309,7 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(number)
 }
 
-/// The tables of a section, one after another. After the first error there are no more.
+/// The tables of a section, one after another. The first error ends the iteration.
 ///
 /// ```
 /// // One table: no functions, one constant, no records. Twice, as the linker would join them.
@@ -390,7 +387,7 @@ pub struct Table<'a> {
     records: Records<'a>,
 }
 
-/// A table was checked as a whole: nothing here fails.
+/// A table has been checked as a whole, so none of this can fail.
 ///
 /// ```
 /// use regrow::map::llvm;
@@ -480,12 +477,11 @@ impl<'a> Table<'a> {
         self.functions().flat_map(|function| (0..function.records).map(move |_| function)).zip(self.records())
     }
 
-    /// The maps of the table's statepoints, in the order of the records. Records whose id
-    /// `is_statepoint` denies, or whose shape is another's, are passed over.
+    /// The maps of the table's statepoints, in the order of the records. It skips records whose id `is_statepoint` refuses, and records of
+    /// another shape.
     ///
-    /// `rest` is the verdict on all that LLVM does not record; read [above](self#what-llvm-does-not-record)
-    /// before it is [`Data`](Verdict::Data). A record that says something no frame can obey is an
-    /// [`Unusable`]: its frame is to be judged by unwind data.
+    /// `rest` is the verdict for everything that LLVM does not record. Read [above](self#what-llvm-does-not-record) before you say
+    /// [`Data`](Verdict::Data). A record that no frame can obey gives an [`Unusable`]. Its frame is judged by unwind tables.
     ///
     /// ```
     /// use regrow::map::{self, Verdict, llvm};
@@ -528,7 +524,7 @@ impl<'a> Table<'a> {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Function {
-    /// Its address; what the relocation says where it was not applied yet.
+    /// Its address, or the content of the field if the relocation was not applied yet.
     pub address: u64,
     /// The size of its frames in bytes, without the return address. `None` if it is dynamic.
     pub stack_size: Option<u64>,
@@ -581,7 +577,7 @@ pub struct Record<'a> {
     live_outs: &'a [u8],
 }
 
-/// Which intrinsic it comes from it does not say.
+/// It does not say which intrinsic it comes from.
 ///
 /// ```
 /// use regrow::map::llvm;
@@ -657,7 +653,7 @@ impl<'a> Record<'a> {
         Locations { bytes: self.locations }
     }
 
-    /// The registers that are live after the place. Of patchpoints only.
+    /// The registers that are live after the place. Only patchpoints have them.
     ///
     /// ```
     /// use regrow::map::{Register, llvm};
@@ -674,7 +670,7 @@ impl<'a> Record<'a> {
         })
     }
 
-    /// The record taken for that of a statepoint, if it has the shape of one:
+    /// The record as a statepoint's, if it has this shape:
     ///
     /// ```text
     ///   constant     calling convention
@@ -773,13 +769,12 @@ impl Kind {
 pub struct Location {
     /// How the value is held.
     pub kind: Kind,
-    /// The size of the value in bytes. Of a `Direct`: the size of an address, not of the `alloca`.
+    /// The size of the value in bytes. For a `Direct` it is the size of an address, not of the `alloca`.
     pub size: u16,
     /// The DWARF number of the register; 0 in constants.
     pub register: u16,
-    /// The offset from the register in bytes (`Direct`, `Indirect`), the constant, sign-extended
-    /// (`Constant`), or the index, which is never negative in a table that could be read with fewer
-    /// than 2³¹ constants (`ConstantIndex`).
+    /// The offset from the register in bytes (`Direct`, `Indirect`), the sign-extended constant (`Constant`), or the index
+    /// (`ConstantIndex`). The index is not negative in a table with fewer than 2³¹ constants.
     pub value: i32,
 }
 
@@ -799,7 +794,7 @@ pub struct Locations<'a> {
     bytes: &'a [u8],
 }
 
-/// They are counted without being read.
+/// Counting them does not read them.
 ///
 /// ```
 /// use regrow::map::llvm;
@@ -862,7 +857,7 @@ pub struct LiveOut {
     pub size: u8,
 }
 
-/// A [`Record`] read as that of a statepoint.
+/// A [`Record`] read as a statepoint's.
 ///
 /// ```
 /// use regrow::map::llvm::{self, Kind, Location};
@@ -917,7 +912,7 @@ impl<'a> Statepoint<'a> {
         self.deopts.clone()
     }
 
-    /// Base and derived pointer of each pointer that is live across the call. Pairs may repeat.
+    /// Base and derived pointer of each pointer that is live across the call. A pair may occur twice.
     ///
     /// ```
     /// use regrow::map::llvm;
@@ -1047,18 +1042,18 @@ pub struct Unusable {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Reason {
-    /// A pointer is in a register that does not survive the call, or is not one of 8 bytes. The DWARF number.
+    /// A pointer is in a register that does not survive the call or has no 8 bytes. This is its DWARF number.
     Register(u16),
-    /// A pointer lies at an offset from a register that is no base. The DWARF number.
+    /// A pointer lies at an offset from a register that cannot be a base. This is its DWARF number.
     Base(u16),
-    /// A pointer is not made of whole, aligned words within 64 MiB of the base.
+    /// A pointer does not consist of whole, aligned words within 64 MiB of the base.
     Place {
         /// Bytes from the base.
         offset: i32,
         /// Bytes.
         size: u16,
     },
-    /// More words than a record has locations of one word: 65,535.
+    /// The pointers take more than 65,535 words.
     Words,
 }
 

@@ -1,4 +1,4 @@
-//! Stack maps: what is known about frames, recorded outside the fault handler, looked up inside it.
+//! Stack maps: what is known about frames. They are recorded outside the fault handler and looked up inside it.
 //!
 //! ```text
 //!   .eh_frame of every object (eh_frame.rs) ──────────────► unwind layer      ┐
@@ -7,12 +7,12 @@
 //!   registers, memory ──────────────────────────────────────────────► Walk (walk.rs) ─┴─► Frame, Frame, ... End
 //! ```
 //!
-//! Hand-written assembly says what its frames hold with the macros in `asm/frame_map.inc`, which explains itself; a build script of a
-//! crate that depends on this one finds its directory in `DEP_REGROW_INCLUDE`.
+//! A [`FrameMap`] says two things about a range of code: the rules that lead from a frame to its caller's, and for each word whether it
+//! is a pointer, data or ambiguous. [`StackMaps`] keeps maps in sorted tables, which anyone can read at any time. A [`Walk`] goes
+//! through the frames of a stack.
 //!
-//! A [`FrameMap`] says two things about a range of code: the rules by which a frame's caller is found, and for
-//! each word whether it is a pointer, data, or ambiguous. Maps live in sorted tables, and those in
-//! [`StackMaps`], which can be read at any time by anyone. A [`Walk`] goes through the frames of a stack.
+//! Hand-written assembly gives its maps by the macros in `asm/frame_map.inc`. The build script of a crate that depends on this one finds
+//! the file's directory in `DEP_REGROW_INCLUDE`.
 
 mod assembly;
 #[cfg(feature = "cranelift")]

@@ -18,20 +18,20 @@ pub fn process() -> ProcessMaps {
     ProcessMaps(&PROCESS)
 }
 
-/// Adds maps to those of the process: how a compiler tells what it knows. See [`StackMaps::register`].
+/// Adds maps to those of the process. A compiler calls this to say what it knows. See [`StackMaps::register`].
 ///
 /// # Safety
 ///
-/// Stacks are moved by these maps. A map that is wrong leaves a pointer behind, or changes a word that is not one, and so
-/// lets even safe code read and write memory that is not its own. So, as long as the maps are registered:
+/// Stacks are moved by these maps. A wrong map leaves a pointer behind, or changes a word that is not one. Then even safe code reads
+/// and writes memory that is not its own. So, as long as the maps are registered:
 ///
 /// - The code range of each map holds the code that the map is for.
 /// - What a map says of a frame is true whenever the code has a frame on the stack of a coroutine, at each address in the
-///   map's range. Its [rules](FrameMap::rules) find the frame's caller. What it calls a [pointer](Verdict::Pointer) is an
-///   address or not in use. What it calls [data](Verdict::Data) is never used as an address in the stack. Its words are
-///   in the frame. [`Verdict::Ambiguous`] is always true.
-/// - The result is dropped before the code is changed or freed. So it is leaked only if the code stays for as long as the
-///   program runs. It may be dropped earlier: frames of the code are then judged by unwind tables alone.
+///   map's range. Its [rules](FrameMap::rules) find the frame's caller. What it calls a [pointer](super::Verdict::Pointer) is an
+///   address or not in use. What it calls [data](super::Verdict::Data) is never used as an address in the stack. Its words are
+///   in the frame. [`Verdict::Ambiguous`](super::Verdict::Ambiguous) is always true.
+/// - The result is dropped before the code is changed or freed, and is leaked only if the code stays until the program ends.
+///   It may be dropped earlier: frames of the code are then judged by unwind tables alone.
 ///
 /// Safe code cannot register maps:
 ///

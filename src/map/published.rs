@@ -1,16 +1,16 @@
-//! A value that is replaced as a whole, and read without a lock: readers never wait, and no writer waits for readers.
+//! A value that is replaced as a whole and read without a lock. Readers never wait, and no writer waits for readers.
 //!
 //! ```text
 //!   reader   epoch ─► readers[epoch & 1] += 1 ─► current ─► look up ... ─► readers[epoch & 1] -= 1
 //!   writer   lock; current = new; old on the list of retired ones; epoch += 1; free what no reader can have
 //! ```
 //!
-//! A reader counts itself in before it loads `current`. So whoever may hold a value was counted when the value was replaced:
-//! once each of the two counters has been seen at zero after that, nobody holds it. Changing the epoch sends new readers to the
-//! other counter, and so lets the first drain. A writer never waits for that: what it cannot free, a later one will. Thus a
-//! reader that is a fault handler on top of a writer, or that a fork has cut off for ever, stops nobody.
+//! A reader counts itself in before it loads `current`. So every reader that may hold a value was counted when the value was replaced.
+//! Once both counters have been seen at zero after that, no reader holds it. Changing the epoch sends new readers to the other
+//! counter, which lets the first one drain. A writer does not wait for that: a later writer frees what it could not. So a reader
+//! stops nobody, even if it is a fault handler on top of a writer, or was cut off for ever by a fork.
 //!
-//! Reader and writer each write one word and then read the other's. One of them must see the other. That is what all the
+//! Reader and writer each write one word and then read the other's. At least one of them has to see the other's write. That is what
 //! `SeqCst` is for.
 
 use core::ptr::{self, NonNull};
@@ -18,7 +18,7 @@ use core::ptr::{self, NonNull};
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering::SeqCst};
 
 pub(super) struct Published<T> {
-    /// Null as long as there is none.
+    /// Null if there is no value yet.
     current: AtomicPtr<T>,
     epoch: AtomicUsize,
     readers: [Counter; 2],
@@ -35,7 +35,7 @@ pub(super) struct Retired<T> {
     drained: [bool; 2],
 }
 
-/// Somebody reads; what was current when it began stays.
+/// Keeps the value that was current when reading began.
 pub(super) struct Reading<'a, T> {
     pub(super) value: Option<&'a T>,
     counter: &'a AtomicUsize,
@@ -57,7 +57,7 @@ impl<T> Published<T> {
         }
     }
 
-    /// Begins reading. Wait-free, allocates nothing, may be called in a signal handler.
+    /// Begins reading. It does not wait or allocate, and may be called in a signal handler.
     #[inline]
     pub(super) fn read(&self) -> Reading<'_, T> {
         let side = self.epoch.load(SeqCst) & 1;
@@ -69,12 +69,12 @@ impl<T> Published<T> {
         Reading { value, counter }
     }
 
-    /// The current value, for a writer: nobody else replaces it.
+    /// The current value, for a writer. No other writer replaces it meanwhile.
     pub(super) fn current(&self) -> Option<NonNull<T>> {
         NonNull::new(self.current.load(SeqCst))
     }
 
-    /// Makes `new` the current value. `free` gets those of the replaced ones that no reader can have.
+    /// Makes `new` the current value, and passes to `free` those replaced values that no reader can hold.
     ///
     /// # Safety
     /// One writer at a time. `new` is valid until it is given to `free`. What is in `retired` comes from earlier calls for
@@ -91,7 +91,7 @@ impl<T> Published<T> {
         self.take_unread(retired).for_each(free);
     }
 
-    /// Takes off the list what no reader can have.
+    /// Takes the values that no reader can hold off the list.
     fn take_unread(&self, retired: &mut Vec<Retired<T>>) -> impl Iterator<Item = NonNull<T>> {
         // Twice: with no reader inside, as usual, everything goes at once.
         for _ in 0..2 {

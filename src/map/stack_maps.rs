@@ -1,13 +1,12 @@
-//! All tables of a process, replaced as a whole: readers never wait, writers wait for each other only.
+//! All tables of a process. They are replaced as a whole: readers never wait, and writers wait only for each other.
 //!
 //! ```text
 //!   current ─► Snapshot { registered: [segment, segment, ...],  unwind: [segment, ...] }
 //!                                       └─ start, length, table     sorted, not overlapping
 //! ```
 //!
-//! How a snapshot is replaced while others read: src/map/published.rs.
-//!
-//! Tables that overlap (assembly and LLVM maps of one program) are merged into one segment, so that a look-up is one search.
+//! `published.rs` explains how a snapshot is replaced while others read. Tables that overlap (assembly and LLVM maps of one program) are
+//! merged into one segment, so that a look-up is one search.
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -18,10 +17,9 @@ use super::frame_map::{FrameMap, Place, Register, Rules, Source, Unwalkable, Ver
 use super::published::{Published, Reading, Retired};
 use super::table::{Entry, Run, Table};
 
-/// Frame maps by code address: read by anyone at any time, a signal handler included, while others add and remove.
+/// Frame maps by code address. Anyone can read them at any time, even a signal handler, while others add and remove maps.
 ///
-/// The process has one, [`process`](super::process), and usually that is all there is to it. No stack is moved by the maps
-/// in another one. So anything may be registered in that.
+/// Stacks are moved by the maps of [`process`](super::process) only. So registering in another one is safe, whatever the maps say.
 ///
 /// ```
 /// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
@@ -111,13 +109,13 @@ impl StackMaps {
         }
     }
 
-    /// Adds maps. They take precedence over those of unwind tables, and are removed when the result is dropped.
+    /// Adds maps. They take precedence over unwind tables. Dropping the result removes them.
     ///
-    /// The time is linear in the number of maps and in the number of earlier registrations: register a module, not a function,
-    /// at a time.
+    /// The time is linear in the number of maps and in the number of earlier registrations. So register a module at a time, not a
+    /// function.
     ///
     /// # Errors
-    /// If a range is empty or larger than 2 GiB, or two maps overlap, new or old. Nothing is added then.
+    /// If a range is empty or larger than 2 GiB, or if a map overlaps another, new or old. Then nothing is added.
     ///
     /// ```
     /// use regrow::map::{Error, FrameMap, StackMaps};
@@ -133,7 +131,7 @@ impl StackMaps {
         self.add(LayerName::Registered, maps).map(|(registration, _)| registration)
     }
 
-    /// As [`register`](Self::register), into either layer; also says what it takes.
+    /// As [`register`](Self::register), into either layer. Also returns what the tables take.
     pub(super) fn add(
         &self,
         layer: LayerName,
@@ -159,10 +157,10 @@ impl StackMaps {
         }
     }
 
-    /// Begins reading. Wait-free, allocates nothing, may be called in a signal handler.
+    /// Begins reading. It does not wait or allocate, and may be called in a signal handler.
     ///
-    /// What is registered or removed while the result lives is not seen through it, and memory is
-    /// not given back meanwhile; nobody waits for it.
+    /// The result shows the maps of this moment. Changes made while it lives do not show in it, and memory is not freed meanwhile. No
+    /// writer waits for it.
     ///
     /// ```
     /// use regrow::map::{FrameMap, StackMaps};
@@ -189,7 +187,7 @@ impl StackMaps {
         debug_assert!(published.is_ok(), "fewer tables cannot overlap more");
     }
 
-    /// Makes the writer's tables the current ones. After an error nothing has changed.
+    /// Makes the writer's tables the current ones. An error changes nothing.
     fn publish(&self, writer: &mut Writer) -> Result<(), Error> {
         // SAFETY: only a writer, who has the lock, replaces or frees it.
         let old_layers = self.current.current().map(|snapshot| unsafe { &snapshot.as_ref().layers });
@@ -277,7 +275,7 @@ impl fmt::Debug for StackMaps {
     }
 }
 
-/// The maps that stacks are moved by: anyone may read them. Adding to them is [`map::register`](super::register).
+/// The maps that stacks are moved by. They can only be read here; [`map::register`](super::register) adds to them.
 ///
 /// ```
 /// let maps = regrow::map::process();
@@ -307,9 +305,9 @@ pub(super) struct Size {
     pub bytes: usize,
 }
 
-/// Maps that were added; dropping it removes them.
+/// Maps that were added. Dropping this removes them.
 ///
-/// Remove the maps of code *after* its last frame has returned and *before* its memory is used for other code.
+/// Drop it *after* the last frame of the code has returned and *before* the memory is used for other code.
 ///
 /// ```
 /// use regrow::map::{self, FrameMap, Registration};
@@ -342,7 +340,7 @@ impl Drop for Registration<'_> {
     }
 }
 
-/// All maps of one moment; see [`StackMaps::read`].
+/// The maps of one moment; see [`StackMaps::read`].
 ///
 /// ```
 /// use regrow::map::{FrameMap, StackMaps};
@@ -361,8 +359,8 @@ impl fmt::Debug for Reader<'_> {
 }
 
 impl Reader<'_> {
-    /// What is known about a frame whose code is at `address`: where it was interrupted, or the last byte of the call it waits
-    /// for, which is one less than its return address. Neither allocates nor panics.
+    /// The map of the frame whose code is at `address`. In interrupted code that is the instruction's address. In a caller it is the
+    /// call's last byte, one below the return address. This does not allocate or panic.
     ///
     /// ```
     /// use regrow::map;
@@ -378,7 +376,7 @@ impl Reader<'_> {
         self.find_near(address, &mut Hints::default())
     }
 
-    /// As [`find`](Self::find), looking first where the last look-up found something.
+    /// As [`find`](Self::find), but it looks first where the last look-up found something.
     #[inline]
     pub(super) fn find_near<'a>(&'a self, address: usize, hints: &mut Hints<'a>) -> Option<Map<'a>> {
         let [registered, unwind] = &self.0.value?.layers;
@@ -394,7 +392,7 @@ impl Reader<'_> {
     }
 }
 
-/// The segments, by layer, that the last look-up found: code calls code of its own object, mostly.
+/// The segments, by layer, that the last look-up found. Code mostly calls code of its own object.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Hints<'a> {
     registered: Option<&'a Segment>,
@@ -433,7 +431,7 @@ pub struct Map<'a> {
 }
 
 impl<'a> Map<'a> {
-    /// How to get to the caller, or why that is not possible; `None`: only words are known.
+    /// How to get to the caller, or why that is impossible; `None` if the map gives only words.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Rules, StackMaps};
@@ -455,7 +453,7 @@ impl<'a> Map<'a> {
         self.rules
     }
 
-    /// Who recorded what is known about its words.
+    /// Who recorded the verdicts for its words.
     ///
     /// ```
     /// use regrow::map::{self, Source};
@@ -469,11 +467,8 @@ impl<'a> Map<'a> {
         self.words.shape.source
     }
 
-    /// The verdict for a callee-saved register (by its place in [`Register::CALLEE_SAVED`]), if the frame uses it itself.
-    /// One that the CFA is counted from is a pointer.
-    ///
-    /// # Panics
-    /// Never; [`Verdict::Ambiguous`] if `index` is above 5.
+    /// The verdict for the `index`th of [`Register::CALLEE_SAVED`], if the frame uses it itself; [`Verdict::Ambiguous`] if `index` is
+    /// above 5. A register that the CFA is counted from is a pointer.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Register, Rules, StackMaps, Verdict};
@@ -494,7 +489,7 @@ impl<'a> Map<'a> {
         }
     }
 
-    /// The verdict for the words that none was given for.
+    /// The verdict for words without one of their own.
     ///
     /// ```
     /// use regrow::map::{FrameMap, StackMaps, Verdict};
@@ -508,7 +503,7 @@ impl<'a> Map<'a> {
         self.words.shape.rest
     }
 
-    /// True if nothing is known about any of its words.
+    /// True if all of its words are ambiguous.
     ///
     /// ```
     /// use regrow::map;

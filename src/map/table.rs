@@ -1,4 +1,4 @@
-//! One table of frame maps: sorted, compact, never changed once it is made.
+//! One table of frame maps: sorted, compact, and never changed after it is made.
 //!
 //! ```text
 //!   address ─ start ─► buckets[offset >> shift]      where to begin in the rows
@@ -14,8 +14,8 @@
 //!                      bits      two for each word, four words a byte
 //! ```
 //!
-//! There are about as many buckets as quarters of rows, so that the row is one of the next few: these are all compared at once, without a
-//! branch. A look-up reads four cache lines, whatever the size of the table.
+//! There is about one bucket for four rows, so the row is one of the first few of its bucket. These are compared at once, without a branch. A
+//! look-up reads four cache lines, whatever the size of the table.
 #![forbid(unsafe_code)]
 
 use core::ops::Range;
@@ -26,7 +26,7 @@ use super::frame_map::{FrameMap, Origin, Place, Rules, SAVED, Source, Unwalkable
 
 /// The rows of a table cover less than this.
 const MOST_SPAN: usize = 1 << 31;
-/// Two maps further apart than this go into different tables: buckets are not spent on what lies between.
+/// Two maps further apart than this go into different tables, which saves the buckets in between.
 const MOST_GAP: usize = 1 << 20;
 /// How many rows there are to a bucket, at most, on average.
 const ROWS_PER_BUCKET: usize = 4;
@@ -34,7 +34,7 @@ const ROWS_PER_BUCKET: usize = 4;
 const WINDOW: usize = 8;
 /// A run of words that have a verdict does not bridge more words without one.
 const MOST_FILL: i64 = 64 * WORD;
-/// The shape of a row for addresses that no map is for.
+/// The shape of a row for addresses without a map.
 const GAP: u32 = u32::MAX;
 
 const WORD: i64 = size_of::<usize>() as i64;
@@ -154,7 +154,7 @@ impl Table {
         Some(self.offsets.get(first..=last)?.partition_point(|&begin| begin <= offset))
     }
 
-    /// Its maps again, in order; neighbours that say the same are one.
+    /// Its maps again, in order. Neighbours that say the same are one map.
     pub(super) fn maps(&self) -> impl Iterator<Item = FrameMap> {
         let begins = self.offsets.iter().map(|&offset| self.start + offset as usize);
         let ends = begins.clone().take(self.rows()).skip(1).chain([self.end]);
@@ -179,7 +179,7 @@ impl Table {
         })
     }
 
-    /// Tables for `maps`, in whatever order they come: one, or several if they lie far apart.
+    /// Tables for `maps`, which may come in any order: one table, or several if the maps lie far apart.
     ///
     /// # Errors
     /// If a range is empty, or two overlap.

@@ -11,10 +11,10 @@
 //!               └──────────────────────┘
 //! ```
 //!
-//! A callee-saved register belongs to the innermost frame, further out than where it lies, that has saved its caller's value: that one
-//! uses it. Frames in between have not touched it.
+//! A callee-saved register belongs to the frame that uses it. Seen from where the register's value lies, that is the next frame further
+//! out that has saved its caller's value. The frames in between have not touched it.
 //!
-//! Nothing here allocates, panics, or uses unsafe code: memory is read through a function that may refuse.
+//! Nothing here allocates, panics or uses unsafe code. Memory is read through a function, which may refuse.
 #![forbid(unsafe_code)]
 
 use core::fmt;
@@ -28,10 +28,30 @@ const WORD: usize = size_of::<usize>();
 /// How many look-ups a walk remembers.
 const FOUND: usize = 8;
 
-/// A walk that goes on across bases or signal frames this often without end is taken for a loop.
+/// A walk that crosses this many bases or signal frames is taken for a loop.
 const MOST_STACKS: u32 = 1 << 16;
 
-/// The registers that a walk starts from. Those that are not given are not known.
+/// The example of [`Frame`], in full there and hidden (`"# "`) in the examples that go on from it.
+macro_rules! an_interrupted_frame {
+    ($hide:literal) => {
+        concat!(
+            $hide, "use regrow::map::{Cfa, FrameMap, Kind, Location, Place, Register, Registers, Rules, StackMaps, Verdict, Walk, Word};\n",
+            $hide, "// push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. Its map says that the word at rsp + 8 is a pointer.\n",
+            $hide, "let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));\n",
+            $hide, "let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);\n",
+            $hide, "let maps = StackMaps::new();\n",
+            $hide, "let _registration = maps.register(vec![map]);\n",
+            $hide, "// The stack at 0x8000: two words, the caller's rbp, the return address.\n",
+            $hide, "let stack = [1, 0x8018, 0x9000, 0x2050];\n",
+            $hide, "let memory = |address: usize| stack.get(address.wrapping_sub(0x8000) / 8).copied();\n",
+            $hide, "let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);\n",
+            $hide, "let reader = maps.read();\n",
+            $hide, "let frame = Walk::new(&reader, &start, memory).next().unwrap();",
+        )
+    };
+}
+
+/// The registers that a walk starts from. A register without a value is not known.
 ///
 /// ```
 /// use regrow::map::{Register, Registers};
@@ -112,30 +132,22 @@ impl fmt::Debug for Registers {
     }
 }
 
-/// Where the value lies that a callee-saved register has in a frame; see [`Frame::register`].
+/// Where a frame's value of a callee-saved register lies; see [`Frame::register`].
+///
+/// Of the frame in [`Frame`]'s example:
 ///
 /// ```
-/// use regrow::map::{Location, Register, Registers, Walk};
-/// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-/// # let maps = StackMaps::new();
-/// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-/// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-/// # let _registration = maps.register(vec![map]);
-/// # let reader = maps.read();
-/// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-/// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-/// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-/// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+#[doc = an_interrupted_frame!("# ")]
 /// assert_eq!(frame.register(1), Location::Register); // rbp, which the interrupted code is using
 /// assert_eq!(frame.register(0), Location::Lost); // rbx, which the walk was not given
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Location {
-    /// Still in the register.
+    /// In the register itself.
     Register,
     /// At this address, in a frame further in.
     Memory(usize),
-    /// Nowhere: it was not known when the walk began, or a frame did not keep it.
+    /// Nowhere: the walk was not given it, or a frame did not keep it.
     Lost,
 }
 
@@ -157,20 +169,12 @@ impl Packed {
     }
 }
 
-/// Whose a word of a frame is; see [`Frame::word`].
+/// What a word of a frame is; see [`Frame::word`].
+///
+/// Of the frame in [`Frame`]'s example:
 ///
 /// ```
-/// use regrow::map::{Word, Register, Registers, Walk};
-/// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-/// # let maps = StackMaps::new();
-/// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-/// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-/// # let _registration = maps.register(vec![map]);
-/// # let reader = maps.read();
-/// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-/// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-/// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-/// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+#[doc = an_interrupted_frame!("# ")]
 /// let words: Vec<Word> = frame.range().step_by(8).map(|address| frame.word(address)).collect();
 /// let ambiguous = Word::Own(Verdict::Ambiguous);
 /// let expected = [ambiguous, Word::Own(Verdict::Pointer), Word::Saved(Register::RBP), Word::ReturnAddress];
@@ -180,15 +184,22 @@ impl Packed {
 pub enum Word {
     /// The return address.
     ReturnAddress,
-    /// A register that the frame keeps for its callers: the verdict is given by the frame it belongs to.
+    /// A register that the frame keeps for its callers. The frame that owns the register gives its verdict.
     Saved(Register),
-    /// The frame's own.
+    /// The frame's own, with its verdict.
     Own(Verdict),
 }
 
-/// One frame, as a [`Walk`] comes to it.
+/// One frame of a [`Walk`].
 ///
-/// Every word of a stack, and every callee-saved register, has one owner, so this visits each of them once:
+/// ```
+#[doc = an_interrupted_frame!("")]
+/// assert_eq!(frame.range(), 0x8000..0x8020);
+/// ```
+///
+/// The examples of the methods go on from there.
+///
+/// Each word of a stack, and each callee-saved register, has one owner. So this visits each of them once:
 /// ```
 /// use regrow::map::{Frame, Location, Verdict, Word};
 ///
@@ -225,20 +236,10 @@ pub struct Frame<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// Where its code was interrupted, or where its call will return to.
+    /// The instruction where its code was interrupted, or to which its call will return.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.pc(), 0x1010);
     /// ```
     #[must_use]
@@ -246,20 +247,10 @@ impl<'a> Frame<'a> {
         self.pc
     }
 
-    /// The address that its map was looked up by: inside the instruction that is running, or the call that has not returned.
+    /// The address by which its map was found. It lies in the interrupted instruction, or in the call that has not returned.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.code(), frame.pc()); // it was interrupted; in a caller it is one less
     /// ```
     #[must_use]
@@ -267,20 +258,10 @@ impl<'a> Frame<'a> {
         if self.exact { self.pc } else { self.pc.wrapping_sub(1) }
     }
 
-    /// What it is to a walker.
+    /// Its kind: ordinary, a signal's, or a coroutine's first.
     ///
     /// ```
-    /// use regrow::map::{Kind, Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.kind(), Kind::Call);
     /// ```
     #[must_use]
@@ -294,17 +275,7 @@ impl<'a> Frame<'a> {
     /// interrupted stack pointer was, which may be on another stack too, above or below.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.range(), 0x8000..0x8020);
     /// ```
     #[inline]
@@ -313,20 +284,10 @@ impl<'a> Frame<'a> {
         self.rsp..if self.kind == Kind::Base { self.rsp } else { self.cfa }
     }
 
-    /// The address of its return address. It has none if it is the thread's outermost frame.
+    /// The address of its return address; `None` in the thread's outermost frame.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.return_address().and_then(memory), Some(0x2050));
     /// ```
     #[must_use]
@@ -334,20 +295,10 @@ impl<'a> Frame<'a> {
         (self.return_address != 0).then_some(self.return_address)
     }
 
-    /// Where the value lies that the `index`th of [`Register::CALLEE_SAVED`] has in this frame.
+    /// Where this frame's value of the `index`th of [`Register::CALLEE_SAVED`] lies.
     ///
     /// ```
-    /// use regrow::map::{Location, Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// let rbp = Register::RBP.saved_index().unwrap();
     /// assert_eq!(frame.register(rbp), Location::Register);
     /// ```
@@ -357,20 +308,11 @@ impl<'a> Frame<'a> {
         self.registers.get(index).map_or(Location::Lost, |packed| packed.location())
     }
 
-    /// True if the frame uses that register itself: the value at [`register`](Self::register) is its own, and takes its verdict.
+    /// True if the frame uses that register itself. Then the value at [`register`](Self::register) is the frame's own, and its map has
+    /// the verdict.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert!(Register::RBP.saved_index().is_some_and(|rbp| frame.owns(rbp)));
     /// assert!(Register::R12.saved_index().is_some_and(|r12| !frame.owns(r12)));
     /// ```
@@ -380,20 +322,10 @@ impl<'a> Frame<'a> {
         index < SAVED && self.owned >> index & 1 != 0
     }
 
-    /// Where it has saved the value that this register had when it was called.
+    /// Where the frame has saved the value that its caller had in this register.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// let rbp = Register::RBP.saved_index().unwrap();
     /// assert_eq!(frame.saved(rbp).and_then(memory), Some(0x9000)); // the caller's
     /// ```
@@ -406,20 +338,10 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// The map it is walked by.
+    /// The map of its code.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.map().rest(), Verdict::Ambiguous);
     /// ```
     #[must_use]
@@ -427,20 +349,10 @@ impl<'a> Frame<'a> {
         &self.map
     }
 
-    /// Whose the word at `address` is, and what is known about it.
+    /// What the word at `address` is.
     ///
     /// ```
-    /// use regrow::map::{Word, Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert_eq!(frame.word(0x8008), Word::Own(Verdict::Pointer));
     /// assert_eq!(frame.word(0x8010), Word::Saved(Register::RBP));
     /// ```
@@ -458,20 +370,10 @@ impl<'a> Frame<'a> {
         Word::Own(self.map.word(address, |place| self.address_of(place)))
     }
 
-    /// True if no word of it, and no register it uses, is ambiguous.
+    /// True if neither its words nor the registers it uses are ambiguous.
     ///
     /// ```
-    /// use regrow::map::{Register, Registers, Walk};
-    /// # use regrow::map::{Cfa, FrameMap, Place, Rules, StackMaps, Verdict};
-    /// # let maps = StackMaps::new();
-    /// # let rules = Rules::new(Cfa::rbp(16)).saved(Register::RBP, Place::cfa(-16));
-    /// # let map = FrameMap::new(0x1000..0x1100).rules(rules).word(Place::cfa(-24), Verdict::Pointer);
-    /// # let _registration = maps.register(vec![map]);
-    /// # let reader = maps.read();
-    /// # let memory = |address: usize| [1, 0x8018, 0x9000, 0x2050].get(address.wrapping_sub(0x8000) / 8).copied();
-    /// // push rbp; mov rbp, rsp; sub rsp, 16; interrupted there. The word at rsp + 8 is a pointer by its map.
-    /// let start = Registers::new(0x1010, 0x8000).with(Register::RBP, 0x8010);
-    /// let frame = Walk::new(&reader, &start, memory).next().unwrap();
+    #[doc = an_interrupted_frame!("# ")]
     /// assert!(!frame.is_precise()); // nothing is known of the word at rsp
     /// ```
     #[must_use]
@@ -512,11 +414,11 @@ impl fmt::Debug for Frame<'_> {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
-    /// At a coroutine's base, which was its last frame.
+    /// At a coroutine's base, which was the last frame.
     Base,
-    /// At the outermost frame of a thread, which was its last.
+    /// At the outermost frame of a thread, which was the last.
     Outermost,
-    /// Before a frame that it could not get through.
+    /// Before a frame that could not be walked.
     Stuck {
         /// The frame's program counter.
         pc: usize,
@@ -525,24 +427,24 @@ pub enum End {
     },
 }
 
-/// Why a walk cannot go on: a phrase about the frame at which it stopped, for reports.
+/// Why a walk cannot go on. Printed, it is a phrase about the frame at which the walk stopped.
 ///
 /// ```
 /// assert_eq!(regrow::map::Stuck::NoMap.to_string(), "no map is for its code");
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stuck {
-    /// No map is for this code: compiled at run time, or written by hand, without unwind tables.
+    /// The code has no map: it was compiled at run time, or written by hand, without unwind tables.
     NoMap,
-    /// What is known about this code is about words only, and it has no unwind tables.
+    /// The code has a map of its words, but no unwind tables.
     NoRules,
     /// Its unwind tables cannot be followed.
     Rules(Unwalkable),
     /// The word at this address cannot be read.
     Memory(usize),
-    /// The frame's end or words are counted from this register, whose value is not known.
+    /// The frame's end or words are counted from this register, and its value is not known.
     Register(Register),
-    /// The caller's frame would not lie above this one: memory is corrupt, or the walk runs in circles.
+    /// The caller's frame would not lie above this one. Memory is corrupt, or the walk runs in circles.
     NoProgress,
 }
 
@@ -601,7 +503,7 @@ pub struct Walk<'a, M> {
 }
 
 impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
-    /// Starts at `start`. `memory` returns the word at an address, or `None` if it may not be read.
+    /// A walk that starts at `start`. `memory` returns the word at an address, or `None` if it may not be read.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Walk};
@@ -633,7 +535,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         }
     }
 
-    /// Does not stop at a coroutine's base, but goes on with the frames of its resumer.
+    /// Continues past a coroutine's base, with the frames of its resumer.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Kind, Registers, Rules, StackMaps, Walk};
@@ -654,7 +556,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         self
     }
 
-    /// How it ended, once it has.
+    /// How the walk ended; `None` until it has.
     ///
     /// ```
     /// use regrow::map::{Cfa, End, FrameMap, Registers, Rules, StackMaps, Stuck, Walk};
@@ -670,7 +572,7 @@ impl<'a, M: Fn(usize) -> Option<usize>> Walk<'a, M> {
         self.next.err()
     }
 
-    /// The next frame, where it lies: as [`next`](Iterator::next), without copying it.
+    /// The next frame, as [`next`](Iterator::next), but without a copy of it.
     ///
     /// ```
     /// use regrow::map::{Cfa, FrameMap, Registers, Rules, StackMaps, Walk};
