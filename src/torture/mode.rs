@@ -25,7 +25,7 @@ pub enum Mode {
     /// At every so many-th instruction, growth point or not; 1 for every one, and 0 too. Stricter than what happens
     /// without torture.
     Every(u64),
-    /// At random, on average at every so many-th instruction; 1 for every one, and 0 too. [`Torture::seed`] tells one run from
+    /// At random, on average at every so many-th instruction; 1 for every one, and 0 too. [`Torture::seed`](super::Torture::seed) tells one run from
     /// another.
     Random(u64),
     /// Only where it overflows, but by the smallest step each time: from 2 KiB up, doubled as often as it takes.
