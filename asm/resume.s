@@ -13,22 +13,22 @@
 #
 # rsp does not change before the switch, so the caller's unwind information holds at every
 # instruction; what is saved goes into the red zone, which nobody writes while rsp is elsewhere.
-    lea     rcx, [rip + 2f]             # rcx <- where to come back to
-    mov     [rsp - 8], rcx              # as if a call had pushed it ...
-    mov     [rsp - 16], rbp             # ... and its callee had pushed rbp: a link of the rbp chain
-    mov     [rsp - 24], rbx             # rbx is the compiler's own, it cannot be declared clobbered
+    lea     rcx, [rip + 2f]         # rcx <- where to come back to
+    mov     [rsp - {landing}], rcx  # as if a call had pushed it ...
+    mov     [rsp - {rbp}], rbp      # ... and its callee had pushed rbp: a link of the rbp chain
+    mov     [rsp - {rbx}], rbx      # rbx is the compiler's own, it cannot be declared clobbered
     mov     r8, [rip + regrow_resumer@GOTTPOFF] # r8 <- the thread variable's offset (a constant once linked)
-    mov     r9, fs:[r8]                 # r9 <- the resumer of whoever runs now, 0 outside coroutines
-    mov     [rsp - 32], r9              # kept for when we are back
-    mov     [rsp - 40], rdx             # the base: corrected here by the fault handler when the stack moves
-    mov     fs:[r8], rsp                # from here on the coroutine counts as running
-    lea     r8, [rsp - 16]              # r8 <- our link of the rbp chain
-    mov     [rdx], r8                   # the coroutine's outermost frame links to us: backtraces run through
-    mov     rsp, rax                    # the switch; rdx <- base, for the first frame (asm/switch.S)
-    jmp     qword ptr [rsp - 8]         # jmp, not ret: the return stack stays in step with the calls
-2:                                      # back: rsp and r8 are ours again, rax the coroutine's
-    mov     r9, [r8 - 32]               # r9 <- the resumer before this one
+    mov     r9, fs:[r8]             # r9 <- the resumer of whoever runs now, 0 outside coroutines
+    mov     [rsp - {resumer}], r9   # kept for when we are back
+    mov     [rsp - {running}], rdx  # the base: corrected here by the fault handler when the stack moves
+    mov     fs:[r8], rsp            # from here on the coroutine counts as running
+    lea     r8, [rsp - {rbp}]       # r8 <- our link of the rbp chain
+    mov     [rdx], r8               # the coroutine's outermost frame links to us: backtraces run through
+    mov     rsp, rax                # the switch; rdx <- base, for the first frame (asm/switch.S)
+    jmp     qword ptr [rsp - {landing}] # jmp, not ret: the return stack stays in step with the calls
+2:                                  # back: rsp and r8 are ours again, rax the coroutine's
+    mov     r9, [r8 - {resumer}]    # r9 <- the resumer before this one
     mov     rcx, [rip + regrow_resumer@GOTTPOFF]
-    mov     fs:[rcx], r9                # whoever ran before runs again
-    mov     rbp, [r8 - 16]
-    mov     rbx, [r8 - 24]
+    mov     fs:[rcx], r9            # whoever ran before runs again
+    mov     rbp, [r8 - {rbp}]
+    mov     rbx, [r8 - {rbx}]

@@ -5,13 +5,13 @@
 #   out   rdi  the next resume's word          rsi  its command
 #   kept  rsp, rbx, rbp, as in asm/resume.s. A store below may run into the guard page: each is
 #         based on rsp, a growth point, and all that moves is in registers or below the top.
-    lea     rax, [rip + 2f]             # rax <- where the next resume lands
-    mov     [rsp - 8], rax              # the same layout as in asm/resume.s:
-    mov     [rsp - 16], rbp             # a suspended stack looks like one that has called
-    mov     [rsp - 24], rbx
-    mov     rax, rsp                    # rax <- what the resumer puts into the handle
-    mov     rsp, r8                     # the switch
-    jmp     qword ptr [rsp - 8]         # lands at 2: of asm/resume.s
-2:                                      # resumed: rsp and rax are ours, perhaps another address than before
-    mov     rbp, [rax - 16]
-    mov     rbx, [rax - 24]
+    lea     rax, [rip + 2f]         # rax <- where the next resume lands
+    mov     [rsp - {landing}], rax  # the same layout as in asm/resume.s:
+    mov     [rsp - {rbp}], rbp      # a suspended stack looks like one that has called
+    mov     [rsp - {rbx}], rbx
+    mov     rax, rsp                # rax <- what the resumer puts into the handle
+    mov     rsp, r8                 # the switch
+    jmp     qword ptr [rsp - {landing}] # lands at 2: of asm/resume.s
+2:                                  # resumed: rsp and rax are ours, perhaps another address than before
+    mov     rbp, [rax - {rbp}]
+    mov     rbx, [rax - {rbx}]

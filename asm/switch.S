@@ -6,6 +6,16 @@
     .intel_syntax noprefix
     .include "frame_map.inc"
 
+// What src/switch.rs states, and holds against this: how far below a stack pointer lies what, flags, outcomes, sizes.
+    .set    LANDING, 8
+    .set    WATCHED_LANDING, 48
+    .set    ENDED, 1
+    .set    WATCHED, 2
+    .set    RETURNED, 1
+    .set    BASE_OWNER, 16
+    .set    RAW_FUNCTION, 16            // below the record: the place of a closure of this size
+    .set    WORDS, 40
+
 // regrow_resumer: one word per thread. The stack pointer of whoever resumed the coroutine that runs
 // on this thread, 0 when none does. It lives here, in a line that is always hot, and not on the
 // coroutine's stack: a suspend must know where to go before the coroutine's own lines have arrived.
@@ -18,15 +28,15 @@
 regrow_resumer:
     .zero 8
 
-// regrow_words: what else of a thread the fault handler reads or writes (src/thread.rs, `Words`). Initial-exec as well: of a
+// regrow_words: what else of a thread the fault handler reads or writes (src/words.rs). Initial-exec as well: of a
 // library that was loaded later, other thread-local variables may be allocated at their first use.
     .globl  regrow_words
     .hidden regrow_words
     .type   regrow_words, @object
-    .size   regrow_words, 40
+    .size   regrow_words, WORDS
     .p2align 3
 regrow_words:
-    .zero 40
+    .zero WORDS
 
 // regrow_entry: where a coroutine's first resume lands. Its frame is the outermost one on the stack
 // and lasts as long as the coroutine.
@@ -54,7 +64,7 @@ regrow_entry:
     // DW_CFA_def_cfa_expression: DW_OP_breg7 (rsp) 0, DW_OP_deref, DW_OP_plus_uconst 16. By rsp, not by rbp, although that is
     // the base here, too: a signal may come between a switch and the load of rbp, and unwinders would follow a wrong one.
     .cfi_escape 0x0f, 5, 0x77, 0x00, 0x06, 0x23, 0x10
-    .cfi_offset rip, -8
+    .cfi_offset rip, -LANDING
     .cfi_offset rbp, -16
     .cfi_offset rbx, -24
     mov     rbp, rdx                    // rbp <- base: the rbp chain runs through [base] to the resumer
@@ -81,20 +91,20 @@ regrow_entry_return:
     .p2align 4
 regrow_raw:
     .cfi_startproc
-    mov     rax, [rdx + 16]             // rax <- the record
+    mov     rax, [rdx + BASE_OWNER]     // rax <- the record
     mov     rsi, rdi                    // argument 2 <- the word
     mov     rdi, rdx                    // argument 1 <- the base, which is the yielder
     sub     rsp, 8                      // aligned for the call
     .cfi_adjust_cfa_offset 8
-    call    qword ptr [rax - 16]        // the function
+    call    qword ptr [rax - RAW_FUNCTION] // the function
     mov     rdi, rax                    // rdi <- its result, for the resumer
     lea     rdx, [rsp + 16]             // rdx <- the base: above are this frame's word and its return address
-    mov     esi, 1                      // RETURNED
+    mov     esi, RETURNED
     mov     r8, [rip + regrow_resumer@GOTTPOFF]
     mov     r8, fs:[r8]                 // r8 <- the resumer's rsp
-    mov     eax, 1                      // ENDED, for the handle; from here on as in asm/finish.s
+    mov     eax, ENDED                  // for the handle; from here on as in asm/finish.s
     mov     rsp, r8
-    jmp     qword ptr [rsp - 8]
+    jmp     qword ptr [rsp - LANDING]
     .cfi_endproc
 1:
     .size   regrow_raw, . - regrow_raw
@@ -105,7 +115,7 @@ regrow_raw:
 // regrow_watch: where a suspend lands, instead of its resumer, after the stack has grown (src/grow/shrink.rs).
 //
 //   in   rsp, r8  the resumer's; rax the coroutine's; rdx, rdi, rsi as for the resumer
-//   out  rax with WATCHED set; goes on to the resumer's landing, kept at [rsp - 48]
+//   out  rax with WATCHED set; goes on to the resumer's landing, kept at [rsp - WATCHED_LANDING]
 //
 // To an unwinder that comes from the coroutine it is a frame without extent between the first frame and the resumer.
     .globl  regrow_watch_landing
@@ -115,11 +125,11 @@ regrow_watch:
     .cfi_startproc
     .cfi_signal_frame
     .cfi_def_cfa rsp, 0
-    .cfi_offset rip, -48
+    .cfi_offset rip, -WATCHED_LANDING
     nop                                 // some look up a return address by the byte before it
 regrow_watch_landing:
-    or      rax, 2                      // WATCHED
-    jmp     qword ptr [rsp - 48]
+    or      rax, WATCHED
+    jmp     qword ptr [rsp - WATCHED_LANDING]
     .cfi_endproc
     .size   regrow_watch, . - regrow_watch
 

@@ -40,6 +40,22 @@ use core::mem::MaybeUninit;
 
 use crate::map::{Register, Registers};
 
+/// How far below a stack pointer lies what, as drawn above. The assembly has these numbers from here, or is held against them.
+mod below {
+    pub(super) const LANDING: usize = 8;
+    pub(super) const RBP: usize = 16;
+    pub(super) const RBX: usize = 24;
+    pub(super) const RESUMER: usize = 32;
+    pub(super) const RUNNING: usize = 40;
+    pub(super) const WATCHED_LANDING: usize = 48;
+}
+
+/// The registers that a suspend saves, and how far below its stack pointer.
+pub(crate) const PARKED: [(Register, usize); 2] = [(Register::RBP, below::RBP), (Register::RBX, below::RBX)];
+
+/// Bytes that a suspend saves below its stack pointer.
+pub(crate) const SAVED: usize = below::RBX;
+
 /// What the owner of a coroutine keeps of it: two words.
 #[repr(C)]
 pub(crate) struct Handle {
@@ -74,7 +90,7 @@ impl Handle {
     /// registers, and the base.
     #[inline(always)]
     pub fn prefetch(&self) {
-        for address in [self.sp.wrapping_sub(24), self.sp.wrapping_add(40), self.base as usize] {
+        for address in [self.sp.wrapping_sub(SAVED), self.sp.wrapping_add(40), self.base as usize] {
             // SAFETY: a hint; it is no access, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
         }
@@ -130,8 +146,8 @@ pub(crate) unsafe fn prepare(base: *mut Base, owner: *mut c_void, entry: Entry) 
     // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
     unsafe {
         restore_base(base, owner);
-        word.sub(1).write(regrow_entry as *const () as usize);
-        word.sub(3).write(entry as usize);
+        word.byte_sub(below::LANDING).write(regrow_entry as *const () as usize);
+        word.byte_sub(below::RBX).write(entry as usize);
     }
     Handle { sp: base as usize, base }
 }
@@ -154,7 +170,7 @@ pub(crate) unsafe fn restore_base(base: *mut Base, owner: *mut c_void) {
 /// `sp` is the stack pointer of a suspended coroutine.
 pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
     // SAFETY: a suspended stack keeps where it continues right below its stack pointer.
-    unsafe { (sp as *const usize).sub(1).read() == regrow_entry as *const () as usize }
+    unsafe { ((sp - below::LANDING) as *const usize).read() == regrow_entry as *const () as usize }
 }
 
 /// The registers that the coroutine suspended at `sp` goes on with: what its suspend left, as drawn above.
@@ -164,7 +180,9 @@ pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
 pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
     // SAFETY: by the caller's word, these three words are there.
     let left = |below: usize| unsafe { ((sp - below) as *const usize).read() };
-    Registers::new(left(8), sp).with(Register::RBP, left(16)).with(Register::RBX, left(24))
+    Registers::new(left(below::LANDING), sp)
+        .with(Register::RBP, left(below::RBP))
+        .with(Register::RBX, left(below::RBX))
 }
 
 /// Resumes the coroutine of `handle`; returns its word and the outcome, and leaves in the handle where it has suspended.
@@ -183,6 +201,11 @@ pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> 
             inout("rdx") handle.base => base,
             inout("rdi") word => reply,
             inout("rsi") command => outcome,
+            landing = const below::LANDING,
+            rbp = const below::RBP,
+            rbx = const below::RBX,
+            resumer = const below::RESUMER,
+            running = const below::RUNNING,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
             clobber_abi("sysv64"),
         );
@@ -215,6 +238,9 @@ pub(crate) unsafe fn suspend(running: Running, base: &Base, word: Word) -> (Word
             inout("rdx") base => _,
             inout("rdi") word => reply,
             out("rsi") command,
+            landing = const below::LANDING,
+            rbp = const below::RBP,
+            rbx = const below::RBX,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
             clobber_abi("sysv64"),
         );
@@ -237,6 +263,8 @@ pub(crate) unsafe fn finish(base: &Base, word: Word, outcome: usize) -> ! {
             in("rdx") base,
             in("rdi") word,
             in("rsi") outcome,
+            landing = const below::LANDING,
+            ended = const ENDED,
             options(noreturn),
         );
     }
@@ -258,6 +286,9 @@ pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, 
             inout("rdi") argument => _,
             inout("rsi") function => _,
             inout("rdx") end => _,
+            landing = const below::LANDING,
+            rbp = const below::RBP,
+            rbx = const below::RBX,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
             clobber_abi("sysv64"),
         );
@@ -307,7 +338,7 @@ impl Running {
     #[inline(always)]
     pub fn base(self) -> *mut Base {
         // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored the base there.
-        unsafe { *self.word(40) as *mut Base }
+        unsafe { *self.word(below::RUNNING) as *mut Base }
     }
 
     /// Says where its base is now. Its handle is corrected when it suspends.
@@ -316,7 +347,7 @@ impl Running {
     /// Its stack has moved, and its base is there.
     pub unsafe fn set_base(self, base: *mut Base) {
         // SAFETY: as in `base`.
-        unsafe { *self.word(40) = base as usize };
+        unsafe { *self.word(below::RUNNING) = base as usize };
     }
 
     /// Lets its next suspend set [`WATCHED`] in its handle.
@@ -324,9 +355,9 @@ impl Running {
         let watch = regrow_watch_landing as *const () as usize;
         // SAFETY: its resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
         unsafe {
-            if *self.word(8) != watch {
-                *self.word(48) = *self.word(8);
-                *self.word(8) = watch;
+            if *self.word(below::LANDING) != watch {
+                *self.word(below::WATCHED_LANDING) = *self.word(below::LANDING);
+                *self.word(below::LANDING) = watch;
             }
         }
     }
@@ -334,7 +365,7 @@ impl Running {
     /// The coroutine that its resumer is, if it is one.
     pub fn resumed_by(self) -> Option<Self> {
         // SAFETY: as in `base`.
-        match unsafe { *self.word(32) } {
+        match unsafe { *self.word(below::RESUMER) } {
             0 => None,
             sp => Some(Self(sp)),
         }
@@ -344,6 +375,38 @@ impl Running {
     #[cfg(feature = "torture")]
     pub fn landing(self) -> (usize, usize) {
         // SAFETY: as in `base`.
-        (unsafe { *self.word(8) }, self.0)
+        (unsafe { *self.word(below::LANDING) }, self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::mem::offset_of;
+
+    use super::*;
+
+    /// The inlined assembly has its numbers as operands; the file that is compiled beside it states them again.
+    #[test]
+    fn the_assembly_states_the_same_numbers() {
+        let stated = |name: &str| {
+            let text = include_str!("../asm/switch.S");
+            let line =
+                text.lines().find_map(|line| line.trim().strip_prefix(".set")?.trim().strip_prefix(name));
+            let value = line.and_then(|line| line.strip_prefix(',')).map(|value| value.split("//").next());
+            value.flatten().expect(name).trim().parse::<usize>().expect(name)
+        };
+        for (name, here) in [
+            ("LANDING", below::LANDING),
+            ("WATCHED_LANDING", below::WATCHED_LANDING),
+            ("ENDED", ENDED),
+            ("WATCHED", WATCHED),
+            ("RETURNED", RETURNED),
+            ("BASE_OWNER", offset_of!(Base, owner)),
+            ("RAW_FUNCTION", size_of::<fn()>().next_multiple_of(16)),
+            ("WORDS", size_of::<crate::words::Words>()),
+        ] {
+            assert_eq!(stated(name), here, "{name}");
+        }
+        assert_eq!(offset_of!(Base, link), 0);
     }
 }

@@ -18,9 +18,6 @@ pub(crate) struct Words {
     pub forks: Cell<usize>,
 }
 
-// As many bytes as asm/switch.S has for them.
-const _: () = assert!(size_of::<Words>() == 40);
-
 /// This thread's.
 #[inline]
 pub(crate) fn words() -> &'static Words {

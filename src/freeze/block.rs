@@ -26,8 +26,6 @@ use crate::stack::watch::Watch;
 use crate::stats::Stats;
 use crate::switch::Base;
 
-/// What a suspend saves below its stack pointer (src/switch.rs).
-pub(crate) const SAVED: usize = 24;
 pub(crate) const WORD: usize = size_of::<usize>();
 
 /// The head of a block, before its words.

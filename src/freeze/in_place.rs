@@ -43,7 +43,7 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::alone::{alone, look_for_flag};
-use super::block::{Frozen, SAVED};
+use super::block::Frozen;
 use super::forks;
 use super::touched::{TOUCHED, Told, Touched};
 use crate::error::Error;
@@ -56,7 +56,7 @@ use crate::stack::own_memory::OwnMemory;
 use crate::stack::pages::resident;
 use crate::stack::record::Record;
 use crate::stack::suspended::Suspended;
-use crate::switch::{self, Base, Handle};
+use crate::switch::{self, Base, Handle, SAVED};
 use crate::words::words;
 
 /// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.

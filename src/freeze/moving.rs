@@ -9,7 +9,7 @@ use core::ptr::{self, NonNull};
 use core::slice;
 use core::sync::atomic::Ordering;
 
-use super::block::{Frozen, SAVED, WORD};
+use super::block::{Frozen, WORD};
 use crate::error::Error;
 use crate::grow::obey::{self, Copied};
 use crate::grow::relocate::registers_and_places;
@@ -24,7 +24,7 @@ use crate::stack::guard;
 use crate::stack::record::Record;
 use crate::stack::stock::{self, Prepare};
 use crate::stack::suspended::Suspended;
-use crate::switch::{self, Base, Handle};
+use crate::switch::{self, Base, Handle, SAVED};
 
 /// One past the window that pointers into frozen stacks are moved to: not canonical, so no address is in it.
 const NOWHERE: usize = 0x5245_4752_0000_0000;

@@ -42,7 +42,7 @@ use crate::stack::record::Record;
 use crate::stack::suspended::Suspended;
 use crate::stack::{guard, stock};
 use crate::stats;
-use crate::switch::{Base, Handle, RED_ZONE, Running};
+use crate::switch::{self, Base, Handle, RED_ZONE, Running};
 
 /// A fault that a larger stack will cure.
 pub(crate) struct Fault {
@@ -173,7 +173,7 @@ pub(crate) unsafe fn relocate_parked(suspended: &mut Suspended<'_>, size: usize)
 /// The registers that a suspended coroutine goes on with, and where on its stack some of them lie.
 pub(crate) fn registers_and_places(suspended: &Suspended<'_>) -> (Registers, [Option<usize>; 6]) {
     let mut parked = [None; 6];
-    for (register, below) in [(Register::RBP, 16), (Register::RBX, 24)] {
+    for (register, below) in switch::PARKED {
         if let Some(index) = register.saved_index() {
             parked[index] = Some(suspended.sp() - below);
         }

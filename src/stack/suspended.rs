@@ -6,7 +6,7 @@
 //!   base   ├──────────┤
 //!          │ frames   │
 //!   sp     ├──────────┤
-//!          │ saved    │ rip, rbp, rbx: asm/suspend.s
+//!          │ saved    │ rip, rbp, rbx (asm/suspend.s)
 //!   lowest ├──────────┤ the end of the red zone
 //!          │ nothing that anybody needs
 //! ```
