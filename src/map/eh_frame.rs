@@ -9,12 +9,9 @@
 //! The tables are read where the loader has mapped them; no file is opened. `gimli` parses them and runs the programs. Each row becomes
 //! a [`FrameMap`]. A row that [`Rules`] cannot express is kept, with the reason.
 
-use core::ffi::{c_int, c_void};
 use core::fmt;
-use core::ops::Range;
-use core::slice;
+use core::ops::{ControlFlow, Range};
 use std::collections::HashMap;
-use std::ffi::CStr;
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +25,7 @@ use gimli::{
 use super::assembly;
 use super::error::Error;
 use super::frame_map::{Cfa, FrameMap, Kind, Place, Register, Rules, Source, Unwalkable, Verdict};
+use super::objects::{self, LoadedObject};
 use super::process::PROCESS;
 use super::stack_maps::{LayerName, Registration, StackMaps};
 
@@ -267,8 +265,7 @@ struct ObjectKey {
 impl Recorded {
     fn refresh(&mut self, maps: &'static StackMaps) -> Report {
         let mut visit = Visit { recorded: self, found: Vec::new(), new: Vec::new(), changes: None };
-        // SAFETY: the callback is called with this argument only, while `visit` lives.
-        unsafe { libc::dl_iterate_phdr(Some(visit_object), (&raw mut visit).cast()) };
+        objects::visit(|object| visit.look_at(object));
         let Visit { found, new, changes, .. } = visit;
         let mut report = Report::default();
         if changes.is_none_or(|changes| changes == self.changes) {
@@ -307,26 +304,23 @@ struct Visit<'a> {
     changes: Option<(u64, u64)>,
 }
 
-/// # Safety
-/// To be called by `dl_iterate_phdr`, with a `Visit` as its argument.
-unsafe extern "C" fn visit_object(info: *mut libc::dl_phdr_info, _size: usize, visit: *mut c_void) -> c_int {
-    // SAFETY: the loader passes an object's headers and our argument. It keeps the object loaded until we return.
-    let (info, visit) = unsafe { (&*info, &mut *visit.cast::<Visit<'_>>()) };
-    let changes = (info.dlpi_adds, info.dlpi_subs);
-    visit.changes = Some(changes);
-    if changes == visit.recorded.changes {
-        return 1; // enough: nothing has changed
-    }
-    // SAFETY: as above.
-    if let Some(object) = unsafe { Object::new(info) } {
-        let key = object.key();
-        visit.found.push(key);
-        if !visit.recorded.objects.iter().any(|(known, _)| *known == key) {
-            let (report, functions) = object.record();
-            visit.new.push((key, report, functions));
+impl Visit<'_> {
+    fn look_at(&mut self, object: &LoadedObject<'_>) -> ControlFlow<()> {
+        let changes = object.changes();
+        self.changes = Some(changes);
+        if changes == self.recorded.changes {
+            return ControlFlow::Break(()); // enough: nothing has changed
         }
+        if let Some(object) = Object::new(object) {
+            let key = object.key();
+            self.found.push(key);
+            if !self.recorded.objects.iter().any(|(known, _)| *known == key) {
+                let (report, functions) = object.record();
+                self.new.push((key, report, functions));
+            }
+        }
+        ControlFlow::Continue(())
     }
-    0
 }
 
 /// A loaded object with unwind tables.
@@ -340,33 +334,12 @@ struct Object<'a> {
 
 impl<'a> Object<'a> {
     /// `None` if it has no unwind tables.
-    ///
-    /// # Safety
-    /// `info` describes an object that stays loaded as long as the result lives.
-    unsafe fn new(info: &'a libc::dl_phdr_info) -> Option<Self> {
-        // SAFETY: by the caller's word, there are as many headers as it says.
-        let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
-        let address = info.dlpi_addr as usize;
-        let bytes = |header: &libc::Elf64_Phdr| {
-            let start = address.wrapping_add(header.p_vaddr as usize);
-            // SAFETY: it is mapped as its header says, and only asked for of constant segments. The unwind tables' header
-            // lies in one.
-            unsafe { slice::from_raw_parts(start as *const u8, header.p_memsz as usize) }
-        };
-        let constant = |header: &&libc::Elf64_Phdr| {
-            header.p_type == libc::PT_LOAD && header.p_flags & (libc::PF_R | libc::PF_W) == libc::PF_R
-        };
-        let name = if info.dlpi_name.is_null() {
-            String::new()
-        } else {
-            // SAFETY: the loader's name for the object, ended by a zero byte.
-            unsafe { CStr::from_ptr(info.dlpi_name) }.to_string_lossy().into_owned()
-        };
+    fn new(object: &LoadedObject<'a>) -> Option<Self> {
         Some(Self {
-            name,
-            address,
-            header: headers.iter().find(|header| header.p_type == libc::PT_GNU_EH_FRAME).map(bytes)?,
-            segments: headers.iter().filter(constant).map(bytes).collect(),
+            name: object.path().to_string_lossy().into_owned(),
+            address: object.address(),
+            header: object.unwind_header()?,
+            segments: object.constants().collect(),
         })
     }
 
@@ -655,25 +628,25 @@ fn base(map: FrameMap) -> FrameMap {
 
 #[cfg(test)]
 mod tests {
+    use core::slice;
+
     use super::*;
     use proptest::prelude::*;
 
     /// This program's `.eh_frame`, or as much of it as the loader has mapped behind it.
     fn section() -> &'static [u8] {
-        unsafe extern "C" fn first(info: *mut libc::dl_phdr_info, _: usize, found: *mut c_void) -> c_int {
-            // SAFETY: the program, which comes first, is never unloaded; `found` is ours.
-            unsafe {
-                let object = Object::new(&*info).unwrap();
-                let header_address = object.header.as_ptr() as usize;
-                let bases = BaseAddresses::default().set_eh_frame_hdr(header_address as u64);
-                let header = EhFrameHdr::new(object.header, LittleEndian).parse(&bases, WORD).unwrap();
-                *found.cast::<&[u8]>() = object.from(header.eh_frame_ptr().pointer() as usize).unwrap();
-            }
-            1
-        }
         let mut found: &[u8] = &[];
-        // SAFETY: the callback is called with this argument.
-        unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut found).cast()) };
+        objects::visit(|object| {
+            // The program, which comes first and is never unloaded.
+            let header = object.unwind_header().unwrap();
+            let bases = BaseAddresses::default().set_eh_frame_hdr(header.as_ptr() as u64);
+            let section = EhFrameHdr::new(header, LittleEndian).parse(&bases, WORD).unwrap().eh_frame_ptr();
+            let object = Object::new(object).unwrap();
+            let section = object.from(section.pointer() as usize).unwrap();
+            // SAFETY: the program's constants stay where they are.
+            found = unsafe { slice::from_raw_parts(section.as_ptr(), section.len()) };
+            ControlFlow::Break(())
+        });
         found
     }
 

@@ -21,6 +21,7 @@ mod eh_frame;
 mod error;
 mod frame_map;
 pub mod llvm;
+pub(crate) mod objects;
 mod process;
 mod published;
 mod stack_maps;
