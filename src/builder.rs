@@ -552,31 +552,36 @@ unsafe fn fill_with_closure<In, Out, Ret, F>(
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
+    /// # Safety
+    /// As for [`fill`].
+    #[inline(always)]
+    unsafe fn fill_as_it_is<In, Out, Ret, F>(
+        record: *mut Record,
+        f: F,
+        settings: Settings,
+        name: &Option<Arc<str>>,
+    ) -> Coroutine<In, Out, Ret>
+    where
+        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
+    {
         let entry = coroutine::entry::<In, Out, Ret, F>;
-        // SAFETY: by the caller's word; the entry function takes an `F`, which fits.
-        return Coroutine::from_handle(unsafe { fill(record, f, entry, settings, name) });
+        // SAFETY: the slot was taken for these settings, and the entry function takes an `F`, which fits.
+        Coroutine::from_handle(unsafe { fill(record, f, entry, settings, name) })
     }
-    // A closure too large for the head goes to the heap, and the box into the head.
-    let boxed = Box::new(f);
-    let f = move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input);
-    // SAFETY: by the caller's word; the box fits.
-    unsafe { fill_with_boxed(record, f, settings, name) }
-}
-
-/// # Safety
-/// As for [`fill`].
-unsafe fn fill_with_boxed<In, Out, Ret, F>(
-    record: *mut Record,
-    f: F,
-    settings: Settings,
-    name: &Option<Arc<str>>,
-) -> Coroutine<In, Out, Ret>
-where
-    F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
-{
-    // SAFETY: by the caller's word; the entry function takes an `F`.
-    Coroutine::from_handle(unsafe { fill(record, f, coroutine::entry::<In, Out, Ret, F>, settings, name) })
+    // SAFETY: the slot was taken for these settings. A closure too large for the head goes to the heap, and its box, which
+    // fits, into the head.
+    unsafe {
+        if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
+            return fill_as_it_is(record, f, settings, name);
+        }
+        let boxed = Box::new(f);
+        fill_as_it_is(
+            record,
+            move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input),
+            settings,
+            name,
+        )
+    }
 }
 
 /// Writes the head of a slot that was just taken.

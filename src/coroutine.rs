@@ -441,7 +441,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Safety
     /// As for [`freeze_telling`](Self::freeze_telling).
     pub(crate) unsafe fn tell(&self, told: Told) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the caller says that the list lives as long as it is frozen.
         unsafe { freeze::tell(&self.handle, told) };
     }
 
@@ -579,7 +579,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         let _ = thread::prepare();
         for _ in 0..PATIENCE {
             self.handle.sp &= !switch::WATCHED;
-            // SAFETY: as in `run`; with `UNWIND` no value is passed.
+            // SAFETY: it is suspended, and with `UNWIND` it takes no value.
             let (word, outcome) = unsafe { switch::resume(&mut self.handle, Word::uninit(), UNWIND) };
             if outcome == YIELDED {
                 // SAFETY: with this outcome comes an `Out`.
@@ -755,7 +755,7 @@ where
 /// # Safety
 /// `record` is that of a coroutine made with an `F`, which is still in its place.
 pub(crate) unsafe fn drop_closure<F>(record: *mut u8) {
-    // SAFETY: by the caller's word.
+    // SAFETY: the closure never ran, so it is still where the builder put it.
     unsafe { Record::closure(record.cast(), size_of::<F>()).cast::<F>().drop_in_place() }
 }
 
@@ -792,7 +792,7 @@ impl<T> Transfer<T> {
     /// not run since.
     #[inline(always)]
     unsafe fn read(word: Word) -> T {
-        // SAFETY: by the caller's word.
+        // SAFETY: the word holds the bytes of a `T`, or its address on a stack that has not run since; it is read once.
         unsafe {
             if Self::FITS {
                 word.as_ptr().cast::<T>().read_unaligned()

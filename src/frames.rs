@@ -383,7 +383,7 @@ impl Frames {
     /// # Safety
     /// It is suspended there, on its own stack, or was never resumed, and `base` is its base.
     pub(crate) unsafe fn of_suspended(sp: usize, base: *const Base) -> Self {
-        // SAFETY: by the caller's word; the record is written only while the coroutine runs.
+        // SAFETY: the coroutine is suspended, so its base and its record are accessible, and nobody writes them.
         let (record, fresh) = unsafe { (&*(*base).record(), switch::is_fresh(sp)) };
         let mut all = Self {
             name: record.name.as_deref().map(str::to_owned),
@@ -397,12 +397,12 @@ impl Frames {
             return all;
         }
         not_moved::record_unknown_code();
-        // SAFETY: by the caller's word.
-        (all.frames, all.end) = unsafe { walk(sp, base) };
+        // SAFETY: the coroutine is suspended at `sp`, and its base is `base`.
+        let walked = || unsafe { walk(sp, base) };
+        (all.frames, all.end) = walked();
         if let End::Stuck { why: Stuck::NoMap, .. } = all.end {
             map::record_loaded_objects(); // its code may have been loaded since
-            // SAFETY: the same.
-            (all.frames, all.end) = unsafe { walk(sp, base) };
+            (all.frames, all.end) = walked();
         }
         all.resolve();
         all
@@ -430,10 +430,10 @@ unsafe fn walk(sp: usize, base: *const Base) -> (Vec<Frame>, End) {
     let base_address = base as usize;
     let memory = |address: usize| {
         let readable = address >= lowest && address <= base_address + size_of::<Base>() - WORD;
-        // SAFETY: by the caller's word: between what a suspend has written and the end of the base all is accessible.
+        // SAFETY: it is suspended: between what a suspend has written and the end of the base all is accessible.
         readable.then(|| unsafe { (address as *const usize).read_unaligned() })
     };
-    // SAFETY: by the caller's word.
+    // SAFETY: it is suspended at `sp`, where its suspend has left its registers, and its base is accessible.
     let (start, record) = unsafe { (switch::registers_of(sp), (*base).record()) };
     let window = Record::slot(record).map_or(lowest..Record::end(record), |slot| slot.start()..slot.end());
 

@@ -157,7 +157,7 @@ pub(crate) unsafe fn prepare(base: *mut Base, owner: *mut c_void, entry: Entry) 
 /// # Safety
 /// `base` is writable and nobody else's; `owner` is the record of that stack.
 pub(crate) unsafe fn restore_base(base: *mut Base, owner: *mut c_void) {
-    // SAFETY: by the caller's word.
+    // SAFETY: the base is writable and nobody else's.
     unsafe {
         (*base).return_address = regrow_entry_return as *const () as usize;
         (*base).owner = owner;
@@ -178,7 +178,7 @@ pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
 /// # Safety
 /// `sp` is the stack pointer of a suspended coroutine.
 pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
-    // SAFETY: by the caller's word, these three words are there.
+    // SAFETY: a suspend has left these three words below the stack pointer.
     let left = |below: usize| unsafe { ((sp - below) as *const usize).read() };
     Registers::new(left(below::LANDING), sp)
         .with(Register::RBP, left(below::RBP))
@@ -192,7 +192,7 @@ pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
 #[inline(always)]
 pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> (Word, usize) {
     let (sp, base, reply, outcome): (usize, *mut Base, Word, usize);
-    // SAFETY: the caller vouches for the other side; the operands are those that
+    // SAFETY: the coroutine is suspended, and takes this word and command; the operands are those that
     // asm/resume.s names, and all registers it does not keep are declared clobbered.
     unsafe {
         asm!(
@@ -255,7 +255,7 @@ pub(crate) unsafe fn suspend(running: Running, base: &Base, word: Word) -> (Word
 /// needed after the resumer has read what `word` points to.
 #[inline(always)]
 pub(crate) unsafe fn finish(base: &Base, word: Word, outcome: usize) -> ! {
-    // SAFETY: as in `suspend`; control does not come back.
+    // SAFETY: the resumer waits in asm/resume.s; the operands are those that asm/finish.s names, and control does not come back.
     unsafe {
         asm!(
             include_str!("../asm/finish.s"),
@@ -346,7 +346,7 @@ impl Running {
     /// # Safety
     /// Its stack has moved, and its base is there.
     pub unsafe fn set_base(self, base: *mut Base) {
-        // SAFETY: as in `base`.
+        // SAFETY: it runs, so its resumer waits in asm/resume.s, which keeps that word for the base.
         unsafe { *self.word(below::RUNNING) = base as usize };
     }
 
@@ -364,7 +364,7 @@ impl Running {
 
     /// The coroutine that its resumer is, if it is one.
     pub fn resumed_by(self) -> Option<Self> {
-        // SAFETY: as in `base`.
+        // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored its own resumer there.
         match unsafe { *self.word(below::RESUMER) } {
             0 => None,
             sp => Some(Self(sp)),
@@ -374,7 +374,7 @@ impl Running {
     /// What a suspend enters its resumer with: where it lands, and its stack pointer.
     #[cfg(feature = "torture")]
     pub fn landing(self) -> (usize, usize) {
-        // SAFETY: as in `base`.
+        // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored there where a suspend lands.
         (unsafe { *self.word(below::LANDING) }, self.0)
     }
 }

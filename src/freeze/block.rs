@@ -96,7 +96,7 @@ impl Frozen {
     /// # Safety
     /// The block is of a stack that is frozen in place, and not on a list.
     pub(crate) unsafe fn told(&self) -> *const () {
-        // SAFETY: by the caller's word `tell` was the last to write it.
+        // SAFETY: the caller says that the stack is frozen and not on a list, so `tell` was the last to write it.
         unsafe { self.chain.told }
     }
 
@@ -115,7 +115,7 @@ impl Frozen {
     /// # Safety
     /// The block is on a list, or taken off with the whole of it.
     pub(crate) unsafe fn next(&self) -> *mut Self {
-        // SAFETY: by the caller's word `link_to` was the last to write it.
+        // SAFETY: the caller says that the block was put on a list, so `link_to` was the last to write it.
         unsafe { self.chain.next }
     }
 
@@ -183,7 +183,7 @@ impl Frozen {
     /// A block from [`allocate`](Self::allocate) for so many words, not used afterwards.
     pub(crate) unsafe fn deallocate(block: NonNull<Self>, words: usize) {
         if let Some(layout) = Self::layout(words) {
-            // SAFETY: by the caller's word.
+            // SAFETY: the block was allocated with this layout, and is not used afterwards.
             unsafe { dealloc(block.as_ptr().cast(), layout) };
         }
     }
@@ -191,7 +191,7 @@ impl Frozen {
     /// # Safety
     /// A block whose head is initialised, not used afterwards, and whose record has been moved out or is still in its slot.
     pub(crate) unsafe fn free(block: NonNull<Self>) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the head of the block is initialised, and nobody uses it afterwards.
         unsafe {
             let words = block.as_ref().words as usize;
             ptr::drop_in_place(block.as_ptr());
@@ -228,7 +228,7 @@ impl Frozen {
     /// # Safety
     /// `record` is writable; what is there needs no drop. The slot is the one of that stack.
     pub(crate) unsafe fn place_in_place(&self, slot: Slot, record: *mut Record) -> (usize, usize) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the record is writable, and what is there needs no drop.
         unsafe {
             self.restore_record(record, 0);
             if self.record.is_none() {
@@ -246,7 +246,7 @@ impl Frozen {
     /// # Safety
     /// `record` is writable, what is there needs no drop, and a kept record is restored once.
     pub(crate) unsafe fn restore_record(&self, record: *mut Record, size: usize) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the record is writable, and what is there needs no drop. A kept record is moved out once.
         unsafe {
             if let Some(kept) = &self.record {
                 return record.cast::<MaybeUninit<Record>>().copy_from_nonoverlapping(&raw const **kept, 1);

@@ -224,7 +224,7 @@ fn thaw_slot(slot: Slot, leave: impl FnOnce(NonNull<Frozen>)) -> Result<(), Erro
 unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Result<(), Error> {
     let open = open_bytes(slot);
     let start = slot.end() - open;
-    // SAFETY: by the caller's word nobody else uses the stack, but for those that have no access to it, or do not exist.
+    // SAFETY: the slot is `BUSY` by this thread, so nobody else uses the stack, but for those that have no access to it, or do not exist.
     unsafe {
         let words = Frozen::words_of(block);
         let frozen = block.as_mut();
@@ -271,7 +271,7 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
 unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error> {
     let open = open_bytes(slot);
     let start = slot.end() - open;
-    // SAFETY: by the caller's word nobody else uses the stack, but for those that have no access to it, or do not exist.
+    // SAFETY: the slot is `BUSY` by this thread, so nobody else uses the stack, but for those that have no access to it, or do not exist.
     unsafe {
         let words = Frozen::words_of(block);
         let frozen = block.as_mut();
@@ -318,6 +318,6 @@ fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
 /// # Safety
 /// As for [`guard::open`].
 unsafe fn remove_guard(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: by the caller's word.
+    // SAFETY: the range lies in a slot that is `BUSY` by this thread.
     if guard::by_madvise() { unsafe { guard::unmark(start, bytes) } } else { Ok(()) }
 }

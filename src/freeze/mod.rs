@@ -54,7 +54,7 @@ pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<
         _ if suspended.is_fresh() => Ok(false),
         Growth::Relocate => moving::freeze(&mut suspended),
         Growth::InPlace if pinned => Ok(false),
-        // SAFETY: the caller vouches for the list.
+        // SAFETY: the list lives as long as it is frozen, as the caller says.
         Growth::InPlace => unsafe { in_place::freeze(&mut suspended, told) },
     };
     if !matches!(outcome, Ok(true)) {

@@ -42,7 +42,7 @@ impl Touched {
     /// # Safety
     /// The block is the caller's, and that list lives.
     pub(crate) unsafe fn leave(mut block: NonNull<Frozen>) {
-        // SAFETY: by the caller's word. The block is this thread's until it is on the list.
+        // SAFETY: the list lives, as the caller says, and the block is this thread's until it is on the list.
         unsafe {
             let list = &(*block.as_ref().told().cast::<Self>()).0;
             let mut head = list.load(Ordering::Relaxed);

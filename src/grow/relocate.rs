@@ -79,7 +79,8 @@ pub(crate) unsafe fn relocate(
     size: usize,
 ) -> Result<Done, Refusal> {
     let start = interrupted(context, fault.call_length);
-    // SAFETY: by the caller's word; the stack is used down to the red zone below rsp.
+    // SAFETY: the context was interrupted at a growth point on the stack in this slot, which runs nowhere else; its base moves
+    // with it.
     let moved = unsafe {
         let moved = Move::make(fault.slot, &start, size, [None; 6])?;
         fault.running.set_base(moved.base(fault.running.base()));
@@ -161,7 +162,7 @@ pub(crate) unsafe fn relocate_suspended(
 /// # Safety
 /// The coroutine's owner made the promise about pointers.
 pub(crate) unsafe fn relocate_parked(suspended: &mut Suspended<'_>, size: usize) -> Result<Moved, Refusal> {
-    // SAFETY: the caller vouches for the promise; after a refusal nothing has changed.
+    // SAFETY: whoever asked for a stack that moves made the promise; after a refusal nothing has changed.
     unsafe {
         match relocate_suspended(suspended, size) {
             Err(refusal) if not_moved::knows_more(refusal.why.reason) => relocate_suspended(suspended, size),
@@ -193,7 +194,7 @@ impl Moved {
     /// `old` was the base of the coroutine whose stack was moved.
     unsafe fn base(&self, old: *mut Base) -> *mut Base {
         let base = self.window.moved(old as usize) as *mut Base;
-        // SAFETY: by the caller's word. The base lies in the copied head; its record is where the copy is.
+        // SAFETY: the base lies in the copied head, which is this coroutine's; its record is where the copy is.
         unsafe { (*base).owner = self.record.cast() };
         base
     }
@@ -343,7 +344,7 @@ unsafe fn close_carrying(
     scratch: &Scratch,
 ) -> Result<(), Error> {
     let first = lowest / PAGE * PAGE;
-    // SAFETY: by the caller's word. As far as pages were carried they have the old contents until the scratch's are written
+    // SAFETY: both slots are this move's. As far as pages were carried they have the old contents until the scratch's are written
     // over them.
     unsafe {
         let carried = carry(first, window.moved(first), open.end - first);

@@ -126,7 +126,7 @@ impl Record {
     /// # Safety
     /// `record` is a coroutine's, and accessible.
     pub(crate) unsafe fn holds(record: *const Self, here: usize) -> bool {
-        // SAFETY: by the caller's word the record is accessible. Of two addresses that move together, as in `bytes_above`.
+        // SAFETY: the record is that of a coroutine that has not ended, so it is accessible. Of two addresses that move together, as in `bytes_above`.
         Self::bytes_above(record, here) <= unsafe { (*record).class.stride() }
     }
 
@@ -151,7 +151,7 @@ impl Record {
     /// The slot of `record` is accessible and the caller's. What was there needs no drop: `release` takes that out.
     #[inline(always)]
     pub(crate) unsafe fn clear(record: *mut Self) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the slot is accessible and the caller's, and what was there needs no drop.
         unsafe {
             (*record).old = 0;
             (*record).shrinks = 0;

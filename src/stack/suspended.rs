@@ -46,7 +46,8 @@ impl<'a> Suspended<'a> {
     }
 
     pub(crate) fn record_mut(&mut self) -> &mut Record {
-        // SAFETY: as for `record`; the view is borrowed, so there is no other reference.
+        // SAFETY: the coroutine is suspended, so base and record are accessible. The view is borrowed, so there is no other
+        // reference.
         unsafe { &mut *(*self.0.base).record() }
     }
 
