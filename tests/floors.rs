@@ -146,6 +146,28 @@ fn the_list_names_every_file_and_no_other() {
     assert_eq!(listed, sources.into_keys().collect());
 }
 
+/// A folder's `mod.rs` cannot forbid what is in its files.
+#[test]
+fn files_without_unsafe_code_forbid_it_and_the_readme_names_the_others() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let table = readme.split("| where | unsafe because |").nth(1).unwrap();
+    let table: String = table.lines().take_while(|line| line.is_empty() || line.starts_with('|')).collect();
+    let sources = sources();
+    let mut wrong = Vec::new();
+    for (name, text) in &sources {
+        let is_folder = sources.keys().any(|other| other.starts_with(&format!("{name}/")));
+        let has_unsafe = code(text).replace("unsafe_code", "").contains("unsafe");
+        let folder = name.split_once('/').map_or(name.as_str(), |(folder, _)| folder);
+        let named = [format!("`{name}.rs`"), format!("`{folder}/`")].iter().any(|name| table.contains(name));
+        match (has_unsafe, text.contains("#![forbid(unsafe_code)]")) {
+            (true, _) if !named => wrong.push(format!("the README's table does not name {name}")),
+            (false, false) if !is_folder && name != "lib" => wrong.push(format!("{name} does not forbid it")),
+            _ => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn an_arrow_upwards_and_one_sideways_are_noticed() {
     let floors = floors("```floors\nlib\nb c\na\n```\n```floors a\ntop\nlow\n```\n");
