@@ -110,7 +110,7 @@ impl Run {
         println!("growing by moving");
         println!("{:>8} {:>12} {:>12} {:>12} {:>8} {:>12}", "depth", "from", "to", "copied", "words", "ns");
         for (depth, growth) in &self.growths {
-            let LastGrowth { from, to, bytes, words, nanoseconds } = growth;
+            let LastGrowth { from, to, bytes, words, nanoseconds, .. } = growth;
             println!("{depth:>8} {from:>12} {to:>12} {bytes:>12} {words:>8} {nanoseconds:>12}");
         }
         self.print_result(expected);

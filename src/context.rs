@@ -45,7 +45,7 @@ impl Context<'_> {
     /// # Safety
     /// `raw` is the third argument of a signal handler installed with `SA_SIGINFO`, used while it runs.
     pub(crate) unsafe fn new(raw: *mut c_void) -> Self {
-        // SAFETY: by the caller's word.
+        // SAFETY: a handler's third argument is a `ucontext_t`, which is the handler's alone while it runs.
         Self(unsafe { &mut *raw.cast() })
     }
 

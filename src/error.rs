@@ -1,4 +1,5 @@
 //! What can go wrong when a coroutine is made, each with what to do about it.
+#![forbid(unsafe_code)]
 
 use core::fmt;
 use std::io;

@@ -2,6 +2,7 @@
 //!
 //! Torture stands on top of the crate, so nothing below may name it. It leaves two flags of the thread here, and a table of
 //! functions for the fault handler.
+#![forbid(unsafe_code)]
 
 #[cfg(not(feature = "torture"))]
 pub(crate) use off::*;
@@ -43,8 +44,7 @@ mod off {
 #[cfg(feature = "torture")]
 mod on {
     use core::cell::Cell;
-    use core::ptr;
-    use core::sync::atomic::{AtomicPtr, Ordering};
+    use std::sync::OnceLock;
 
     use crate::context::Context;
     use crate::stats::WordsByMap;
@@ -59,16 +59,16 @@ mod on {
         pub put_breakpoint_back: fn(usize),
     }
 
-    /// Null until the first torture.
-    static TABLE: AtomicPtr<Table> = AtomicPtr::new(ptr::null_mut());
+    /// Empty until the first torture. The handlers only read it, which waits for nobody.
+    static TABLE: OnceLock<Table> = OnceLock::new();
 
-    pub(crate) fn install(table: &'static Table) {
-        TABLE.store(ptr::from_ref(table).cast_mut(), Ordering::Release);
+    /// The first call counts.
+    pub(crate) fn install(table: Table) {
+        let _ = TABLE.set(table);
     }
 
     fn table() -> Option<&'static Table> {
-        // SAFETY: null, or a table that `install` was given for good.
-        unsafe { TABLE.load(Ordering::Acquire).as_ref() }
+        TABLE.get()
     }
 
     /// What the torture of a thread wants of the code below.

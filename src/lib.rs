@@ -111,7 +111,6 @@ pub use settings::{Growth, Maps, Shrink};
 pub use signals::{keep_signals_off_coroutine_stacks, signals_on_coroutine_stacks};
 pub use site::{SpawnSite, spawn_sites};
 pub use size::{MAX_SIZE, MIN_SIZE};
-#[doc(hidden)]
 pub use stack::census::{Slots, slots};
 pub use stats::{LastGrowth, Stats, Totals, WordsByMap, totals};
 pub use thread::{cached_bytes, prepare_thread, trim};

@@ -54,7 +54,7 @@ pub struct Pinned {
 pub fn pin() -> Pinned {
     let count = switch::running().map(Running::record).map(|record| {
         let fresh = Rc::new(Cell::new(0));
-        // SAFETY: the running coroutine's record is this thread's. Should the stack have moved meanwhile, this
+        // SAFETY: the running coroutine's record is accessible, and only this thread uses it. Should the stack have moved meanwhile, this
         // pointer to its head has moved with it.
         let count = unsafe {
             (*record).tidy = true;
@@ -90,7 +90,7 @@ impl Drop for Pinned {
 pub fn pinned_room() -> Option<usize> {
     let here = 0u8;
     let record = switch::running()?.record();
-    // SAFETY: the running coroutine's record is accessible, and this thread's.
+    // SAFETY: the running coroutine's record is accessible, and only this thread uses it.
     let (class, maximum, own) = unsafe {
         ((*record).class, (*record).settings.maximum(), Record::holds(record, &raw const here as usize))
     };
@@ -167,15 +167,15 @@ struct Search<'a> {
 }
 
 unsafe extern "C" fn look_at_object(info: *mut libc::dl_phdr_info, _: usize, search: *mut c_void) -> c_int {
-    // SAFETY: the loader passes an object's description, and `search` is what `pin_object` passed.
-    let (info, search) = unsafe { (&*info, &mut *search.cast::<Search<'_>>()) };
-    if info.dlpi_name.is_null() {
-        return 0;
-    }
-    // SAFETY: the loader's names end in a zero byte, and its header table is as long as it says.
-    let (path, headers) = unsafe {
+    // SAFETY: the loader passes an object's description, whose header table is as long as it says, and whose name is null or ends
+    // in a zero byte. `search` is what `pin_object` passed, and borrows while this runs.
+    let (info, search, path, headers) = unsafe {
+        let info = &*info;
+        if info.dlpi_name.is_null() {
+            return 0;
+        }
         let headers = core::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum));
-        (CStr::from_ptr(info.dlpi_name), headers)
+        (info, &mut *search.cast::<Search<'_>>(), CStr::from_ptr(info.dlpi_name), headers)
     };
     let file = path.to_bytes().rsplit(|&byte| byte == b'/').next().unwrap_or_default();
     if file.starts_with(search.name.as_bytes()) {

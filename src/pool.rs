@@ -49,6 +49,7 @@ pub struct Key {
 /// assert_eq!((live, live_bytes, frozen), (1, 4096, 0));
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct PoolStats {
     /// How many coroutines have a stack.
     pub live: usize,

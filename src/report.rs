@@ -6,14 +6,17 @@
 use core::ffi::{c_int, c_void};
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicI32, Ordering};
+use std::process::abort;
 
 use crate::context::{Context, NAMES};
 use crate::error::Error;
+use crate::signals;
 use crate::size::size_of_open;
 use crate::stack::arena::Slot;
 use crate::stack::guard;
 use crate::stack::record::Record;
 use crate::symbol;
+use crate::words::thread_number;
 
 /// Frames shown, innermost first.
 const FRAMES: usize = 32;
@@ -30,8 +33,9 @@ pub(crate) enum Fatal {
 
 /// A stack that cannot grow: in the manner of Go's "stack exceeds limit".
 pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context: &mut Context<'_>) -> ! {
-    // SAFETY: the running coroutine's record, accessible, and this thread's.
-    let (size, maximum) = unsafe { ((*record).size(), (*record).settings.maximum()) };
+    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it, which goes on no more.
+    let record = unsafe { &*record };
+    let (size, maximum) = (record.size(), record.settings.maximum());
     let need = size_of_open(need.next_multiple_of(4096));
     let mut out = Stderr::for_a_report();
     let _ = match why {
@@ -54,8 +58,7 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context:
             Name(record)
         ),
     };
-    // SAFETY: as above.
-    if let (Fatal::Slack, Some(not_moved)) = (why, unsafe { (*record).not_moved }) {
+    if let (Fatal::Slack, Some(not_moved)) = (why, record.not_moved) {
         let _ = write!(out, "  not moved: {:?}, at ", not_moved.reason);
         let _ = symbol::describe(not_moved.frame, &mut out);
         let _ = writeln!(out);
@@ -76,10 +79,10 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
              stack was before it moved"
         );
     } else {
-        let record = Record::at(live.end());
         // SAFETY: the slot that old slots lead to holds a live stack, whose record is accessible. If its coroutine
         // ends on another thread in this very moment the report is wrong, not the program.
-        let below_top = unsafe { old.end() - usize::from((*record).base_offset) }.wrapping_sub(address);
+        let record = unsafe { &*Record::at(live.end()) };
+        let below_top = (old.end() - usize::from(record.base_offset)).wrapping_sub(address);
         let _ = writeln!(
             out,
             "regrow: stale pointer into the stack of {}\nfatal error: address {address:#x} is where that stack was before \
@@ -136,20 +139,22 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
 pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
     const TEXT: &str = "regrow: a thread's signal stack is too small for the handler of faults\nfatal error: out of memory for \
                         another one; a stack of 64 KiB would have been enough\n";
-    // SAFETY: writes from a constant, and ends the process.
-    unsafe {
-        libc::write(libc::STDERR_FILENO, TEXT.as_ptr().cast(), TEXT.len());
-        libc::abort()
-    }
+    write_out(TEXT.as_bytes());
+    abort()
+}
+
+/// Writes the beginning of `text` to standard error; returns how many bytes, or -1.
+fn write_out(text: &[u8]) -> isize {
+    // SAFETY: the kernel reads from a borrowed slice, as many bytes as it has.
+    unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) }
 }
 
 /// How a coroutine is called in reports.
-struct Name(*const Record);
+struct Name<'a>(&'a Record);
 
-impl fmt::Display for Name {
+impl fmt::Display for Name<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // SAFETY: reports name coroutines whose record is accessible.
-        match unsafe { (*self.0).name.as_deref() } {
+        match self.0.name.as_deref() {
             Some(name) => write!(f, "coroutine \"{name}\""),
             None => write!(f, "coroutine {:#x}", Record::end(self.0)),
         }
@@ -167,7 +172,7 @@ fn frames(out: &mut Stderr, rip: usize) {
     let mut walk = Walk { out, rip, shown: 0 };
     let argument = (&raw mut walk).cast();
     match guard::reserve(STACK, libc::PROT_READ | libc::PROT_WRITE) {
-        // SAFETY: the stack was mapped above, and the function gets the argument it expects.
+        // SAFETY: the stack was mapped above, and nobody else uses it. `walk_frames` gets the `Walk` that it expects.
         Ok(stack) => unsafe { regrow_call_on(argument, walk_frames, stack + STACK) },
         Err(_) => walk_frames(argument),
     }
@@ -183,16 +188,15 @@ static REPORTER: AtomicI32 = AtomicI32::new(0);
 
 /// Makes this thread the one that reports. If another is already, waits for the end of the process.
 fn be_the_reporter() {
-    // SAFETY: no arguments.
-    let this = unsafe { libc::gettid() };
-    if REPORTER.compare_exchange(0, this, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+    if REPORTER.compare_exchange(0, thread_number(), Ordering::Relaxed, Ordering::Relaxed).is_err() {
         wait_for_the_end();
     }
 }
 
-fn wait_for_the_end() -> ! {
+/// For handlers only, where all signals are blocked that can be.
+pub(crate) fn wait_for_the_end() -> ! {
     loop {
-        // SAFETY: no arguments. All signals that can be blocked are: called in handlers only.
+        // SAFETY: the call has no arguments, touches no memory, and runs no handler here.
         unsafe { libc::pause() };
     }
 }
@@ -200,31 +204,29 @@ fn wait_for_the_end() -> ! {
 /// Sees that a fault from here on ends the process by SIGABRT, as the report is meant to: a report reads what may be
 /// damaged, and would otherwise die of the blocked SIGSEGV. Other threads, whose stacks may still have to grow, wait.
 fn abort_on_faults() {
-    extern "C" fn abort(_signal: c_int) {
-        // SAFETY: no arguments.
-        if unsafe { libc::gettid() } != REPORTER.load(Ordering::Relaxed) {
+    extern "C" fn on_fault(_signal: c_int) {
+        if thread_number() != REPORTER.load(Ordering::Relaxed) {
             wait_for_the_end();
         }
-        // SAFETY: ends the process.
-        unsafe { libc::abort() }
+        abort()
     }
-    // SAFETY: plain data for system calls.
+    const FAULTS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
+    // SAFETY: zeros are a `sigaction`. The handler takes one argument, as its flags say, and does not return.
     unsafe {
         let mut action: libc::sigaction = core::mem::zeroed();
-        action.sa_sigaction = abort as *const () as usize;
+        action.sa_sigaction = on_fault as *const () as usize;
         action.sa_flags = libc::SA_ONSTACK; // of another thread, whose stack has no room
         libc::sigfillset(&mut action.sa_mask);
-        let mut faults: libc::sigset_t = core::mem::zeroed();
-        for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        for signal in FAULTS {
             libc::sigaction(signal, &action, core::ptr::null_mut());
-            libc::sigaddset(&mut faults, signal);
         }
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &faults, core::ptr::null_mut());
     }
+    signals::change_mask(libc::SIG_UNBLOCK, &signals::set_of(FAULTS));
 }
 
 extern "C" fn walk_frames(argument: *mut c_void) {
-    // SAFETY: `frames` passes a `Walk`; the callback matches the unwinder's signature and gets the same.
+    // SAFETY: the argument is the `Walk` of `frames`, which waits. The callback has the signature that the unwinder asks for,
+    // and gets the same `Walk`; it has returned for good when it is used here.
     let walk = unsafe {
         _Unwind_Backtrace(on_frame, argument);
         &mut *argument.cast::<Walk<'_>>()
@@ -267,7 +269,7 @@ unsafe extern "C" {
 extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     const GO_ON: c_int = 0;
     const STOP: c_int = 5; // _URC_END_OF_STACK
-    // SAFETY: `frames` passes a `Walk`, and the unwinder a context.
+    // SAFETY: the unwinder passes its context, and the `Walk` of `frames` that `walk_frames` gave it and does not use meanwhile.
     let (walk, pc) = unsafe {
         let mut before = 0;
         let pc = _Unwind_GetIPInfo(context, &mut before);
@@ -301,9 +303,7 @@ impl Stderr {
     fn flush(&mut self) {
         let mut rest = &self.buffer[..self.used];
         while !rest.is_empty() {
-            // SAFETY: writes from the buffer.
-            let written = unsafe { libc::write(libc::STDERR_FILENO, rest.as_ptr().cast(), rest.len()) };
-            let Ok(written @ 1..) = usize::try_from(written) else { break };
+            let Ok(written @ 1..) = usize::try_from(write_out(rest)) else { break };
             rest = rest.get(written..).unwrap_or_default();
         }
         self.used = 0;
@@ -311,8 +311,7 @@ impl Stderr {
 
     fn abort(mut self) -> ! {
         self.flush();
-        // SAFETY: ends the process.
-        unsafe { libc::abort() }
+        abort()
     }
 }
 

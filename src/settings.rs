@@ -15,6 +15,7 @@ use crate::size::{Class, MIN_SIZE};
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Growth {
     /// All of its maximum is accessible from the start, and the kernel gives it memory page by page as it is touched. It
     /// never moves.
@@ -52,6 +53,7 @@ pub enum Growth {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Shrink {
     /// Only when asked to ([`Coroutine::shrink`](crate::Coroutine::shrink)).
     Off,
@@ -87,6 +89,7 @@ pub enum Shrink {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Maps {
     /// Those that no map speaks for. Every frame needs unwind data, as compilers emit it (`.eh_frame`);
     /// a stack with a frame that has none grows in place.

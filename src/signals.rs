@@ -47,14 +47,19 @@ pub(crate) fn keep_off_moving_stacks() {
 /// The signals that have a handler without `SA_ONSTACK`, and the handler. System calls only: the fault handler asks, too.
 pub(crate) fn without_own_stack() -> impl Iterator<Item = (c_int, libc::sigaction)> {
     (1..=libc::SIGRTMAX()).filter_map(|signal| {
-        // SAFETY: `sigaction` is plain data; the call only reads the disposition.
-        let (known, now) = unsafe {
-            let mut now: libc::sigaction = core::mem::zeroed();
-            (libc::sigaction(signal, ptr::null(), &mut now) == 0, now)
-        };
+        let now = disposition(signal)?;
         let handled = now.sa_sigaction != libc::SIG_DFL && now.sa_sigaction != libc::SIG_IGN;
-        (known && handled && now.sa_flags & libc::SA_ONSTACK == 0).then_some((signal, now))
+        (handled && now.sa_flags & libc::SA_ONSTACK == 0).then_some((signal, now))
     })
+}
+
+/// What is done about a signal; `None`, with `errno`, if the kernel does not say.
+pub(crate) fn disposition(signal: c_int) -> Option<libc::sigaction> {
+    // SAFETY: zeros are a `sigaction`; the call reads the disposition, and changes nothing.
+    unsafe {
+        let mut now: libc::sigaction = core::mem::zeroed();
+        (libc::sigaction(signal, ptr::null(), &mut now) == 0).then_some(now)
+    }
 }
 
 /// Adds `SA_ONSTACK` to a signal's handler. False if the kernel does not take it.
@@ -62,4 +67,49 @@ pub(crate) fn give_own_stack(signal: c_int, mut handler: libc::sigaction) -> boo
     handler.sa_flags |= libc::SA_ONSTACK;
     // SAFETY: the handler is what this signal has already. On a thread without an alternate stack the flag changes nothing.
     unsafe { libc::sigaction(signal, &handler, ptr::null_mut()) == 0 }
+}
+
+/// Puts the default action back.
+pub(crate) fn reset(signal: c_int) {
+    // SAFETY: zeros are a `sigaction`: that of the default action, `SIG_DFL`, which runs no code of the process.
+    unsafe { libc::sigaction(signal, &core::mem::zeroed(), ptr::null_mut()) };
+}
+
+/// Sends a signal to this thread. False if the kernel refuses.
+pub(crate) fn raise(signal: c_int) -> bool {
+    // SAFETY: what the signal does was decided by who installed its disposition; the call itself touches no memory.
+    unsafe { libc::raise(signal) == 0 }
+}
+
+/// A set of signals.
+pub(crate) fn set_of<const N: usize>(signals: [c_int; N]) -> libc::sigset_t {
+    // SAFETY: zeros are an empty set, to which the call adds a signal.
+    let mut set = unsafe { core::mem::zeroed() };
+    signals.into_iter().for_each(|signal| add(&mut set, signal));
+    set
+}
+
+/// Adds a signal to a set.
+pub(crate) fn add(set: &mut libc::sigset_t, signal: c_int) {
+    // SAFETY: the call changes a set that is borrowed for that.
+    unsafe { libc::sigaddset(set, signal) };
+}
+
+/// Whether a signal is in a set.
+pub(crate) fn contains(set: &libc::sigset_t, signal: c_int) -> bool {
+    // SAFETY: the call reads a set that is borrowed.
+    unsafe { libc::sigismember(set, signal) == 1 }
+}
+
+/// Changes which signals are blocked on this thread: `how` is `SIG_BLOCK`, `SIG_UNBLOCK` or `SIG_SETMASK`.
+pub(crate) fn change_mask(how: c_int, set: &libc::sigset_t) {
+    // SAFETY: the call reads a set that is borrowed. A blocked signal waits, which no code relies on not to happen.
+    unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) };
+}
+
+/// Bytes of the largest signal frame; `None` where the kernel does not say, before Linux 5.14.
+pub(crate) fn frame_size() -> Option<usize> {
+    // SAFETY: the call reads the auxiliary vector, which stays as it is.
+    let bytes = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+    (bytes != 0).then_some(bytes)
 }

@@ -133,6 +133,7 @@ fn log(size: usize) -> u32 {
 /// assert!(sites[0].first_size > 10_000);
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct SpawnSite {
     /// The type of the coroutines' closure, which says where it is written.
     pub closure: &'static str,

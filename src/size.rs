@@ -8,6 +8,7 @@
 //!   size 4 KiB    2 pages   | 4 KiB       | 2 KiB stack | head |
 //!   size S        S + 4 KiB
 //! ```
+#![forbid(unsafe_code)]
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;

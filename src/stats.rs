@@ -1,4 +1,5 @@
 //! Counters: of one coroutine, and of the whole process.
+#![forbid(unsafe_code)]
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -24,6 +25,7 @@ use crate::settings::Growth;
 /// assert!(from < to && to > 10_000 && bytes > 0);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct LastGrowth {
     /// Size before, in bytes.
     pub from: usize,
@@ -49,6 +51,7 @@ pub struct LastGrowth {
 /// # let _ = coroutine.resume(());
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Stats {
     /// How often the fault handler, or [`reserve`](crate::reserve), made the stack larger. A stack that grows in place
     /// is made larger by neither: 0.
@@ -83,6 +86,7 @@ impl Stats {
 /// assert!(words.elsewhere <= words.pointers);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct WordsByMap {
     /// Pointers.
     pub pointers: u64,
@@ -115,6 +119,7 @@ impl WordsByMap {
 /// assert!(moves > 0 && highest > 10_000);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Totals {
     /// Growths by moving.
     pub moves: u64,

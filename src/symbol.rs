@@ -7,6 +7,7 @@
 use core::ffi::CStr;
 use core::fmt::{self, Write};
 use core::slice;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use object::LittleEndian;
 use object::elf::{FileHeader64, PT_LOAD, SHT_DYNSYM, SHT_SYMTAB, STT_FUNC};
@@ -72,6 +73,15 @@ fn find(elf: &[u8], offset: u64) -> Option<(&str, u64)> {
     })
 }
 
+/// Opens a file to read it. By a plain system call: `std::fs` may allocate for the path.
+fn open(path: &CStr) -> Option<OwnedFd> {
+    // SAFETY: the path ends in a zero byte. The descriptor is new, so it is nobody else's.
+    unsafe {
+        let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        (file >= 0).then(|| OwnedFd::from_raw_fd(file))
+    }
+}
+
 /// A whole file, mapped.
 struct File {
     start: *mut libc::c_void,
@@ -80,34 +90,37 @@ struct File {
 
 impl File {
     fn open(path: &CStr) -> Option<Self> {
-        // SAFETY: plain system calls; the mapping is private to this value and the file handle is closed.
+        let file = open(path)?;
+        // SAFETY: zeros are a `stat`, which the kernel fills in. The new mapping is private to this value.
         unsafe {
-            let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
-            if file < 0 {
-                return None;
-            }
             let mut status: libc::stat = core::mem::zeroed();
-            let known = libc::fstat(file, &mut status) == 0 && status.st_size > 0;
+            let known = libc::fstat(file.as_raw_fd(), &mut status) == 0 && status.st_size > 0;
             let bytes = status.st_size as usize;
             let start = if known {
-                libc::mmap(core::ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, file, 0)
+                libc::mmap(
+                    core::ptr::null_mut(),
+                    bytes,
+                    libc::PROT_READ,
+                    libc::MAP_PRIVATE,
+                    file.as_raw_fd(),
+                    0,
+                )
             } else {
                 libc::MAP_FAILED
             };
-            libc::close(file);
             (start != libc::MAP_FAILED).then_some(Self { start, bytes })
         }
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped by `open`, until dropped.
+        // SAFETY: `open` mapped so many bytes, and they stay mapped until this value is dropped.
         unsafe { slice::from_raw_parts(self.start.cast(), self.bytes) }
     }
 }
 
 impl Drop for File {
     fn drop(&mut self) {
-        // SAFETY: mapped by `open`.
+        // SAFETY: `open` made the mapping for this value alone, and no borrow of its bytes is left.
         unsafe { libc::munmap(self.start, self.bytes) };
     }
 }
@@ -125,15 +138,8 @@ struct Mapping<'a> {
 impl<'a> Mapping<'a> {
     /// The mapping that holds `address`.
     fn of(address: usize, line: &'a mut [u8; LINE]) -> Option<Self> {
-        // SAFETY: plain system calls on a file handle of our own.
-        let file = unsafe { libc::open(c"/proc/self/maps".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-        if file < 0 {
-            return None;
-        }
-        let length = find_line(file, address, line);
-        // SAFETY: the file handle is ours.
-        unsafe { libc::close(file) };
-        let line = &line[..=length?]; // with a zero byte at its end
+        let length = find_line(&open(c"/proc/self/maps")?, address, line)?;
+        let line = &line[..=length]; // with a zero byte at its end
         let (start, _) = range(line)?;
         let mut fields = line.split(|&byte| byte == b' ');
         let offset = hex(fields.nth(2)?)?;
@@ -143,12 +149,12 @@ impl<'a> Mapping<'a> {
 }
 
 /// Reads lines until one covers `address`; leaves it in `line`, ended by a zero byte, and returns its length.
-fn find_line(file: i32, address: usize, line: &mut [u8; LINE]) -> Option<usize> {
+fn find_line(file: &OwnedFd, address: usize, line: &mut [u8; LINE]) -> Option<usize> {
     let mut buffer = [0u8; 1024];
     let mut length = 0;
     loop {
-        // SAFETY: reads into the buffer.
-        let read = unsafe { libc::read(file, buffer.as_mut_ptr().cast(), buffer.len()) };
+        // SAFETY: the kernel writes no more than the buffer holds.
+        let read = unsafe { libc::read(file.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
         for &byte in buffer.get(..usize::try_from(read).ok().filter(|&n| n > 0)?)? {
             if byte != b'\n' {
                 *line.get_mut(length)? = byte;

@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 
 use crate::error::Error;
 use crate::handler;
+use crate::signals;
 use crate::size::PAGE;
 use crate::stack::{guard, stock};
 use crate::words::words;
@@ -62,7 +63,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
     let ours = words().signal_stack.get();
     if ours == 0 {
         let new = guard::reserve(PAGE + stack_size(), libc::PROT_READ | libc::PROT_WRITE)?;
-        // SAFETY: the lowest page of a mapping made above, used by nobody.
+        // SAFETY: the page is the lowest of a mapping that was made above, and nobody uses it.
         unsafe { libc::mprotect(new as *mut _, PAGE, libc::PROT_NONE) };
         install(new)?;
         unblock_faults();
@@ -107,7 +108,7 @@ pub fn cached_bytes() -> usize {
 /// Sees that the library this code is in is never unloaded, if it is one: the handler and the destructor of the key are called
 /// after whoever loaded it has closed it. The program itself stays anyway: nothing is found for it, or it changes nothing.
 fn stay_loaded() {
-    // SAFETY: plain data. The name it is filled with lasts as long as the object is loaded, which it is: its code runs.
+    // SAFETY: zeros are a `Dl_info`. The name it is filled with lasts as long as the object is loaded, which it is: its code runs.
     unsafe {
         let mut object: libc::Dl_info = core::mem::zeroed();
         if libc::dladdr(stay_loaded as *const c_void, &mut object) != 0 && !object.dli_fname.is_null() {
@@ -119,7 +120,7 @@ fn stay_loaded() {
 /// `pthread` calls the key's destructor after those of Rust's thread-locals, which may still drop coroutines.
 fn create_key() -> Result<libc::pthread_key_t, Error> {
     let mut key = 0;
-    // SAFETY: writes the key; the destructor has the signature that pthread asks for.
+    // SAFETY: the call writes the key; the destructor has the signature that pthread asks for.
     match unsafe { libc::pthread_key_create(&mut key, Some(end_of_thread)) } {
         0 => Ok(key),
         code => Err(Error::Handler { source: io::Error::from_raw_os_error(code) }),
@@ -128,7 +129,7 @@ fn create_key() -> Result<libc::pthread_key_t, Error> {
 
 fn install(stack: usize) -> Result<(), Error> {
     let new = libc::stack_t { ss_sp: (stack + PAGE) as *mut c_void, ss_flags: 0, ss_size: stack_size() };
-    // SAFETY: the memory is mapped and used for nothing else as long as the thread lives.
+    // SAFETY: `prepare` made the mapping for this thread; it is used for nothing else as long as the thread lives.
     match unsafe { libc::sigaltstack(&new, ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(Error::Handler { source: io::Error::last_os_error() }),
@@ -137,19 +138,11 @@ fn install(stack: usize) -> Result<(), Error> {
 
 /// A fault whose signal is blocked ends the process. Servers block all signals on threads that are to get none.
 fn unblock_faults() {
-    // SAFETY: a signal set is plain data; the handler for both signals is installed.
-    unsafe {
-        let mut faults: libc::sigset_t = core::mem::zeroed();
-        libc::sigemptyset(&mut faults);
-        for signal in handler::SIGNALS {
-            libc::sigaddset(&mut faults, signal);
-        }
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &faults, ptr::null_mut());
-    }
+    signals::change_mask(libc::SIG_UNBLOCK, &signals::set_of(handler::SIGNALS));
 }
 
 fn is_installed(stack: usize) -> bool {
-    // SAFETY: `stack_t` is plain data; the call only writes it.
+    // SAFETY: zeros are a `stack_t`, which the call fills in.
     unsafe {
         let mut now: libc::stack_t = core::mem::zeroed();
         libc::sigaltstack(ptr::null(), &mut now) == 0
@@ -165,17 +158,15 @@ pub(crate) fn signal_stack_end() -> Option<usize> {
 }
 
 fn stack_size() -> usize {
-    // SAFETY: reads the auxiliary vector.
-    let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
-    (HANDLER_STACK + frame).next_multiple_of(PAGE)
+    (HANDLER_STACK + signals::frame_size().unwrap_or(0)).next_multiple_of(PAGE)
 }
 
 extern "C" fn end_of_thread(stack: *mut c_void) {
     stock::flush();
     words().signal_stack.set(0);
     let stack = stack as usize;
-    // SAFETY: plain data for a system call; the mapping is the one this thread made, and no signal
-    // handler runs on it, since this function does.
+    // SAFETY: the mapping is the one that this thread made, and no signal handler runs on it, since this function
+    // does. It is taken away from the kernel before it is unmapped.
     unsafe {
         if is_installed(stack) {
             let off = libc::stack_t { ss_sp: ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };

@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 use core::cell::Cell;
-use core::ffi::c_void;
+use core::ffi::{c_int, c_void};
 
 /// What of a thread the fault handler reads or writes, but for who runs: words in the thread's static block, 0 at first. Those
 /// of `thread_local!` may be allocated at their first use, in a library that was loaded later.
@@ -18,7 +18,7 @@ pub(crate) struct Words {
     pub forks: Cell<usize>,
 }
 
-/// This thread's.
+/// This thread's words.
 #[inline]
 pub(crate) fn words() -> &'static Words {
     let words: *const Words;
@@ -34,4 +34,21 @@ pub(crate) fn words() -> &'static Words {
         );
         &*words
     }
+}
+
+/// The number by which the kernel knows this thread.
+pub(crate) fn thread_number() -> i32 {
+    // SAFETY: the call has no arguments and touches no memory.
+    unsafe { libc::gettid() }
+}
+
+/// Calls `f` in a handler: the interrupted code does not see what its system calls leave in `errno`.
+pub(crate) fn keeping_errno<R>(f: impl FnOnce() -> R) -> R {
+    // SAFETY: this thread's `errno` lasts as long as the thread, which a handler does not leave. Only this thread uses it, and
+    // through a cell the system calls in `f` may write to it.
+    let errno = unsafe { &*libc::__errno_location().cast::<Cell<c_int>>() };
+    let before = errno.get();
+    let result = f();
+    errno.set(before);
+    result
 }

@@ -309,19 +309,18 @@ impl Tally {
     /// Of one turn, between two readings of the counters.
     fn of(turn: &Turn, grown: bool, before: &Totals, after: &Totals) -> Self {
         let has_ended = !matches!(turn, Turn::Continues);
-        let (from, to) = (before.words_by_map, after.words_by_map);
+        let (from, mut words) = (before.words_by_map, after.words_by_map);
+        words.pointers -= from.pointers;
+        words.elsewhere -= from.elsewhere;
+        words.data -= from.data;
+        words.ambiguous -= from.ambiguous;
         Self {
             coroutines: has_ended.into(),
             resumes: 1,
             moves: after.moves - before.moves,
             in_place: after.in_place - before.in_place,
             grown: (has_ended && grown).into(),
-            words: WordsByMap {
-                pointers: to.pointers - from.pointers,
-                elsewhere: to.elsewhere - from.elsewhere,
-                data: to.data - from.data,
-                ambiguous: to.ambiguous - from.ambiguous,
-            },
+            words,
             equal: matches!(turn, Turn::Equal).into(),
             unequal: matches!(turn, Turn::Unequal(_)).into(),
         }
@@ -329,7 +328,7 @@ impl Tally {
 
     fn columns(&self) -> [u64; COLUMNS.len()] {
         let Self { coroutines, resumes, moves, in_place, grown, words, equal, unequal } = *self;
-        let WordsByMap { pointers, elsewhere, data, ambiguous } = words;
+        let WordsByMap { pointers, elsewhere, data, ambiguous, .. } = words;
         [coroutines, resumes, moves, in_place, grown, pointers, elsewhere, data, ambiguous, equal, unequal]
     }
 

@@ -19,6 +19,7 @@
 //!       cmp  rsp, r11                  that r11 is on the scale of rsp can only be read off here
 //!       jne  1b
 //! ```
+#![forbid(unsafe_code)]
 
 /// What an instruction says about moving at it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

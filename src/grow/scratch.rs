@@ -10,6 +10,7 @@
 //! ```
 //!
 //! The scratch stays: its pages are warm. There is one; who finds it in use writes to new memory.
+#![forbid(unsafe_code)]
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 

@@ -56,16 +56,15 @@ pub(super) fn send_again(context: &Context<'_>) -> bool {
     if context.exception() == GENERAL_PROTECTION || !may_have_lacked_room(context) {
         return false;
     }
-    // SAFETY: a signal set is plain data, and so is a number in it.
-    let could_come = |signal| unsafe { libc::sigismember(context.mask(), signal) == 0 };
-    let mut candidates = signals::without_own_stack().filter(|&(signal, _)| could_come(signal));
+    let could_come = |&(signal, _): &_| !signals::contains(context.mask(), signal);
+    let mut candidates = signals::without_own_stack().filter(could_come);
     let Some((signal, handler)) = candidates.next() else { return false };
     if let Some((second, _)) = candidates.next() {
         let rest = candidates.map(|(signal, _)| signal);
         report::lost_signal([signal, second].into_iter().chain(rest));
     }
-    // SAFETY: every signal is blocked in the handler. This one comes when the interrupted code goes on.
-    signals::give_own_stack(signal, handler) && unsafe { libc::raise(signal) == 0 }
+    // Every signal is blocked in the handler. This one comes when the interrupted code goes on.
+    signals::give_own_stack(signal, handler) && signals::raise(signal)
 }
 
 /// True if a coroutine runs, on its own stack, with less room left than a signal frame may take.
@@ -75,12 +74,7 @@ fn may_have_lacked_room(context: &Context<'_>) -> bool {
     if slot.end() != Record::end(record) {
         return false;
     }
-    // SAFETY: the record of the running coroutine, which is accessible and this thread's.
+    // SAFETY: the record of the running coroutine is accessible, and only this thread uses it.
     let lowest = slot.end() - unsafe { (*record).open };
-    // SAFETY: reads the auxiliary vector.
-    let frame = match unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize {
-        0 => FRAME,
-        frame => frame,
-    };
-    context.rsp().saturating_sub(lowest) < RED_ZONE + frame
+    context.rsp().saturating_sub(lowest) < RED_ZONE + signals::frame_size().unwrap_or(FRAME)
 }

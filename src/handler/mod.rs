@@ -21,11 +21,11 @@
 mod lost;
 
 use core::arch::naked_asm;
-use core::cell::UnsafeCell;
 use core::ffi::{c_int, c_void};
-use core::mem::{MaybeUninit, offset_of};
+use core::mem::offset_of;
 use core::ptr;
 use std::io;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::context::{Context, PLACE};
 use crate::error::Error;
@@ -35,32 +35,28 @@ use crate::grow::point::{call_length, probe_loop_end};
 use crate::grow::relocate::{Fault, is_growth_point};
 use crate::hooks;
 use crate::report;
+use crate::signals;
 use crate::size::MAX_SIZE;
 use crate::stack::arena::Slot;
 use crate::stack::record::Record;
 use crate::switch::{self, RED_ZONE};
+use crate::words::keeping_errno;
 
 /// The signals of faults, which the handler is for.
 pub(crate) const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
-/// The handlers that were there before ours. Written once, before the first coroutine exists.
-struct Previous([UnsafeCell<MaybeUninit<libc::sigaction>>; SIGNALS.len()]);
-
-// SAFETY: each is written once, by `install` with its mutex locked, before the handler of that signal is there to
-// read it; read-only afterwards.
-unsafe impl Sync for Previous {}
-
-static PREVIOUS: Previous = Previous([const { UnsafeCell::new(MaybeUninit::uninit()) }; SIGNALS.len()]);
+/// The handlers that were there before ours. Each is written before ours is installed, which only reads it: that waits for
+/// nobody.
+static PREVIOUS: [OnceLock<libc::sigaction>; SIGNALS.len()] = [const { OnceLock::new() }; SIGNALS.len()];
 
 /// Installs the handler; called once a process.
 pub(crate) fn install() -> Result<(), Error> {
     /// For how many of the signals it is: after an error the rest is left for the next call.
-    static INSTALLED: std::sync::Mutex<usize> = std::sync::Mutex::new(0);
-    let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS.0).skip(*installed) {
-        // SAFETY: `on_fault` is a handler. The cell is written here only, once, with the mutex locked, and read by the handler
-        // only, which is not installed for this signal yet.
-        unsafe { take_over(signal, on_fault, previous.get())? };
+    static INSTALLED: Mutex<usize> = Mutex::new(0);
+    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+    for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS).skip(*installed) {
+        // SAFETY: `on_fault` is a handler for this signal, and passes what is not its own to `previous`.
+        unsafe { take_over(signal, on_fault, previous)? };
         *installed += 1;
     }
     Ok(())
@@ -73,25 +69,29 @@ pub(crate) const ON_FAULT: Handler = on_fault;
 /// What the kernel calls.
 pub(crate) type Handler = unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
 
-/// Installs `handler`, and leaves in `previous` what was there before.
+/// Installs `handler`, and leaves in `previous` what was there before, at the first attempt if there are several.
 ///
 /// # Safety
-/// `handler` is one for this signal and passes what is not its own to `previous`, which is writable.
+/// `handler` is one for this signal and passes what is not its own to `previous`.
 pub(crate) unsafe fn take_over(
     signal: c_int,
     handler: Handler,
-    previous: *mut MaybeUninit<libc::sigaction>,
+    previous: &OnceLock<libc::sigaction>,
 ) -> Result<(), Error> {
-    // SAFETY: plain data for a system call. What was there is read before ours goes in, so that
-    // a fault on another thread in between finds it.
-    unsafe {
-        check(libc::sigaction(signal, ptr::null(), previous.cast()))?;
-        check(put(signal, handler))
-    }
+    let refused = || Error::Handler { source: io::Error::last_os_error() };
+    // What was there is known before ours goes in: a fault on another thread in between finds it.
+    let now = signals::disposition(signal).ok_or_else(refused)?;
+    let _ = previous.set(now);
+    // SAFETY: the handler is one for this signal, as the caller says.
+    unsafe { put(signal, handler) }.then_some(()).ok_or_else(refused)
 }
 
-fn put(signal: c_int, handler: Handler) -> c_int {
-    // SAFETY: plain data for a system call; the handler has the signature that the flags ask for.
+/// Makes `handler` that of a signal. False, with `errno`, if the kernel refuses.
+///
+/// # Safety
+/// `handler` is one for this signal.
+unsafe fn put(signal: c_int, handler: Handler) -> bool {
+    // SAFETY: zeros are a `sigaction`. The handler is one for this signal, and has the signature that the flags ask for.
     unsafe {
         let mut ours: libc::sigaction = core::mem::zeroed();
         ours.sa_sigaction = handler as *const () as usize;
@@ -100,12 +100,8 @@ fn put(signal: c_int, handler: Handler) -> c_int {
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         // Everything else waits: another handler must not run between two stacks.
         libc::sigfillset(&mut ours.sa_mask);
-        libc::sigaction(signal, &ours, ptr::null_mut())
+        libc::sigaction(signal, &ours, ptr::null_mut()) == 0
     }
-}
-
-fn check(answer: c_int) -> Result<(), Error> {
-    if answer == 0 { Ok(()) } else { Err(Error::Handler { source: io::Error::last_os_error() }) }
 }
 
 /// What the handler may need, in a debug build, too: it goes over to a stack of its own where less is left.
@@ -141,7 +137,7 @@ unsafe extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, raw: *m
 
 /// Where there is room.
 unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: the arguments that the handler was called with.
+    // SAFETY: asm/on_fault.s passes the three arguments on that the kernel called the handler with.
     unsafe {
         if !serve_signal(signal, info, raw) {
             pass_on(signal, info, raw);
@@ -151,7 +147,7 @@ unsafe extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, raw: *mut
 
 /// Does what this handler is for; false if the signal is another's.
 unsafe extern "C" fn serve_signal(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) -> bool {
-    // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
+    // SAFETY: the kernel passes a `siginfo_t` and a context to a handler that is installed with SA_SIGINFO, as this one is.
     let (code, address, mut context) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, Context::new(raw)) };
     keeping_errno(|| {
@@ -166,7 +162,7 @@ unsafe extern "C" fn serve_signal(signal: c_int, info: *mut libc::siginfo_t, raw
 
 /// Does what would have happened without us, on the stack where it would have.
 unsafe extern "C" fn pass_on(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: the arguments that the handler was called with.
+    // SAFETY: the arguments are those that the kernel called the handler with: `handle`, or asm/on_fault.s, passes them on.
     keeping_errno(|| unsafe {
         if is_kernels_own(signal, (*info).si_code, (*info).si_addr() as usize) {
             pass_on_kernels_own(info, raw);
@@ -179,16 +175,6 @@ unsafe extern "C" fn pass_on(signal: c_int, info: *mut libc::siginfo_t, raw: *mu
 /// True of a SIGSEGV without an address.
 fn is_kernels_own(signal: c_int, code: c_int, address: usize) -> bool {
     code == libc::SI_KERNEL && address == 0 && signal == libc::SIGSEGV
-}
-
-/// Calls `f`, whose system calls the interrupted code must not see in `errno`.
-fn keeping_errno<R>(f: impl FnOnce() -> R) -> R {
-    // SAFETY: this thread's.
-    let errno = unsafe { *libc::__errno_location() };
-    let result = f();
-    // SAFETY: as above.
-    unsafe { *libc::__errno_location() = errno };
-    result
 }
 
 /// Grows or thaws the stack that was touched; false if the fault is not ours.
@@ -208,28 +194,26 @@ fn serve(address: usize, mut context: Context<'_>) -> bool {
 /// # Safety
 /// The arguments are those of the handler.
 unsafe fn pass_on_kernels_own(info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: the handler was installed with `SA_SIGINFO` and runs; nobody else looks at its context now.
-    let context = unsafe { Context::new(raw) };
-    if lost::comes_again(&context) {
-        // The previous handler has seen it, and wants the default action.
-        return reset(libc::SIGSEGV, false);
-    }
-    let at = lost::At::of(&context);
-    // SAFETY: the arguments of the handler, which the caller passes on.
-    unsafe { chain(libc::SIGSEGV, info, raw) };
-    if is_default(libc::SIGSEGV) {
-        at.remember();
-        put(libc::SIGSEGV, on_fault);
+    // SAFETY: the arguments are those of the handler, which runs. Nobody else looks at its context before it is passed on. And
+    // `on_fault` is the handler for this signal.
+    unsafe {
+        let context = Context::new(raw);
+        if lost::comes_again(&context) {
+            // The previous handler has seen it, and wants the default action.
+            return signals::reset(libc::SIGSEGV);
+        }
+        let at = lost::At::of(&context);
+        chain(libc::SIGSEGV, info, raw);
+        if is_default(libc::SIGSEGV) {
+            at.remember();
+            put(libc::SIGSEGV, on_fault);
+        }
     }
 }
 
 /// True if a signal has no handler.
 fn is_default(signal: c_int) -> bool {
-    // SAFETY: `sigaction` is plain data; the call only reads the disposition.
-    unsafe {
-        let mut now: libc::sigaction = core::mem::zeroed();
-        libc::sigaction(signal, ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_DFL
-    }
+    signals::disposition(signal).is_some_and(|now| now.sa_sigaction == libc::SIG_DFL)
 }
 
 /// Grows the running coroutine's stack if this is a growth.
@@ -245,13 +229,14 @@ fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
     if address.wrapping_sub(rip) < 16 {
         return false; // a jump to the guard: there is no instruction to look at
     }
-    // SAFETY: only bytes of the instruction that just ran are read, and of the one that follows a store.
+    // SAFETY: the instruction at `rip` has just run, so its bytes are readable. No byte behind it is asked for, but for those of
+    // the instruction that follows a store, to which a store goes on.
     let byte = |at| unsafe { *((rip + at) as *const u8) };
     let growth_point = is_growth_point(rip, byte);
     if address + RED_ZONE < rsp && !growth_point {
         return false; // below everything the frame may use: a wild pointer that happens to hit our guard
     }
-    // SAFETY: the record of the running coroutine, which only this thread uses.
+    // SAFETY: the record of the running coroutine is accessible, and only this thread uses it.
     if address >= slot.end() - unsafe { (*record).open } {
         return false; // accessible as far as we know: somebody else protected it
     }
@@ -262,7 +247,7 @@ fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
         Some(end) if end < address && address - end <= MAX_SIZE && !hooks::smallest_steps() => end,
         _ => address,
     };
-    // SAFETY: it is a fault of the running coroutine, at the guard of its own stack: checked above.
+    // SAFETY: the fault is the running coroutine's, at the guard of its own stack: both were checked above.
     unsafe {
         grow(&mut context, &Fault { running, slot, address, lowest, growth_point, loop_end, call_length })
     };
@@ -275,8 +260,11 @@ fn serve_growth(slot: Slot, address: usize, mut context: Context<'_>) -> bool {
 /// The arguments are those of the handler.
 unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
     let index = usize::from(signal != SIGNALS[0]);
-    // SAFETY: written by `install` before this handler could run; by the caller's word.
-    unsafe { chain_to((*PREVIOUS.0[index].get()).assume_init_ref(), signal, info, raw) }
+    match PREVIOUS[index].get() {
+        // SAFETY: the arguments are those of the handler.
+        Some(previous) => unsafe { chain_to(previous, signal, info, raw) },
+        None => signals::reset(signal), // not so: it was written before the handler was installed
+    }
 }
 
 /// Does what would have happened if `previous` were still installed.
@@ -289,7 +277,8 @@ pub(crate) unsafe fn chain_to(
     info: *mut libc::siginfo_t,
     raw: *mut c_void,
 ) {
-    // SAFETY: by the caller's word. A trap is over when its handler runs: nothing raises it again.
+    // SAFETY: the kernel passed this `siginfo_t` to the handler, which still runs.
+    // A trap is over when its handler runs: nothing raises it again.
     let sent = unsafe { (*info).si_code } <= 0 || signal == libc::SIGTRAP;
     match previous.sa_sigaction {
         libc::SIG_IGN if sent => {}
@@ -297,9 +286,10 @@ pub(crate) unsafe fn chain_to(
         libc::SIG_DFL | libc::SIG_IGN => reset(signal, sent),
         handler => {
             if previous.sa_flags & libc::SA_RESETHAND != 0 {
-                reset(signal, false);
+                signals::reset(signal);
             }
-            // SAFETY: a handler takes one or three arguments, as its flags say.
+            // SAFETY: the address is that of a handler, since it is neither of the two other values. It takes one or three
+            // arguments, as its flags say, and gets those that the kernel meant for it.
             unsafe {
                 mask_for(previous, signal, Context::new(raw).mask());
                 if previous.sa_flags & libc::SA_SIGINFO != 0 {
@@ -315,16 +305,11 @@ pub(crate) unsafe fn chain_to(
 }
 
 /// Back to the default action: the faulting instruction runs again and ends the process with the
-/// registers it had. A signal that was sent is sent again.
+/// registers it had. A signal that was sent is sent again; it stays blocked until the handler returns.
 fn reset(signal: c_int, sent: bool) {
-    // SAFETY: plain data for system calls; the signal stays blocked until we return.
-    unsafe {
-        let mut default: libc::sigaction = core::mem::zeroed();
-        default.sa_sigaction = libc::SIG_DFL;
-        libc::sigaction(signal, &default, ptr::null_mut());
-        if sent {
-            libc::raise(signal);
-        }
+    signals::reset(signal);
+    if sent {
+        signals::raise(signal);
     }
 }
 
@@ -332,16 +317,10 @@ fn reset(signal: c_int, sent: bool) {
 /// kernel then restores the interrupted mask.
 fn mask_for(previous: &libc::sigaction, signal: c_int, interrupted: &libc::sigset_t) {
     let mut mask = *interrupted;
-    // SAFETY: signal sets are plain data.
-    unsafe {
-        for other in 1..=libc::SIGRTMAX() {
-            if libc::sigismember(&previous.sa_mask, other) == 1 {
-                libc::sigaddset(&mut mask, other);
-            }
-        }
-        if previous.sa_flags & libc::SA_NODEFER == 0 {
-            libc::sigaddset(&mut mask, signal);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &mask, ptr::null_mut());
+    let blocked = (1..=libc::SIGRTMAX()).filter(|&other| signals::contains(&previous.sa_mask, other));
+    blocked.for_each(|other| signals::add(&mut mask, other));
+    if previous.sa_flags & libc::SA_NODEFER == 0 {
+        signals::add(&mut mask, signal);
     }
+    signals::change_mask(libc::SIG_SETMASK, &mask);
 }

@@ -504,6 +504,7 @@ impl fmt::Display for Unwalkable {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Source {
     /// `.eh_frame`, the unwind tables of an object.
     EhFrame,

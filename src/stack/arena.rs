@@ -16,6 +16,7 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize
 
 use super::custody::Custody;
 use super::free_list::{FreeList, Link};
+use super::guard::Reserved;
 use super::pages::Pages;
 use super::{carry, guard};
 use crate::error::Error;
@@ -207,7 +208,7 @@ impl Slot {
     /// Puts a slot nobody uses on the free list; `open` bytes of it are accessible.
     pub(crate) fn give(self, open: usize) {
         let _undisturbed = hooks::undisturbed();
-        // SAFETY: nobody uses the slot.
+        // SAFETY: nobody uses the slot, so what is in its accessible pages is not needed.
         let open = if unsafe { guard::take_back(self.end() - open, open) } { 0 } else { open };
         self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         self.push();
@@ -241,7 +242,7 @@ impl Slot {
     /// # Safety
     /// The slot is usable, was never used, and is the caller's.
     unsafe fn make_guarded(self, open: usize) -> Result<(), Error> {
-        // SAFETY: by the caller's word.
+        // SAFETY: the slot is usable and was never used, so no stack is in it; and no other thread has it.
         unsafe {
             if guard::by_madvise() {
                 guard::install(core::iter::once(self.pages().guards(open)))
@@ -355,11 +356,11 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
 }
 
 /// Address space for an arena, and whether it lies where there was room.
-fn reserve_arena(class: Class, bytes: usize) -> Result<(usize, bool), Error> {
+fn reserve_arena(class: Class, bytes: usize) -> Result<(Reserved, bool), Error> {
     if !class.is_moving() {
-        return guard::reserve(bytes, libc::PROT_NONE).map(|start| (start, true));
+        return Reserved::new(bytes, libc::PROT_NONE).map(|start| (start, true));
     }
-    let wanted = guard::reserve_at(bytes, |free| {
+    let wanted = Reserved::at(bytes, |free| {
         let first = arenas_below(free);
         let top = match TOP.compare_exchange(0, first, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => first,
@@ -370,7 +371,7 @@ fn reserve_arena(class: Class, bytes: usize) -> Result<(usize, bool), Error> {
     match wanted {
         Ok(start) => Ok((start, false)),
         // A process whose addresses are few, or all low, as under Valgrind.
-        Err(_) => guard::reserve_aligned(bytes, ALIGN).map(|start| (start, true)),
+        Err(_) => Reserved::aligned(bytes, ALIGN).map(|start| (start, true)),
     }
 }
 
@@ -382,7 +383,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
         None => ((64 << 20) / class.stride()).clamp(4, 64) as u32,
     };
     let mut slots = largest.min(MAX_SLOTS);
-    let (start, anywhere) = loop {
+    let (memory, anywhere) = loop {
         match reserve_arena(class, slots as usize * class.stride()) {
             Ok(found) => break found,
             Err(error) if slots == 1 => return Err(error),
@@ -391,11 +392,10 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     };
     let bytes = slots as usize * class.stride();
     let table = slots as usize * size_of::<Meta>();
-    let meta = guard::reserve(table, libc::PROT_READ | libc::PROT_WRITE).inspect_err(|_| {
-        // SAFETY: reserved above, not published.
-        unsafe { guard::unreserve(start, bytes) }
-    })?;
-    // SAFETY: a stretch reserved above. Failing only means that huge pages may be used.
+    let meta = Reserved::new(table, libc::PROT_READ | libc::PROT_WRITE)?;
+    let start = memory.start();
+    // SAFETY: the stretch was reserved above, and no stack is in it. After an error the kernel may use huge pages, which is
+    // allowed.
     unsafe {
         libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE);
         if class.is_moving() {
@@ -406,16 +406,11 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     let number = CLAIMED.fetch_add(1, Ordering::AcqRel);
     if number >= MAX_ARENAS {
         CLAIMED.fetch_sub(1, Ordering::AcqRel);
-        // SAFETY: both reserved above, not published.
-        unsafe {
-            guard::unreserve(start, bytes);
-            guard::unreserve(meta, table);
-        }
         return Err(Error::Arenas);
     }
     let arena = &ARENAS[number];
-    arena.start.store(start, Ordering::Relaxed);
-    arena.meta.store(meta as *mut Meta, Ordering::Relaxed);
+    arena.start.store(memory.keep(), Ordering::Relaxed);
+    arena.meta.store(meta.keep() as *mut Meta, Ordering::Relaxed);
     arena.slots.store(slots, Ordering::Relaxed);
     arena.class.store(class.index() as u8, Ordering::Relaxed);
     arena.anywhere.store(anywhere, Ordering::Relaxed);

@@ -11,15 +11,12 @@
 //! them changes.
 //!
 //! After a `fork` the descriptor still stands for the memory of the parent: the kernel refuses to carry there, but would
-//! register. So its number lies on a page that the kernel gives a child as zeros, and a child copies. System calls only, as the
-//! fault handler needs it.
+//! register. So a child does not inherit its number, and copies. System calls only, as the fault handler needs it.
 
 use core::ffi::{c_int, c_ulong};
-use core::ptr;
-use core::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
-use super::guard;
-use crate::size::PAGE;
+use super::guard::{self, NotInherited};
 
 /// This process's own accesses only: needs no privilege.
 const UFFD_USER_MODE_ONLY: c_int = 1;
@@ -65,57 +62,52 @@ struct Move {
     moved: i64,
 }
 
-/// Where the descriptor's number is, plus one; null before it was asked for. On that page 0 is "none": after a fork, or where
-/// the kernel has nothing of the kind.
-static DESCRIPTOR: AtomicPtr<AtomicI32> = AtomicPtr::new(ptr::null_mut());
+/// The descriptor's number plus one; 0 or no number where there is none: before it is opened, after a fork, or where the
+/// kernel has nothing of the kind.
+static DESCRIPTOR: NotInherited = NotInherited::new();
 
-/// The page while there is none.
-static NONE: AtomicI32 = AtomicI32::new(0);
+/// It was asked for, in this process or in one that this was forked from.
+static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Registers an arena: pages may be carried to it. Without effect where the kernel does not have that.
 ///
 /// # Safety
 /// The range is page-aligned memory that was reserved by the caller, and holds no stack yet.
 pub(crate) unsafe fn register(start: usize, bytes: usize) {
-    let none = (&raw const NONE).cast_mut();
     // Who comes second while the first one opens it has an arena whose stacks are copied to; so has a handler that
     // interrupts this.
-    if DESCRIPTOR.compare_exchange(ptr::null_mut(), none, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-        && guard::by_madvise()
-        && let Some(place) = open()
-    {
-        DESCRIPTOR.store(place, Ordering::Release);
+    if !ASKED.swap(true, Ordering::Relaxed) && guard::by_madvise() {
+        open();
     }
     let Some(file) = descriptor() else { return };
     let mut range = Register { start: start as u64, length: bytes as u64, mode: REGISTER_MODE_WP, ioctls: 0 };
-    // SAFETY: the request gets the argument it expects; by the caller's word. Failing means that stacks are copied there.
+    // SAFETY: the request gets the argument it expects, and no stack is in the range yet. After an error stacks are copied there.
     unsafe { libc::ioctl(file, UFFDIO_REGISTER, &mut range) };
 }
 
-/// Opens a descriptor, and returns a page with its number.
-fn open() -> Option<*mut AtomicI32> {
-    let page = guard::reserve(PAGE, libc::PROT_READ | libc::PROT_WRITE).ok()?;
-    let place = page as *mut AtomicI32;
+/// Opens the descriptor, if the kernel can carry pages.
+fn open() {
     let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_MOVE, ioctls: 0 };
-    // SAFETY: the page was reserved above, zeros are an `AtomicI32`; the descriptor is ours.
+    // SAFETY: the request gets the argument it expects. The descriptor is opened here, and closed unless its number is kept.
     unsafe {
-        if libc::madvise(page as *mut _, PAGE, libc::MADV_WIPEONFORK) == 0 {
-            let file = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) as c_int;
-            if file >= 0 && libc::ioctl(file, UFFDIO_API, &mut api) == 0 {
-                (*place).store(file + 1, Ordering::Relaxed);
-                return Some(place);
-            }
-            libc::close(file);
+        let file = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) as c_int;
+        if file < 0 {
+            return;
         }
-        guard::unreserve(page, PAGE);
+        match DESCRIPTOR.get_or_make() {
+            Some(number) if libc::ioctl(file, UFFDIO_API, &mut api) == 0 => {
+                number.store(file as u64 + 1, Ordering::Relaxed);
+            }
+            _ => {
+                libc::close(file);
+            }
+        }
     }
-    None
 }
 
 fn descriptor() -> Option<c_int> {
-    // SAFETY: null, a static, or a page that is never unmapped.
-    let place = unsafe { DESCRIPTOR.load(Ordering::Acquire).as_ref()? };
-    place.load(Ordering::Relaxed).checked_sub(1).filter(|&file| file >= 0)
+    let file = DESCRIPTOR.get()?.load(Ordering::Relaxed).checked_sub(1)?;
+    c_int::try_from(file).ok()
 }
 
 /// True if [`carry`] is worth a try.
@@ -138,8 +130,9 @@ pub(crate) unsafe fn carry(from: usize, to: usize, bytes: usize) -> usize {
         mode: MOVE_MODE_ALLOW_SRC_HOLES,
         moved: 0,
     };
-    // SAFETY: the request gets the argument it expects; by the caller's word. Should somebody have closed the descriptor, and
-    // another have taken its number, then the arenas are not registered with that, which is why the kernel refuses.
+    // SAFETY: the request gets the argument it expects, and nobody else uses the pages of either range. Should somebody have
+    // closed the descriptor, and another have taken its number, then the arenas are not registered with that, and the kernel
+    // refuses.
     unsafe { libc::ioctl(file, UFFDIO_MOVE, &mut carried) };
     usize::try_from(carried.moved).unwrap_or(0)
 }
@@ -147,6 +140,7 @@ pub(crate) unsafe fn carry(from: usize, to: usize, bytes: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::size::PAGE;
     use std::sync::OnceLock;
 
     fn has_descriptor() -> bool {
@@ -154,7 +148,7 @@ mod tests {
         *HAS.get_or_init(|| {
             guard::detect();
             let page = guard::reserve(PAGE, libc::PROT_NONE).unwrap();
-            // SAFETY: reserved above, and forgotten.
+            // SAFETY: the page was reserved above, and is never used.
             unsafe { register(page, PAGE) };
             is_possible()
         })

@@ -10,6 +10,7 @@
 //! Whoever makes it `BUSY` has the stack and its block alone, until it writes the word again. Everybody else waits.
 //!
 //! "Not frozen" comes last of all. Whoever sees it may free the list on which the block was left.
+#![forbid(unsafe_code)]
 
 use core::ptr::NonNull;
 

@@ -8,6 +8,7 @@
 //! list just before another took it. What that thread reads then is of no use, and it must not act on it: between its look at
 //! the list and its exchange the slot may have been taken, used, and put back on top of other ones. So the list counts how
 //! often it was changed, and the exchange fails.
+#![forbid(unsafe_code)]
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 

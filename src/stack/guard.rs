@@ -14,7 +14,8 @@
 
 use core::ffi::c_int;
 use core::ops::Range;
-use core::sync::atomic::{AtomicBool, AtomicIsize, AtomicU8, AtomicUsize, Ordering};
+use core::ptr;
+use core::sync::atomic::{AtomicBool, AtomicIsize, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::io;
 
 use crate::error::Error;
@@ -65,13 +66,9 @@ pub(crate) fn detect() {
 }
 
 fn kernel_has_guards() -> bool {
-    let Ok(page) = reserve(PAGE, libc::PROT_READ | libc::PROT_WRITE) else { return false };
+    let Ok(page) = Reserved::new(PAGE, libc::PROT_READ | libc::PROT_WRITE) else { return false };
     // SAFETY: the page was mapped above and nobody else knows of it.
-    unsafe {
-        let answer = libc::madvise(page as *mut _, PAGE, MADV_GUARD_INSTALL);
-        libc::munmap(page as *mut _, PAGE);
-        answer == 0
-    }
+    unsafe { libc::madvise(page.start as *mut _, PAGE, MADV_GUARD_INSTALL) == 0 }
 }
 
 /// True where guards cost no mappings.
@@ -124,7 +121,8 @@ fn mappings() -> Option<(usize, usize)> {
 /// Shows the text of a file to `each`, piece by piece. `None` if it cannot be read.
 fn read(path: &core::ffi::CStr, mut each: impl FnMut(&[u8])) -> Option<()> {
     let mut piece = [0; 2048];
-    // SAFETY: the path ends with a zero; the kernel writes at most what the piece holds; the descriptor is ours.
+    // SAFETY: the path ends in a zero byte. The kernel writes no more than the length of `piece`. The descriptor was opened here,
+    // so nobody else closes it.
     unsafe {
         let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
         if file < 0 {
@@ -141,51 +139,111 @@ fn read(path: &core::ffi::CStr, mut each: impl FnMut(&[u8])) -> Option<()> {
     }
 }
 
-/// New private address space, `bytes` long, with this protection.
-pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
-    reserve_near(0, bytes, protection)
-}
-
-/// As [`reserve`]: at `wanted`, if nothing is there.
-fn reserve_near(wanted: usize, bytes: usize, protection: c_int) -> Result<usize, Error> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping, where the kernel likes, touches nothing that exists.
-    let at = unsafe { libc::mmap(wanted as *mut _, bytes, protection, flags, -1, 0) };
-    if at == libc::MAP_FAILED { Err(refused(RESERVING, bytes)) } else { Ok(at as usize) }
-}
-
-/// As [`reserve`] without access, at one of `places`, which are tried in turn: those below an address where that much is free.
-pub(crate) fn reserve_at<I: Iterator<Item = usize>>(
+/// Private address space of which nobody else knows yet. It is given back when this is dropped.
+pub(super) struct Reserved {
+    start: usize,
     bytes: usize,
-    places: impl FnOnce(usize) -> I,
-) -> Result<usize, Error> {
-    // The kernel fills its address space from the top: what lies below is free, or else some way further below.
-    let free = reserve(bytes, libc::PROT_NONE)?;
-    // SAFETY: reserved above, nobody knows of it.
-    unsafe { unreserve(free, bytes) };
-    for wanted in places(free).take(PLACES) {
-        let at = reserve_near(wanted, bytes, libc::PROT_NONE)?;
-        if at == wanted {
-            return Ok(at);
-        }
-        // SAFETY: the same.
-        unsafe { unreserve(at, bytes) };
-    }
-    Err(Error::Memory { doing: RESERVING, bytes, source: io::Error::from_raw_os_error(libc::ENOMEM) })
 }
 
-/// As [`reserve`] without access, at a multiple of `align`.
-pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error> {
-    let more = reserve(bytes + align, libc::PROT_NONE)?;
-    let start = more.next_multiple_of(align);
-    // SAFETY: what is before and after the part that is wanted was reserved above, and nobody knows of it.
-    unsafe {
-        if start > more {
-            unreserve(more, start - more);
-        }
-        unreserve(start + bytes, more + align - start);
+impl Reserved {
+    /// `bytes` of it, with this protection.
+    pub(super) fn new(bytes: usize, protection: c_int) -> Result<Self, Error> {
+        Self::near(0, bytes, protection)
     }
-    Ok(start)
+
+    /// As [`new`](Self::new): at `wanted`, if nothing is there.
+    fn near(wanted: usize, bytes: usize, protection: c_int) -> Result<Self, Error> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: without `MAP_FIXED` a new mapping goes where nothing is.
+        let at = unsafe { libc::mmap(wanted as *mut _, bytes, protection, flags, -1, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(refused(RESERVING, bytes));
+        }
+        Ok(Self { start: at as usize, bytes })
+    }
+
+    /// Without access, at one of `places`, which are tried in turn: those below an address where that much is free.
+    pub(super) fn at<I: Iterator<Item = usize>>(
+        bytes: usize,
+        places: impl FnOnce(usize) -> I,
+    ) -> Result<Self, Error> {
+        // The kernel fills its address space from the top: what lies below is free, or else some way further below.
+        let free = Self::new(bytes, libc::PROT_NONE)?.start;
+        for wanted in places(free).take(PLACES) {
+            let found = Self::near(wanted, bytes, libc::PROT_NONE)?;
+            if found.start == wanted {
+                return Ok(found);
+            }
+        }
+        Err(Error::Memory { doing: RESERVING, bytes, source: io::Error::from_raw_os_error(libc::ENOMEM) })
+    }
+
+    /// Without access, at a multiple of `align`.
+    pub(super) fn aligned(bytes: usize, align: usize) -> Result<Self, Error> {
+        let more = Self::new(bytes + align, libc::PROT_NONE)?.keep();
+        let start = more.next_multiple_of(align);
+        drop(Self { start: more, bytes: start - more });
+        drop(Self { start: start + bytes, bytes: more + align - start });
+        Ok(Self { start, bytes })
+    }
+
+    pub(super) fn start(&self) -> usize {
+        self.start
+    }
+
+    /// It stays reserved. Returns where it starts.
+    pub(super) fn keep(self) -> usize {
+        core::mem::ManuallyDrop::new(self).start
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.bytes != 0 {
+            // SAFETY: this module reserved the range, and nobody else knows of it before `keep`.
+            unsafe { unreserve(self.start, self.bytes) }
+        }
+    }
+}
+
+/// New private address space, `bytes` long, with this protection. It stays reserved.
+pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
+    Reserved::new(bytes, protection).map(Reserved::keep)
+}
+
+/// A number of this process. A child made by `fork` finds 0, whatever it was in the parent.
+///
+/// It lies on a page that the kernel gives a child as zeros. The page is made when it is first asked for, and never unmapped.
+/// Callable in the fault handler: nobody waits for anybody.
+pub(super) struct NotInherited(AtomicPtr<AtomicU64>);
+
+impl NotInherited {
+    pub(super) const fn new() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    /// The number, if there is a page for it.
+    pub(super) fn get(&self) -> Option<&'static AtomicU64> {
+        // SAFETY: the pointer is null, or that of a page that is never unmapped; zeros are an `AtomicU64`.
+        unsafe { self.0.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// The number, 0 at first. `None` where the kernel has no such pages.
+    pub(super) fn get_or_make(&self) -> Option<&'static AtomicU64> {
+        if let Some(number) = self.get() {
+            return Some(number);
+        }
+        let page = Reserved::new(PAGE, libc::PROT_READ | libc::PROT_WRITE).ok()?;
+        // SAFETY: the page was reserved above, and nobody else knows of it.
+        if unsafe { libc::madvise(page.start as *mut _, PAGE, libc::MADV_WIPEONFORK) } != 0 {
+            return None;
+        }
+        let new = page.start as *mut AtomicU64;
+        if self.0.compare_exchange(ptr::null_mut(), new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            page.keep();
+        }
+        self.get()
+    }
 }
 
 /// Gives reserved address space back.
@@ -193,7 +251,7 @@ pub(crate) fn reserve_aligned(bytes: usize, align: usize) -> Result<usize, Error
 /// # Safety
 /// The range came from [`reserve`] and nobody uses it any more.
 pub(crate) unsafe fn unreserve(start: usize, bytes: usize) {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is a mapping of this crate's own, and no longer used.
     unsafe { libc::munmap(start as *mut _, bytes) };
 }
 
@@ -207,7 +265,7 @@ pub(crate) unsafe fn make_usable(start: usize, bytes: usize) -> Result<(), Error
     }
     // Guard markers need a mapping that could be accessed. Neighbours of equal protection merge, so an arena
     // stays two mappings however far it has come.
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is reserved address space without a stack: nothing relies on its being inaccessible.
     unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
 }
 
@@ -217,15 +275,14 @@ pub(crate) unsafe fn make_usable(start: usize, bytes: usize) -> Result<(), Error
 /// # Safety
 /// As for [`make_usable`], which was called for the ranges. None of them is needed any more.
 pub(crate) unsafe fn install(ranges: impl Iterator<Item = Range<usize>> + Clone) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the ranges.
-    if unsafe { install_at_once(ranges.clone()) } {
-        return Ok(());
+    let mut each = ranges.clone().filter(|range| !range.is_empty());
+    // SAFETY: the ranges are usable, and what they hold is not needed: both calls only make guards of them.
+    unsafe {
+        if install_at_once(ranges) {
+            return Ok(());
+        }
+        each.try_for_each(|range| close(range.start, range.len()))
     }
-    for range in ranges.filter(|range| !range.is_empty()) {
-        // SAFETY: the same.
-        unsafe { close(range.start, range.len())? };
-    }
-    Ok(())
 }
 
 /// True if all the ranges are guards now; false if none or some are.
@@ -241,7 +298,7 @@ unsafe fn install_at_once(ranges: impl Iterator<Item = Range<usize>>) -> bool {
         count += 1;
         bytes += range.len();
     }
-    // SAFETY: the caller vouches for the ranges.
+    // SAFETY: the list holds `count` ranges, and what they hold is not needed.
     let done = unsafe {
         libc::syscall(libc::SYS_process_madvise, PIDFD_SELF, list.as_ptr(), count, MADV_GUARD_INSTALL, 0)
     };
@@ -256,7 +313,7 @@ const MOST_AT_ONCE: usize = 64;
 /// # Safety
 /// The range is page-aligned and inside a slot that belongs to the caller.
 pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns, which nobody expects to fault any more.
     unsafe {
         if by_madvise() {
             unmark(start, bytes)?;
@@ -273,7 +330,7 @@ pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]; the contents are lost unless there is an error.
 pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and what they hold is not needed.
     unsafe {
         if by_madvise() {
             match mark(start, bytes) {
@@ -298,7 +355,7 @@ pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`close`]. Only where guards are markers.
 pub(crate) unsafe fn mark(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and what they hold is not needed.
     unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) }
 }
 
@@ -307,7 +364,7 @@ pub(crate) unsafe fn mark(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]. Only where guards are markers.
 pub(crate) unsafe fn unmark(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns; pages that are no guards stay as they are.
     unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_REMOVE), bytes) }
 }
 
@@ -316,7 +373,7 @@ pub(crate) unsafe fn unmark(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`close`].
 pub(crate) unsafe fn take_back(start: usize, bytes: usize) -> bool {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: nobody uses the slot, so what the pages hold is not needed.
     let done = !by_madvise() && unsafe { renew(start, bytes) }.is_ok();
     if done {
         LEFT.fetch_add(1, Ordering::Relaxed);
@@ -333,7 +390,7 @@ unsafe fn renew(start: usize, bytes: usize) -> Result<(), Error> {
         return Ok(());
     }
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: the caller vouches for the range, whose contents nobody needs.
+    // SAFETY: the new mapping replaces whole pages of a slot that the caller owns, and what they hold is not needed.
     unsafe {
         let at = libc::mmap(start as *mut _, bytes, libc::PROT_NONE, flags, -1, 0);
         if at == libc::MAP_FAILED {
@@ -353,7 +410,7 @@ unsafe fn renew(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns; what they hold stays.
     unsafe {
         if !by_madvise() {
             check(libc::madvise(start as *mut _, bytes, libc::MADV_DONTDUMP), bytes)?;
@@ -367,7 +424,7 @@ pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns; what they hold stays, and guard markers do, too.
     unsafe {
         check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes)?;
         if !by_madvise() {
@@ -382,7 +439,8 @@ pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]; the contents are lost.
 pub(crate) unsafe fn discard(start: usize, bytes: usize) {
-    // SAFETY: the caller vouches for the range. Failing only means that the memory stays.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and what they hold is not needed. After an error the
+    // memory stays, which harms nobody.
     unsafe {
         if libc::madvise(start as *mut _, bytes, libc::MADV_DONTNEED) != 0 {
             libc::madvise(start as *mut _, bytes, MADV_DONTNEED_LOCKED);
@@ -393,7 +451,7 @@ pub(crate) unsafe fn discard(start: usize, bytes: usize) {
 /// # Safety
 /// As for [`open`].
 unsafe fn protect(start: usize, bytes: usize, protection: region::Protection) -> Result<(), Error> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and has decided about.
     match unsafe { region::protect(start as *const u8, bytes, protection) } {
         Ok(()) => Ok(()),
         Err(_) => Err(refused("protecting stack pages", bytes)),

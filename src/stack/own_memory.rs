@@ -1,21 +1,19 @@
 //! This process's memory through `/proc/self/mem`: read and written whatever its protection says.
 //!
 //! The file is opened once. Before each use it is made sure that it is still that file: a program may close descriptors it
-//! knows nothing of. In a child made by `fork` it would be the parent's memory; so what is known of it lies on a page that the
-//! kernel gives a child as zeros. (The process id does not tell them apart: in a new pid namespace the child of process 1 is
+//! knows nothing of. In a child made by `fork` it would be the parent's memory; so a child does not inherit what is known
+//! of it. (The process id does not tell them apart: in a new pid namespace the child of process 1 is
 //! process 1.) The fault handler uses it, too: system calls only.
 
 use core::ffi::c_int;
-use core::ptr;
-use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::io;
 
-use super::guard;
+use super::guard::NotInherited;
 use crate::error::Error;
-use crate::size::PAGE;
 
-/// Where it is kept which file is open; null before there is such a page.
-static KEPT: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
+/// The descriptor that is kept open and bits of its inode's number; 0: not opened yet, in this process.
+static KEPT: NotInherited = NotInherited::new();
 
 const INODE_BITS: u32 = 40;
 const DESCRIPTOR_BITS: u32 = 20;
@@ -30,33 +28,8 @@ pub(crate) struct OwnMemory {
 impl Drop for OwnMemory {
     fn drop(&mut self) {
         if !self.kept {
-            // SAFETY: opened by `open`, and nobody else's.
+            // SAFETY: `open` opened this descriptor, and it was not kept: nobody else knows its number.
             unsafe { libc::close(self.file) };
-        }
-    }
-}
-
-/// The descriptor that is kept open and bits of its inode's number; 0: not opened yet, in this process. `None` where the
-/// kernel has no such page.
-fn kept() -> Option<&'static AtomicU64> {
-    // SAFETY: null, or a page that is never unmapped, whose zeros are an `AtomicU64`.
-    if let Some(kept) = unsafe { KEPT.load(Ordering::Acquire).as_ref() } {
-        return Some(kept);
-    }
-    let page = guard::reserve(PAGE, libc::PROT_READ | libc::PROT_WRITE).ok()?;
-    let new = page as *mut AtomicU64;
-    // SAFETY: the page was reserved above; nobody knows of it unless it is published, and then it is not unmapped.
-    unsafe {
-        if libc::madvise(page as *mut _, PAGE, libc::MADV_WIPEONFORK) != 0 {
-            guard::unreserve(page, PAGE);
-            return None;
-        }
-        match KEPT.compare_exchange(ptr::null_mut(), new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Some(&*new),
-            Err(other) => {
-                guard::unreserve(page, PAGE);
-                Some(&*other)
-            }
         }
     }
 }
@@ -64,12 +37,12 @@ fn kept() -> Option<&'static AtomicU64> {
 impl OwnMemory {
     /// An error where there is no such file, or it may not be opened.
     pub(crate) fn open() -> Result<Self, Error> {
-        let kept = kept();
+        let kept = KEPT.get_or_make();
         let known = kept.map_or(0, |kept| kept.load(Ordering::Acquire));
         if known != 0 && describe(descriptor(known)) == Some(known) {
             return Ok(Self { file: descriptor(known), kept: true });
         }
-        // SAFETY: a constant path.
+        // SAFETY: the path is a constant that ends in a zero byte.
         let file = unsafe { libc::open(c"/proc/self/mem".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
         if file < 0 {
             return Err(failed());
@@ -87,7 +60,7 @@ impl OwnMemory {
     /// # Safety
     /// `to` is valid for writes of `bytes`.
     pub(crate) unsafe fn read(&self, from: usize, to: *mut u8, bytes: usize) -> Result<(), Error> {
-        // SAFETY: by the caller's word.
+        // SAFETY: `all` asks for no more than `bytes`, for which `to` is valid.
         all(bytes, |done| unsafe {
             libc::pread(self.file, to.add(done).cast(), bytes - done, (from + done) as libc::off_t)
         })
@@ -98,7 +71,7 @@ impl OwnMemory {
     /// # Safety
     /// `from` is valid for reads of `bytes`; what is at `to` is the caller's to change.
     pub(crate) unsafe fn write(&self, to: usize, from: *const u8, bytes: usize) -> Result<(), Error> {
-        // SAFETY: by the caller's word.
+        // SAFETY: `all` asks for no more than `bytes`: `from` is valid for reads of so many, and those at `to` may be changed.
         all(bytes, |done| unsafe {
             libc::pwrite(self.file, from.add(done).cast(), bytes - done, (to + done) as libc::off_t)
         })
@@ -111,8 +84,7 @@ fn all(bytes: usize, mut transfer: impl FnMut(usize) -> isize) -> Result<(), Err
     while done < bytes {
         match transfer(done) {
             moved @ 1.. => done += moved as usize,
-            // SAFETY: errno is this thread's.
-            -1 if unsafe { *libc::__errno_location() } == libc::EINTR => {}
+            -1 if io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) => {}
             _ => return Err(failed()),
         }
     }
@@ -129,7 +101,7 @@ const fn descriptor(file: u64) -> c_int {
 
 /// What is kept of a descriptor in this process.
 fn describe(descriptor: c_int) -> Option<u64> {
-    // SAFETY: plain data for system calls.
+    // SAFETY: zeros are a `stat`, which the kernel fills in.
     unsafe {
         let mut about: libc::stat = core::mem::zeroed();
         if descriptor >= 1 << DESCRIPTOR_BITS || libc::fstat(descriptor, &mut about) != 0 {

@@ -77,12 +77,17 @@ pub(crate) fn resident(range: Range<usize>) -> usize {
     let mut pages = [0u8; 1024];
     let mut sum = 0;
     for start in range.clone().step_by(pages.len() * PAGE) {
-        let bytes = (range.end - start).min(pages.len() * PAGE);
-        // SAFETY: writes a byte for each page of what was asked about, which fit; it reads nothing of them.
-        if unsafe { libc::mincore(start as *mut _, bytes, pages.as_mut_ptr()) } != 0 {
-            return range.len();
-        }
-        sum += pages[..bytes / PAGE].iter().filter(|&page| page & 1 != 0).count() * PAGE;
+        let Some(pages) = each_resident(start..range.end, &mut pages) else { return range.len() };
+        sum += pages.filter(|&has_memory| has_memory).count() * PAGE;
     }
     sum
+}
+
+/// For each page of `range`, or as many of them as `room` has bytes: whether the kernel has given it memory. `None` if it does
+/// not say.
+pub(super) fn each_resident(range: Range<usize>, room: &mut [u8]) -> Option<impl Iterator<Item = bool>> {
+    let pages = (range.len() / PAGE).min(room.len());
+    // SAFETY: the kernel reads nothing of the pages, and writes a byte for each, for which there is room.
+    let answer = unsafe { libc::mincore(range.start as *mut _, pages * PAGE, room.as_mut_ptr()) };
+    (answer == 0).then(|| room[..pages].iter().map(|&page| page & 1 != 0))
 }

@@ -13,7 +13,7 @@ use super::{scouts, stock};
 /// The coroutine of `record` has ended and nothing on its stack is needed any more.
 #[inline(always)]
 pub(crate) unsafe fn release(record: *mut Record) {
-    // SAFETY: by the caller's word.
+    // SAFETY: the coroutine has ended, so its slot with the record is accessible, the caller's, and no longer needed.
     unsafe {
         if (*record).tidy {
             tidy(record);
@@ -27,10 +27,10 @@ pub(crate) unsafe fn release(record: *mut Record) {
 #[cold]
 #[inline(never)]
 unsafe fn tidy(record: *mut Record) {
-    // SAFETY: by the caller's word.
+    // SAFETY: the coroutine has ended, so nobody else uses its record, and nothing below its first size is needed.
     unsafe {
         drop((*record).name.take());
-        scouts::learn(record);
+        scouts::learn(&*record);
         drop((*record).pins.take());
         give_back_old(core::mem::take(&mut (*record).old));
         // What was opened below the first size of a stack that moves is closed again: its memory goes back and the

@@ -3,6 +3,7 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::guard;
+use super::pages::each_resident;
 use super::record::Record;
 use crate::settings::Growth;
 use crate::site::{LARGEST, SCOUT_EVERY};
@@ -20,7 +21,7 @@ pub(crate) fn is_ones_turn() -> bool {
 /// # Safety
 /// The slot of `record` is the caller's, and nothing below its head is needed.
 pub(crate) unsafe fn send(record: *mut Record) {
-    // SAFETY: by the caller's word.
+    // SAFETY: the slot is the caller's, so its record is accessible; what is below its uppermost page is not needed.
     unsafe {
         let open = (*record).open;
         if open > PAGE {
@@ -31,39 +32,25 @@ pub(crate) unsafe fn send(record: *mut Record) {
     }
 }
 
-/// Tells the site what the coroutine came to need.
-///
-/// # Safety
-/// As for [`release`].
-pub(super) unsafe fn learn(record: *mut Record) {
-    // SAFETY: by the caller's word; sites are statics.
-    unsafe {
-        let Some(site) = (*record).site else { return };
-        if (*record).settings.growth == Growth::InPlace {
-            return; // it has told as soon as it knew: src/grow/shrink.rs
-        }
-        if (*record).growths != 0 {
-            site.grew_to((*record).highest);
-        } else if (*record).scout {
-            site.scouted(used(record));
-        }
+/// Tells the site of a coroutine that has ended how much stack it needed.
+pub(super) fn learn(record: &Record) {
+    let Some(site) = record.site else { return };
+    if record.settings.growth == Growth::InPlace {
+        return; // it has told as soon as it knew: src/grow/shrink.rs
+    }
+    if record.growths != 0 {
+        site.grew_to(record.highest);
+    } else if record.scout {
+        site.scouted(used(record));
     }
 }
 
-/// The size of the stack that a scout has used: down to its lowest page that is resident.
-///
-/// # Safety
-/// `record` is that of a scout that has ended, and whose stack has neither moved nor grown.
-unsafe fn used(record: *const Record) -> usize {
-    let mut resident = [0u8; LARGEST / PAGE + 1];
-    // SAFETY: by the caller's word; the kernel writes a byte for each page.
-    unsafe {
-        let pages = ((*record).open / PAGE).min(resident.len());
-        let start = Record::end(record) - pages * PAGE;
-        if libc::mincore(start as *mut _, pages * PAGE, resident.as_mut_ptr()) != 0 {
-            return (*record).size();
-        }
-        let lowest = resident[..pages].iter().position(|&page| page & 1 != 0).unwrap_or(pages - 1);
-        size_of_open((pages - lowest) * PAGE)
-    }
+/// The size of the stack that a scout has used, which has neither moved nor grown: down to its lowest page that is resident.
+fn used(record: &Record) -> usize {
+    let mut room = [0u8; LARGEST / PAGE + 1];
+    let pages = (record.open / PAGE).min(room.len());
+    let end = Record::end(record);
+    let Some(mut resident) = each_resident(end - pages * PAGE..end, &mut room) else { return record.size() };
+    let lowest = resident.position(|has_memory| has_memory).unwrap_or(pages - 1);
+    size_of_open((pages - lowest) * PAGE)
 }

@@ -121,12 +121,12 @@ impl Stock {
     #[inline(never)]
     unsafe fn sample(&self, record: *mut Record) {
         let end = Record::end(record);
-        // SAFETY: the record of an accessible slot is readable.
-        let open = unsafe { (*record).open };
+        // SAFETY: the slot is accessible, so its record is readable.
+        let (open, class) = unsafe { ((*record).open, (*record).class) };
         let bytes = resident(end - open..end);
         if bytes > KEPT {
             // SAFETY: the slot is nobody's, and `open` bytes of it are accessible. The head is in what is kept.
-            unsafe { Pages::new((*record).class, end).discard(open, KEPT) };
+            unsafe { Pages::new(class, end).discard(open, KEPT) };
         }
         let average = self.average.get();
         let agrees = bytes <= 2 * average && average <= 2 * bytes;
@@ -175,7 +175,7 @@ fn take_slowly(
         return match unsafe { resize(record, open) } {
             Ok(()) => Ok(record),
             Err(error) => {
-                // SAFETY: nothing was put in it.
+                // SAFETY: the slot is still ours, and nothing was put in it.
                 unsafe { put(record) };
                 Err(error)
             }
@@ -204,7 +204,7 @@ fn take_slowly(
 /// As [`take`], for the fault handler. Returns the slot, how many bytes of it are accessible, and whether they are warm: were
 /// used before, and not given back.
 pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize, bool), Error> {
-    // SAFETY: null, or where this thread's stock is, which lasts as long as the thread.
+    // SAFETY: the pointer is null, or that of this thread's stock, which lasts as long as the thread.
     let stock = unsafe { words().stock.get().cast::<Stock>().as_ref() }.filter(|stock| !stock.busy.get());
     let cached = stock.and_then(|stock| stock.pop(class));
     match cached.and_then(|record| Record::slot(record).map(|slot| (slot, record))) {
@@ -219,7 +219,7 @@ pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize,
 /// # Safety
 /// The slot of `record` is accessible and the caller's; nothing below the `open` bytes is needed.
 pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Error> {
-    // SAFETY: by the caller's word.
+    // SAFETY: the slot is accessible and the caller's, so its record is, too; nothing below the `open` bytes is needed.
     unsafe {
         let pages = Pages::new((*record).class, Record::end(record));
         let now = (*record).open;
@@ -277,13 +277,14 @@ unsafe fn put_by_weight(stock: &Stock, record: *mut Record, class: Class) {
 /// # Safety
 /// As for [`put`].
 unsafe fn give_back(record: *mut Record) {
-    // SAFETY: by the caller's word.
-    let open = unsafe { (*record).open };
-    if let Some(slot) = Record::slot(record) {
-        // SAFETY: a slot that is nobody's.
-        unsafe { slot.pages().discard(open, 0) };
-        slot.give(open);
-    }
+    let Some(slot) = Record::slot(record) else { return };
+    // SAFETY: the slot is accessible and the caller's, so its record is readable; nothing in it is needed any more.
+    let open = unsafe {
+        let open = (*record).open;
+        slot.pages().discard(open, 0);
+        open
+    };
+    slot.give(open);
 }
 
 /// Where this thread's stock is.

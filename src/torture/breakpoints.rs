@@ -108,7 +108,7 @@ pub(super) fn put_back(at: usize) {
 
 /// A byte of the program's code, as it is without breakpoints.
 pub(super) fn code(at: usize) -> u8 {
-    // SAFETY: the caller looks at an instruction that is about to run.
+    // SAFETY: both callers ask for bytes of an instruction that is about to run, or has run just now: they are readable.
     let byte = unsafe { *(at as *const u8) };
     if byte == INT3 { patch(at).map_or(byte, |patch| patch.original) } else { byte }
 }
@@ -134,16 +134,17 @@ pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
 }
 
 fn write(at: usize, byte: u8) {
-    // SAFETY: the first byte of an instruction, in pages that are writable now. Other threads may run it: they see
+    // SAFETY: the byte is the first one of an instruction, in pages that are writable now. Other threads may run it: they see
     // either byte, and both do the same in the end.
     unsafe { AtomicU8::from_ptr(at as *mut u8).store(byte, Ordering::Relaxed) };
 }
 
 fn protect(code: &Range<usize>, protection: i32) -> Result<(), &'static str> {
-    // SAFETY: the code stays executable; it is written only at growth points.
+    // SAFETY: the range is the program's code, which stays executable, or the area of what is run in its stead, which becomes so
+    // when all of it has been written.
     match unsafe { libc::mprotect(code.start as *mut _, code.len(), protection) } {
         0 => Ok(()),
-        _ => Err("the system does not allow code to be written (SELinux?): use Mode::GrowthPoints"),
+        _ => Err("the system allows no code to be written (SELinux?): use Mode::GrowthPoints"),
     }
 }
 
@@ -157,29 +158,28 @@ fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
     let points: Vec<Instruction> = object
         .functions
         .iter()
-        .filter(|function| !left_out.contains(&function.start) && within(function, &object.code))
-        .filter_map(instructions)
+        .filter(|function| !left_out.contains(&function.start))
+        .filter_map(|function| instructions(&object, function))
         .flatten()
         .filter(|instruction| {
             let at = instruction.ip() as usize;
-            // SAFETY: an instruction in the program's code; what follows a store is read only where code follows.
-            let byte = |offset| unsafe { *((at + offset) as *const u8) };
+            let byte = |offset| code_byte(&object, at + offset);
             is_growth_point(at, byte) && probe_loop_end(byte).is_none()
         })
         .collect();
-    let mut list = displace(&points, &object.code)?;
+    let mut list = displace(&points, &object)?;
     list.sort_unstable_by_key(|patch| patch.at);
     Ok(Patches { code: object.code, list })
 }
 
-fn within(function: &Range<usize>, code: &Range<usize>) -> bool {
-    code.start <= function.start && function.end <= code.end
+/// A byte of an object's code; 0 where there is none.
+fn code_byte(object: &Object, at: usize) -> u8 {
+    object.bytes(at..at + 1).first().copied().unwrap_or_default()
 }
 
-/// The instructions of a function, or nothing if some of it is no instruction.
-fn instructions(function: &Range<usize>) -> Option<Vec<Instruction>> {
-    // SAFETY: the unwind table says that this is code, and it is mapped.
-    let bytes = unsafe { core::slice::from_raw_parts(function.start as *const u8, function.len()) };
+/// The instructions of a function of an object, or nothing if some of it is no instruction.
+fn instructions(object: &Object, function: &Range<usize>) -> Option<Vec<Instruction>> {
+    let bytes = object.bytes(function.clone());
     let decoder = Decoder::with_ip(64, bytes, function.start as u64, DecoderOptions::NONE);
     let instructions: Vec<_> = decoder.into_iter().collect();
     instructions.iter().all(|instruction| !instruction.is_invalid()).then_some(instructions)
@@ -191,10 +191,10 @@ fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
     let mut next = roots.to_vec();
     while let Some(address) = next.pop() {
         let Some(function) = holding(&object.functions, address) else { continue };
-        if !within(function, &object.code) || found.contains(&function.start) {
+        if !object.holds(function) || found.contains(&function.start) {
             continue;
         }
-        let instructions = instructions(function).unwrap_or_default();
+        let instructions = instructions(object, function).unwrap_or_default();
         if !instructions.iter().any(|instruction| is_way_out(instruction, function)) {
             continue;
         }
@@ -231,37 +231,30 @@ fn function_in_data(object: &Object, address: usize) -> Option<usize> {
     holding(&object.functions, word).is_some_and(|found| found.start == word).then_some(word)
 }
 
-/// Writes what is run in the stead of each of `points`, near `code`.
-fn displace(points: &[Instruction], code: &Range<usize>) -> Result<Vec<Patch>, &'static str> {
+/// Writes what is run in the stead of each of `points`, near the object's code.
+fn displace(points: &[Instruction], object: &Object) -> Result<Vec<Patch>, &'static str> {
     const EACH: usize = 32; // enough for an instruction and a jump, or for CONSTANT and a return address
     let bytes = (points.len() * EACH + PAGE).next_multiple_of(PAGE);
-    let area = near(code, bytes).ok_or("no memory near the program's code: use Mode::GrowthPoints")?;
+    let area =
+        near(&object.code, bytes).ok_or("no memory near the program's code: use Mode::GrowthPoints")?;
     let mut patches = Vec::with_capacity(points.len());
     for (index, point) in points.iter().enumerate() {
         let at = area + index * EACH;
-        let Some(code) = out_of_line(point, at) else { continue };
-        // SAFETY: inside the area, which nobody runs yet.
-        unsafe {
-            (at as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len());
-            patches.push(Patch {
-                at: point.ip() as usize,
-                original: *(point.ip() as *const u8),
-                displaced: at,
-            });
-        }
+        let Some(code) = out_of_line(object, point, at) else { continue };
+        // SAFETY: the area has room for `EACH` bytes at this index, no less than the code has, and nobody runs it yet.
+        unsafe { (at as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+        let place = point.ip() as usize;
+        patches.push(Patch { at: place, original: code_byte(object, place), displaced: at });
     }
-    // SAFETY: the area is ours.
-    match unsafe { libc::mprotect(area as *mut _, bytes, libc::PROT_READ | libc::PROT_EXEC) } {
-        0 => Ok(patches),
-        _ => Err("the system allows no new code (SELinux?): use Mode::GrowthPoints"),
-    }
+    protect(&(area..area + bytes), libc::PROT_READ | libc::PROT_EXEC)?;
+    Ok(patches)
 }
 
 /// Where the return address goes in what is run in the stead of a call.
 const CONSTANT: usize = 24;
 
 /// What is run at `at` in the stead of an instruction; `None` if there is no telling.
-fn out_of_line(point: &Instruction, at: usize) -> Option<Vec<u8>> {
+fn out_of_line(object: &Object, point: &Instruction, at: usize) -> Option<Vec<u8>> {
     match point.code() {
         Code::Call_rel32_64 | Code::Call_rm64 => {
             let mut code = vec![0xff, 0x35]; // push [rip + ...]
@@ -281,8 +274,8 @@ fn out_of_line(point: &Instruction, at: usize) -> Option<Vec<u8>> {
             let mut code = if point.is_ip_rel_memory_operand() {
                 encoded(point, at)?
             } else {
-                // SAFETY: an instruction in the program's code.
-                unsafe { core::slice::from_raw_parts(point.ip() as *const u8, point.len()) }.to_vec()
+                let start = point.ip() as usize;
+                object.bytes(start..start + point.len()).to_vec()
             };
             append_jump(&mut code, at, point.next_ip() as usize)?;
             Some(code)
@@ -331,7 +324,7 @@ fn near(code: &Range<usize>, bytes: usize) -> Option<usize> {
     lower.chain(higher).find_map(|hint| {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         let hint = (hint / PAGE * PAGE) as *mut _;
-        // SAFETY: a new mapping that replaces nothing.
+        // SAFETY: with `MAP_FIXED_NOREPLACE` a new mapping replaces nothing.
         let at = unsafe { libc::mmap(hint, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
         (at == hint).then_some(at as usize)
     })

@@ -16,20 +16,39 @@ pub(super) struct Object {
     pub functions: Vec<Range<usize>>,
 }
 
+impl Object {
+    /// Bytes of its code, or none if they do not all lie in it. Only for an object that stays loaded.
+    pub(super) fn bytes(&self, range: Range<usize>) -> &'static [u8] {
+        if range.is_empty() || !self.holds(&range) {
+            return &[];
+        }
+        // SAFETY: the range lies in code, which is mapped and readable. It is not written to but by `breakpoints`, which
+        // replaces single bytes of it after it has read them all.
+        unsafe { slice::from_raw_parts(range.start as *const u8, range.len()) }
+    }
+
+    /// Whether all of a range lies in its code.
+    pub(super) fn holds(&self, range: &Range<usize>) -> bool {
+        self.code.start <= range.start && range.end <= self.code.end
+    }
+}
+
 /// All objects that are loaded now.
 pub(super) fn loaded_objects() -> Vec<Object> {
     let mut objects = Vec::new();
-    // SAFETY: the callback has the right signature and gets the vector.
+    // SAFETY: the callback has the signature that the loader asks for, and gets the vector, which is not used meanwhile.
     unsafe { libc::dl_iterate_phdr(Some(on_object), (&raw mut objects).cast()) };
     objects
 }
 
 unsafe extern "C" fn on_object(info: *mut libc::dl_phdr_info, _size: usize, data: *mut c_void) -> c_int {
-    // SAFETY: the linker passes an entry whose headers are mapped, and what `loaded_objects` gave it.
-    let (info, objects) = unsafe { (&*info, &mut *data.cast::<Vec<Object>>()) };
-    // SAFETY: as above.
-    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
-    let base = info.dlpi_addr as usize;
+    // SAFETY: the loader passes an object's description, whose header table is as long as it says; what it describes stays
+    // mapped while this runs. `data` is the vector of `loaded_objects`.
+    let (base, headers, objects, functions) = unsafe {
+        let base = (*info).dlpi_addr as usize;
+        let headers = slice::from_raw_parts((*info).dlpi_phdr, usize::from((*info).dlpi_phnum));
+        (base, headers, &mut *data.cast::<Vec<Object>>(), functions(base, headers).unwrap_or_default())
+    };
     let code = headers
         .iter()
         .find(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0)
@@ -37,8 +56,6 @@ unsafe extern "C" fn on_object(info: *mut libc::dl_phdr_info, _size: usize, data
             let start = (base + header.p_vaddr as usize) / PAGE * PAGE;
             start..(base + (header.p_vaddr + header.p_memsz) as usize).next_multiple_of(PAGE)
         });
-    // SAFETY: as above.
-    let functions = unsafe { functions(base, headers) }.unwrap_or_default();
     objects.push(Object { code, functions });
     0
 }
@@ -53,7 +70,7 @@ unsafe fn functions(base: usize, headers: &[libc::Elf64_Phdr]) -> Option<Vec<Ran
         start..start + header.p_memsz as usize
     };
     let index = headers.iter().find(|header| header.p_type == libc::PT_GNU_EH_FRAME).map(range)?;
-    // SAFETY: by the caller's word the range is mapped, and it is read-only.
+    // SAFETY: the ranges come from the program headers, so they are mapped as the caller says, and nobody writes to them.
     let bytes = |range: Range<usize>| unsafe { slice::from_raw_parts(range.start as *const u8, range.len()) };
     let bases = BaseAddresses::default().set_eh_frame_hdr(index.start as u64);
     let header = EhFrameHdr::new(bytes(index), NativeEndian).parse(&bases, 8).ok()?;
@@ -85,7 +102,7 @@ unsafe fn functions(base: usize, headers: &[libc::Elf64_Phdr]) -> Option<Vec<Ran
 pub(super) fn read(address: usize, bytes: &mut [u8]) -> usize {
     let here = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let there = libc::iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
-    // SAFETY: the kernel checks both ranges.
+    // SAFETY: the kernel writes no more than the length of `bytes`, and checks the other range.
     let read = unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, &there, 1, 0) };
     usize::try_from(read).unwrap_or(0)
 }

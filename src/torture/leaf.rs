@@ -83,7 +83,7 @@ pub(super) fn ranges() -> &'static [Range<usize>] {
 
 /// The variant of a function that the dynamic linker has chosen for this processor.
 fn resolved(name: &CStr) -> Option<usize> {
-    // SAFETY: looks a name up.
+    // SAFETY: the name ends in a zero byte, and the call only looks it up.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) } as usize;
     (address != 0).then_some(address)
 }

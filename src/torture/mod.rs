@@ -181,7 +181,7 @@ impl Torture {
     /// assert_eq!(value.unwrap(), "[1.5, 2.5]");
     /// ```
     pub unsafe fn run<R: 'static>(&self, f: impl FnOnce() -> R + 'static) -> (Option<R>, Report) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the caller answers for `f` to this function, which asks for the same as `run_suspending`.
         unsafe { self.run_suspending(|_| f()) }
     }
 
@@ -213,7 +213,7 @@ impl Torture {
         if let Err(error) = thread::prepare() {
             panic!("cannot torture: {error}");
         }
-        // SAFETY: by the caller's word.
+        // SAFETY: the caller answers for `f`: that it keeps no pointers to its stack, or for what it does after a move.
         let builder = unsafe { Builder::new().name("tortured").learn(false).relocating() };
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let _counts = turn::enter();

@@ -15,6 +15,7 @@ use core::fmt;
 /// }
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Mode {
     /// At every growth point: wherever the stack could overflow and be moved in earnest. What has to be clean for
     /// code that runs on relocating coroutines.

@@ -33,6 +33,7 @@ pub(super) const POISON: u8 = 0xf5;
 /// println!("{report}");
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Report {
     /// What was asked for.
     pub mode: Mode,
@@ -64,11 +65,12 @@ pub struct Report {
 /// use regrow::torture::{Hit, Mode, Torture};
 /// // SAFETY: nothing is kept anywhere.
 /// let (_, report) = unsafe { Torture::new(Mode::Every(1)).run(|| format!("{:?}", 0.5)) };
-/// let Hit { pc, moves } = report.hits[0];
+/// let Hit { pc, moves, .. } = report.hits[0];
 /// println!("most often at {pc:#x}: {moves} times");
 /// assert_eq!(report.hits.iter().map(|hit| hit.moves).sum::<u64>(), report.moves);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Hit {
     /// Its address; 0 collects what there was no room to keep apart.
     pub pc: usize,
@@ -97,6 +99,7 @@ pub struct Hit {
 /// assert!(finding.backtrace.contains(&finding.function), "{report}");
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Finding {
     /// Which sort of bad pointer.
     pub kind: Kind,
@@ -139,10 +142,12 @@ pub struct Finding {
 /// let advice = match report.findings[0].kind {
 ///     Kind::Stale => "keep it on the stack, or box what it points to",
 ///     Kind::Poison => "write it before you read it",
+///     _ => "see what this kind is",
 /// };
 /// assert!(advice.starts_with("keep"), "{report}");
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Kind {
     /// It points to where the stack was before a move: it was kept where the relocator does not look.
     Stale,
@@ -311,11 +316,11 @@ impl Found {
         };
         if let Some(slot) = current.or_else(|| Slot::containing(rsp)) {
             self.end = slot.end();
-            // SAFETY: the record of a coroutine that runs, or waits for one that does.
+            // SAFETY: the record is that of a coroutine that runs, or waits for one that does: it is accessible.
             self.base_offset = usize::from(unsafe { (*Record::at(slot.end())).base_offset });
         }
         let mut inside = false;
-        // SAFETY: only one torture runs at a time; what else may walk at this moment does so in other libraries.
+        // SAFETY: only one torture runs at a time, so nobody else walks with `backtrace` from this crate.
         unsafe {
             backtrace::trace_unsynchronized(|frame| {
                 let (pc, sp) = (frame.ip() as usize, frame.sp() as usize);

@@ -11,6 +11,7 @@ use super::mode::Mode;
 use super::report::{Found, Hit};
 use crate::coroutine::current_stats;
 use crate::switch::Running;
+use crate::words::thread_number;
 
 /// A stack does not return to a slot before this many moves.
 pub(super) const KEPT: usize = 256;
@@ -146,8 +147,7 @@ pub(super) fn forget() {
 
 /// Makes this the torture of this thread, or none by a null.
 pub(super) fn set_current(run: *mut Run) {
-    // SAFETY: a plain system call.
-    let thread = if run.is_null() { 0 } else { unsafe { libc::gettid() } };
+    let thread = if run.is_null() { 0 } else { thread_number() };
     CURRENT.set(run);
     THREAD.store(thread, Ordering::Release);
 }
@@ -155,7 +155,7 @@ pub(super) fn set_current(run: *mut Run) {
 /// Records a finding if it is the first.
 pub(super) fn record(fill: impl FnOnce(&mut Found)) {
     if !FIRST.claimed.swap(true, Ordering::AcqRel) {
-        // SAFETY: just claimed, so nobody else writes, and nobody reads before it is complete.
+        // SAFETY: it was claimed just now: nobody else writes it, and nobody reads it before it is complete.
         fill(unsafe { &mut *FIRST.found.get() });
         FIRST.complete.store(true, Ordering::Release);
     }
@@ -169,6 +169,6 @@ pub(super) fn recorded() -> Option<*mut Found> {
 /// Takes the growths of the running coroutine over into the report.
 pub(super) fn count_growths() {
     let growths = current_stats().map_or(0, |stats| stats.growths);
-    // SAFETY: this thread's run; a handler in between writes other fields.
+    // SAFETY: a torture of this thread goes on, and no reference to it is alive here. A handler in between writes other fields.
     unsafe { (*current()).growths = growths };
 }

@@ -6,10 +6,8 @@
 //!
 //! The rules are those of src/handler/mod.rs: nothing here allocates, locks, prints, or panics.
 
-use core::cell::UnsafeCell;
 use core::ffi::{c_int, c_void};
 use core::iter;
-use core::mem::MaybeUninit;
 use core::ptr;
 use core::sync::atomic::Ordering;
 use std::sync::OnceLock;
@@ -26,29 +24,30 @@ use crate::grow::point::{call_length, probe_loop_end};
 use crate::grow::relocate::{self, Fault, is_growth_point};
 use crate::handler::{self, chain_to};
 use crate::hooks;
+use crate::report::wait_for_the_end;
 use crate::settings::Growth;
+use crate::signals;
 use crate::size::PAGE;
 use crate::stack::arena::Slot;
+use crate::stack::free_list::Link;
 use crate::stack::record::Record;
 use crate::stack::release::give_back_old;
 use crate::switch::{self, RED_ZONE, Running};
+use crate::words::keeping_errno;
 
-/// What was there before. Written once, before the handler can run.
-struct Previous(UnsafeCell<MaybeUninit<libc::sigaction>>);
-
-// SAFETY: written by `install` under its `OnceLock` only.
-unsafe impl Sync for Previous {}
-
-static PREVIOUS: Previous = Previous(UnsafeCell::new(MaybeUninit::uninit()));
+/// The handler that was there before ours. It is written before ours is installed, which only reads it: that waits for nobody.
+static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
 pub(super) fn install() -> Result<(), Error> {
     static INSTALLED: OnceLock<()> = OnceLock::new();
     if INSTALLED.get().is_none() {
-        // SAFETY: `on_trap` passes on what is not its own; only one torture is begun at a time.
-        unsafe { handler::take_over(libc::SIGTRAP, on_trap, PREVIOUS.0.get())? };
-        static TABLE: hooks::Table =
-            hooks::Table { catches, put_instruction_back, put_breakpoint_back: breakpoints::put_back };
-        hooks::install(&TABLE);
+        // SAFETY: `on_trap` is a handler for SIGTRAP, and passes what is not its own to `PREVIOUS`.
+        unsafe { handler::take_over(libc::SIGTRAP, on_trap, &PREVIOUS)? };
+        hooks::install(hooks::Table {
+            catches,
+            put_instruction_back,
+            put_breakpoint_back: breakpoints::put_back,
+        });
         let _ = INSTALLED.set(());
     }
     Ok(())
@@ -71,31 +70,34 @@ const R10: usize = 10;
 const R11: usize = 11;
 
 unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: errno is this thread's; the interrupted code must not see it change.
-    let errno = unsafe { *libc::__errno_location() };
-    // SAFETY: the kernel passes both to a handler installed with SA_SIGINFO.
-    let (code, sender, mut context) = unsafe { ((*info).si_code, (*info).si_pid(), Context::new(raw)) };
-    // SAFETY: only handlers use it while it is set, and they do not interrupt each other.
-    let run = unsafe { run::current().as_mut() };
-    let ours = match run {
-        run if code == libc::SI_KERNEL => breakpoint(run, &mut context),
-        Some(run) if code == libc::TRAP_TRACE => {
-            step(run, &mut context);
-            true
+    // SAFETY: the kernel passes a `siginfo_t` and a context to a handler that is installed with SA_SIGINFO, as this one is. They
+    // are passed on when this is done with them.
+    keeping_errno(|| unsafe {
+        let (code, sender) = ((*info).si_code, (*info).si_pid());
+        if !serve(code, sender, &mut Context::new(raw))
+            && let Some(previous) = PREVIOUS.get()
+        {
+            chain_to(previous, signal, info, raw);
         }
-        // SAFETY: a plain system call.
-        Some(run) if code == libc::SI_TKILL && sender == unsafe { libc::getpid() } => {
-            called(run, &mut context);
-            true
-        }
-        _ => false,
-    };
-    if !ours {
-        // SAFETY: written by `install`; these are the arguments we were called with.
-        unsafe { chain_to((*PREVIOUS.0.get()).assume_init_ref(), signal, info, raw) };
+    });
+}
+
+/// Does what this handler is for; false if the signal is another's.
+fn serve(code: c_int, sender: c_int, context: &mut Context<'_>) -> bool {
+    match run_in_handler() {
+        run if code == libc::SI_KERNEL => return breakpoint(run, context),
+        Some(run) if code == libc::TRAP_TRACE => step(run, context),
+        Some(run) if code == libc::SI_TKILL && sender as u32 == std::process::id() => called(run, context),
+        _ => return false,
     }
-    // SAFETY: as above.
-    unsafe { *libc::__errno_location() = errno };
+    true
+}
+
+/// The torture of this thread, for its handlers.
+fn run_in_handler<'a>() -> Option<&'a mut Run> {
+    // SAFETY: the pointer is null, or that of a torture that goes on. Handlers do not interrupt each other, and what they interrupt
+    // has no reference to it: `turn` uses it only while nothing is stepped through.
+    unsafe { run::current().as_mut() }
 }
 
 /// Puts a breakpoint at each growth point, but for those in what the handlers call.
@@ -162,8 +164,7 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
     }
     run.steps += 1;
     let rip = context.rip();
-    // SAFETY: only bytes of the instruction that runs next are read.
-    let growth_point = || is_growth_point(rip, |at| unsafe { *((rip + at) as *const u8) });
+    let growth_point = || is_growth_point(rip, |at| breakpoints::code(rip + at));
     if !run.wants(growth_point) {
         return;
     }
@@ -178,8 +179,7 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
 /// Moves the stack in `slot` of the coroutine that runs.
 fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: Slot) {
     let rip = context.rip();
-    // SAFETY: the coroutine was interrupted on its stack in this slot, where its pointers are whole. Only
-    // bytes of the instruction are read, and of the one that follows a store.
+    // SAFETY: the coroutine was interrupted on its stack in this slot, and its pointers are whole at this instruction.
     let moved = unsafe { move_here(context, running, slot, |at| breakpoints::code(rip + at)) };
     let Some(moved) = moved else {
         run.refused += 1;
@@ -189,7 +189,7 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: 
     run.bytes += moved.bytes as u64;
     run.words += moved.words as u64;
     run.hits.count(rip);
-    // SAFETY: the running coroutine's record, where it is now.
+    // SAFETY: the coroutine that runs was interrupted with this `rsp`, and its record is where its stack has moved to.
     unsafe { after_move(run, context.rsp(), running.record()) };
 }
 
@@ -217,7 +217,8 @@ unsafe fn move_here(
         loop_end: number.map(|number| PLACE[number]),
         call_length: call_length(byte),
     };
-    // SAFETY: the running coroutine's record, as in `grow`; by the caller's word.
+    // SAFETY: the record is that of the coroutine that runs: it is accessible, and only this thread uses it. The caller says that
+    // all pointers into the stack are where `relocate` looks for them.
     unsafe {
         let record = Record::at(slot.end());
         may_move(&*record, &here).ok()?;
@@ -231,11 +232,15 @@ unsafe fn move_here(
 fn moving_stack(context: &Context<'_>) -> Option<(Running, Slot)> {
     let running = switch::running().filter(|_| hooks::may_disturb())?;
     let slot = Slot::containing(context.rsp())?;
+    let (end, _, growth) = end_open_growth(running);
+    (slot.end() == end && growth == Growth::Relocate).then_some((running, slot))
+}
+
+/// Of the coroutine that runs: where its slot ends, how much of it is accessible, and how its stack grows.
+fn end_open_growth(running: Running) -> (usize, usize, Growth) {
     let record = running.record();
-    // SAFETY: the record of the coroutine that runs is accessible.
-    let relocates =
-        slot.end() == Record::end(record) && unsafe { (*record).settings.growth } == Growth::Relocate;
-    relocates.then_some((running, slot))
+    // SAFETY: the record of the coroutine that runs is accessible, and only this thread uses it.
+    unsafe { (Record::end(record), (*record).open, (*record).settings.growth) }
 }
 
 /// Between `lea r11, [rsp - N]` and the end of the loop that touches a large frame's pages (src/grow/point.rs).
@@ -247,25 +252,21 @@ fn in_probe_loop(context: &mut Context<'_>, slot: Slot) -> bool {
 /// # Safety
 /// `record` is that of the running coroutine, interrupted with `rsp`, whose stack has just moved.
 unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
-    if run.moves.is_multiple_of(KEPT as u64) {
-        // SAFETY: by the caller's word.
-        unsafe { give_back_oldest(record, KEPT) };
+    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The bytes that are
+    // written are accessible, and below the red zone, where nothing is used.
+    unsafe {
+        if run.moves.is_multiple_of(KEPT as u64) {
+            give_back_oldest((*record).old, KEPT);
+        }
+        let open = Record::end(record) - (*record).open;
+        let used = (rsp - RED_ZONE).max(open);
+        let start = (used / PAGE * PAGE).max(open);
+        ptr::write_bytes(start as *mut u8, super::report::POISON, used - start);
     }
-    // SAFETY: by the caller's word.
-    let open = Record::end(record) - unsafe { (*record).open };
-    let used = (rsp - RED_ZONE).max(open);
-    let start = (used / PAGE * PAGE).max(open);
-    // SAFETY: accessible bytes of the stack, below everything that is used.
-    unsafe { ptr::write_bytes(start as *mut u8, super::report::POISON, used - start) };
 }
 
-/// Gives the slots back that a stack has left, all but the `keep` it left last.
-///
-/// # Safety
-/// `record` is the running coroutine's.
-unsafe fn give_back_oldest(record: *const Record, keep: usize) {
-    // SAFETY: by the caller's word only this thread uses the record.
-    let mut link = unsafe { (*record).old };
+/// Gives the slots back that a stack has left, all but the `keep` it left last, of which `link` is the newest.
+fn give_back_oldest(mut link: Link, keep: usize) {
     for _ in 1..keep {
         let Some(slot) = Slot::from_link(link) else { return };
         link = slot.meta().next.load(Ordering::Relaxed);
@@ -279,8 +280,8 @@ unsafe fn give_back_oldest(record: *const Record, keep: usize) {
 fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     let rip = context.rip();
-    // SAFETY: an instruction is about to run; of one that begins like this the second byte is read.
-    let is_syscall = unsafe { *(rip as *const u8) == SYSCALL[0] && *((rip + 1) as *const u8) == SYSCALL[1] };
+    // Of an instruction that begins like this the second byte is read.
+    let is_syscall = breakpoints::code(rip) == SYSCALL[0] && breakpoints::code(rip + 1) == SYSCALL[1];
     if !is_syscall || *context.register(RAX) != libc::SYS_rt_sigprocmask as usize {
         return false;
     }
@@ -288,7 +289,7 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
     if *context.register(R10) != size_of::<u64>() || new == 0 || [new, old].into_iter().any(is_guarded) {
         return false;
     }
-    // SAFETY: what the kernel would read.
+    // SAFETY: the interrupted code passes this address for the kernel to read eight bytes at; it is in no guard.
     let new = unsafe { (new as *const u64).read_unaligned() };
     let mask = *context.mask_bits();
     let wanted = match how as c_int {
@@ -300,7 +301,7 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
         return false;
     }
     if old != 0 {
-        // SAFETY: what the kernel would write.
+        // SAFETY: the interrupted code passes this address for the kernel to write eight bytes at; it is in no guard.
         unsafe { (old as *mut u64).write_unaligned(mask) };
     }
     // What a system call leaves: its result, and where and with which flags it was made.
@@ -318,26 +319,22 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
 /// Whether the kernel might find this address inaccessible.
 fn is_guarded(address: usize) -> bool {
     Slot::containing(address).is_some_and(|slot| {
-        switch::running().map(Running::record).is_none_or(|record| {
-            // SAFETY: as in `moving_stack`.
-            slot.end() != Record::end(record) || address < slot.end() - unsafe { (*record).open }
-        })
+        switch::running()
+            .map(end_open_growth)
+            .is_none_or(|(end, open, _)| slot.end() != end || address < end - open)
     })
 }
 
 fn send_trap(thread: i32) {
-    // SAFETY: plain system calls.
+    // SAFETY: the system call takes numbers, and touches no memory.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGTRAP) };
 }
 
 /// Takes the SIGTRAP away that a blocked stepper waited for.
 pub(super) fn take_pending() {
-    // SAFETY: plain data for a system call that does not wait.
-    unsafe {
-        let mut traps: libc::sigset_t = core::mem::zeroed();
-        libc::sigaddset(&mut traps, libc::SIGTRAP);
-        libc::sigtimedwait(&traps, ptr::null_mut(), &libc::timespec { tv_sec: 0, tv_nsec: 0 });
-    }
+    let traps = signals::set_of([libc::SIGTRAP]);
+    // SAFETY: the call reads a set and a time, both borrowed, and writes nothing. It does not wait.
+    unsafe { libc::sigtimedwait(&traps, ptr::null_mut(), &libc::timespec { tv_sec: 0, tv_nsec: 0 }) };
 }
 
 /// Whether a fault is a finding of the torture that runs, if one does. If so it has been dealt with.
@@ -346,8 +343,7 @@ fn catches(address: usize, context: &mut Context<'_>) -> bool {
     if thread == 0 {
         return false;
     }
-    // SAFETY: as in `on_trap`.
-    match unsafe { run::current().as_mut() } {
+    match run_in_handler() {
         Some(run) => {
             let Some((kind, slot)) = stale(address).or_else(|| poisoned(address, context)) else {
                 return false;
@@ -364,10 +360,7 @@ fn catches(address: usize, context: &mut Context<'_>) -> bool {
             run::record(|found| found.fill(Kind::Stale, address, slot, true, context));
             send_trap(thread);
             // Nothing it could return to would make sense, and somebody may wait for it with a borrow.
-            loop {
-                // SAFETY: waits for ever, all signals are blocked.
-                unsafe { libc::pause() };
-            }
+            wait_for_the_end()
         }
     }
 }
@@ -412,7 +405,8 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
         *context.register(RSP) += if pushed { size_of::<usize>() } else { 0 };
     }
     if let Some(found) = run::recorded() {
-        // SAFETY: complete; the torture's own thread may add to it.
+        // SAFETY: the finding is complete, so its maker uses it no more. This is the tortured thread, and only a handler of it
+        // adds to it.
         unsafe { (*found).add_frames(context.rsp()) };
     }
     run::count_growths();

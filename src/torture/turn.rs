@@ -65,12 +65,12 @@ impl Turn {
         breakpoints::seal();
         run::set_current(ptr::null_mut());
         hooks::set_flags(Flags::default());
-        // SAFETY: made by `begin`; no handler on this thread uses it any more.
+        // SAFETY: `begin` made the box and nobody else frees it; no handler finds it any more.
         let run = unsafe { Box::from_raw(self.run) };
         if run.paused {
             trap::take_pending();
         }
-        // SAFETY: complete, and this run's.
+        // SAFETY: the finding is complete, and no handler adds to it once the torture has ended.
         let found = run::recorded().map(|found| unsafe { &*found });
         Report {
             mode: run.mode,
@@ -101,7 +101,7 @@ pub(super) fn enter() -> impl Drop {
 
 /// Switches stepping on, before each resume. The handler switches it off when the coroutine has been left.
 pub(super) fn arm() {
-    // SAFETY: this thread's run; nothing is stepped through now.
+    // SAFETY: `begin` has made the torture of this thread. Nothing is stepped through now, so no handler uses it.
     let run = unsafe { &mut *run::current() };
     run.inside = false;
     run.outside = switch::running();
@@ -112,7 +112,7 @@ pub(super) fn arm() {
 
 /// The processor traps after each instruction while the flag is set, from the one after the next on.
 fn set_trap_flag(on: bool) {
-    // SAFETY: changes a flag whose trap `trap::on_trap` handles.
+    // SAFETY: only the trap flag changes, whose traps `trap::on_trap` handles; the stack is as it was afterwards.
     unsafe {
         match on {
             true => asm!("pushfq", "or qword ptr [rsp], 0x100", "popfq"),
