@@ -13,6 +13,7 @@ use crate::size::size_of_open;
 use crate::stack::arena::Slot;
 use crate::stack::guard;
 use crate::stack::record::Record;
+use crate::stderr::Stderr;
 use crate::symbol;
 
 /// Frames shown, innermost first.
@@ -33,7 +34,7 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context:
     // SAFETY: the running coroutine's record, accessible, and this thread's.
     let (size, maximum) = unsafe { ((*record).size(), (*record).settings.maximum()) };
     let need = size_of_open(need.next_multiple_of(4096));
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let _ = match why {
         Fatal::Maximum => writeln!(
             out,
@@ -62,12 +63,12 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context:
     }
     let _ = writeln!(out, "\n{} [running]:", Name(record));
     frames(&mut out, context.rip());
-    out.abort()
+    abort(out)
 }
 
 /// A pointer to where a stack used to be was used.
 pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let live = old.current();
     if live.is_old() {
         let _ = writeln!(
@@ -103,23 +104,23 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
          off relocating coroutines, or grow in place\n\nused at:"
     );
     frames(&mut out, context.rip());
-    out.abort()
+    abort(out)
 }
 
 /// A frozen stack that was touched and cannot be brought back.
 pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let end = slot.end();
     let _ = writeln!(
         out,
         "regrow: cannot thaw the stack of coroutine {end:#x}, which was touched\nfatal error: {error}"
     );
-    out.abort()
+    abort(out)
 }
 
 /// A signal whose handler has no stack of its own came where a coroutine's stack had no room for it.
 pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let _ = write!(
         out,
         "regrow: a signal came where a coroutine's stack had no room for its handler\nfatal error: lost signal, one of"
@@ -128,7 +129,7 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
         let _ = write!(out, " {signal}");
     }
     let _ = writeln!(out, "\n  install their handlers with SA_ONSTACK");
-    out.abort()
+    abort(out)
 }
 
 /// The fault handler was called where it has too little room, and got no stack of its own. This is on what is left: no report
@@ -143,16 +144,13 @@ pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
     }
 }
 
-/// How a coroutine is called in reports.
+/// How a coroutine is called.
 struct Name(*const Record);
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // SAFETY: reports name coroutines whose record is accessible.
-        match unsafe { (*self.0).name.as_deref() } {
-            Some(name) => write!(f, "coroutine \"{name}\""),
-            None => write!(f, "coroutine {:#x}", Record::end(self.0)),
-        }
+        unsafe { (*self.0).called() }.fmt(f)
     }
 }
 
@@ -284,50 +282,16 @@ extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     if walk.shown > FRAMES { STOP } else { GO_ON }
 }
 
-/// Standard error through a small buffer, with plain system calls.
-struct Stderr {
-    buffer: [u8; 512],
-    used: usize,
+/// Standard error, for the one report that is made in a process.
+fn begin() -> Stderr {
+    be_the_reporter();
+    abort_on_faults();
+    Stderr::new()
 }
 
-impl Stderr {
-    /// One report is made in a process.
-    fn for_a_report() -> Self {
-        be_the_reporter();
-        abort_on_faults();
-        Self { buffer: [0; 512], used: 0 }
-    }
-
-    fn flush(&mut self) {
-        let mut rest = &self.buffer[..self.used];
-        while !rest.is_empty() {
-            // SAFETY: writes from the buffer.
-            let written = unsafe { libc::write(libc::STDERR_FILENO, rest.as_ptr().cast(), rest.len()) };
-            let Ok(written @ 1..) = usize::try_from(written) else { break };
-            rest = rest.get(written..).unwrap_or_default();
-        }
-        self.used = 0;
-    }
-
-    fn abort(mut self) -> ! {
-        self.flush();
-        // SAFETY: ends the process.
-        unsafe { libc::abort() }
-    }
-}
-
-impl Write for Stderr {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for &byte in text.as_bytes() {
-            if self.used == self.buffer.len() {
-                self.flush();
-            }
-            self.buffer[self.used] = byte;
-            self.used += 1;
-            if byte == b'\n' {
-                self.flush();
-            }
-        }
-        Ok(())
-    }
+/// Ends the process once the report is written.
+fn abort(mut out: Stderr) -> ! {
+    out.flush();
+    // SAFETY: ends the process.
+    unsafe { libc::abort() }
 }

@@ -17,8 +17,10 @@ use touched::Told;
 
 use crate::error::Error;
 use crate::settings::Growth;
+use crate::stack::record::Record;
 use crate::stack::stock::Prepare;
 use crate::switch::{self, Handle};
+use crate::trace::{self, Event, Name};
 
 /// Lets `look` see the block of the coroutine, if it is frozen. One that is frozen in place may have thawed meanwhile.
 pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
@@ -49,12 +51,21 @@ pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
     // SAFETY: it is suspended on its own stack, so its base and record are accessible, and it stays so.
     unsafe {
         let record = (*handle.base).record();
-        match (*record).settings.growth {
+        // What is frozen has no record that could be asked for its name.
+        let name = if trace::is_on() { (*record).name.clone() } else { None };
+        let outcome = match (*record).settings.growth {
             _ if switch::is_fresh(handle.sp) => Ok(false),
             Growth::Relocate => moving::freeze(handle),
             Growth::InPlace if (*record).is_pinned() => Ok(false),
             Growth::InPlace => in_place::freeze(handle, told),
+        };
+        if trace::is_on()
+            && let Ok(true) = outcome
+            && let Some(bytes) = peek(handle, Frozen::bytes)
+        {
+            trace::tell(&Name { name: name.as_deref(), end: Record::end(record) }, &Event::Frozen(bytes));
         }
+        outcome
     }
 }
 
@@ -63,9 +74,18 @@ pub(crate) unsafe fn freeze(handle: &mut Handle, told: Told) -> Result<bool, Err
 /// # Safety
 /// The handle is that of a frozen coroutine; if in place, it may have thawed without the handle knowing.
 pub(crate) unsafe fn thaw(handle: &mut Handle, prepare: Prepare) -> Result<(), Error> {
-    match State::of(handle) {
-        // SAFETY: the handle says that the coroutine is frozen in this block.
-        State::FrozenElsewhere(block) => unsafe { moving::thaw(handle, block, prepare) },
-        _ => in_place::thaw(handle),
+    let thawed = match State::of(handle) {
+        State::FrozenElsewhere(block) => {
+            // SAFETY: the handle says that the coroutine is frozen in this block.
+            unsafe { moving::thaw(handle, block, prepare)? };
+            true
+        }
+        _ => in_place::thaw(handle)?,
+    };
+    if trace::is_on() && thawed {
+        // SAFETY: it is suspended since, so its base and record are accessible, and only its owner freezes it again.
+        let record = unsafe { &*(*handle.base).record() };
+        trace::tell(&record.called(), &Event::Thawed);
     }
+    Ok(())
 }

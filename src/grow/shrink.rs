@@ -39,6 +39,7 @@ use crate::stack::record::Record;
 use crate::stack::stock;
 use crate::stats;
 use crate::switch::{self, Handle, RED_ZONE};
+use crate::trace::{self, Event, Name};
 
 /// After how many resumes without a spike a scout is one no more: each takes a few times as long as another's.
 const SCOUTED: u16 = 256;
@@ -190,8 +191,13 @@ pub(crate) unsafe fn shrink(handle: &mut Handle) -> Result<bool, Error> {
         };
         if matches!(outcome, Ok(true)) {
             // It may have moved.
-            (*(*handle.base).record()).shrinks += 1;
+            let now = &mut *(*handle.base).record();
+            now.shrinks += 1;
             stats::count_shrink();
+            if trace::is_on() {
+                let before = Name { end: Record::end(record), ..now.called() };
+                trace::tell(&before, &Event::Shrunk { to: now.stats().size, now: Record::end(now) });
+            }
         }
         outcome
     }
