@@ -53,6 +53,7 @@
 //! | --- | --- |
 //! | sizes, names, the way to grow | [`Builder`] |
 //! | what a stack did, and why it did not move | [`Stats`], [`totals`], [`Coroutine::last_not_moved`], [`not_moved`] |
+//! | a line for each move, refusal, freeze and thaw | the environment variable `REGROW_TRACE=moves` |
 //! | code that must not be moved, or must not fault | [`pin()`], [`pin_code`], [`reserve`] |
 //! | many parked coroutines | [`Coroutine::freeze`], [`Pool`] |
 //! | the frames of a suspended coroutine | [`frames`]; files and lines with the feature `backtrace` |
@@ -91,12 +92,14 @@ mod site;
 mod size;
 mod stack;
 mod stats;
+mod stderr;
 mod switch;
 mod symbol;
 mod sync;
 mod thread;
 #[cfg(feature = "torture")]
 pub mod torture;
+mod trace;
 mod words;
 
 pub use builder::{Builder, DEFAULT_MAXIMUM_IN_PLACE, DEFAULT_MAXIMUM_RELOCATE, RawFunction};

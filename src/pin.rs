@@ -1,12 +1,12 @@
 //! Pins: spans during which a stack must not move, and code under which none may.
 
 use core::cell::Cell;
-use core::ffi::{CStr, c_int, c_void};
 use core::marker::PhantomData;
-use core::ops::Range;
+use core::ops::{ControlFlow, Range};
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::rc::Rc;
 
+use crate::map::objects;
 use crate::size;
 use crate::stack::record::Record;
 use crate::switch::{self, Running};
@@ -153,40 +153,17 @@ pub fn pin_code(code: Range<usize>) -> Option<PinnedCode> {
 /// assert!(regrow::pin_object("no such library").is_none());
 /// ```
 pub fn pin_object(name: &str) -> Option<PinnedCode> {
-    let mut search = Search { name, found: Vec::new() };
-    // SAFETY: the callback gets its own argument back, while it is alive.
-    unsafe { libc::dl_iterate_phdr(Some(look_at_object), (&raw mut search).cast()) };
-    let mut pinned = PinnedCode(Vec::new());
-    let all = search.found.into_iter().all(|code| pinned.add(code));
-    (all && !pinned.0.is_empty()).then_some(pinned)
-}
-
-struct Search<'a> {
-    name: &'a str,
-    found: Vec<Range<usize>>,
-}
-
-unsafe extern "C" fn look_at_object(info: *mut libc::dl_phdr_info, _: usize, search: *mut c_void) -> c_int {
-    // SAFETY: the loader passes an object's description, whose header table is as long as it says, and whose name is null or ends
-    // in a zero byte. `search` is what `pin_object` passed, and borrows while this runs.
-    let (info, search, path, headers) = unsafe {
-        let info = &*info;
-        if info.dlpi_name.is_null() {
-            return 0;
+    let mut found = Vec::new();
+    objects::visit(|object| {
+        let file = object.path().to_bytes().rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+        if file.starts_with(name.as_bytes()) {
+            found.extend(object.code());
         }
-        let headers = core::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum));
-        (info, &mut *search.cast::<Search<'_>>(), CStr::from_ptr(info.dlpi_name), headers)
-    };
-    let file = path.to_bytes().rsplit(|&byte| byte == b'/').next().unwrap_or_default();
-    if file.starts_with(search.name.as_bytes()) {
-        let is_code =
-            |header: &&libc::Elf64_Phdr| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0;
-        search.found.extend(headers.iter().filter(is_code).map(|header| {
-            let start = info.dlpi_addr as usize + header.p_vaddr as usize;
-            start..start + header.p_memsz as usize
-        }));
-    }
-    0
+        ControlFlow::Continue(())
+    });
+    let mut pinned = PinnedCode(Vec::new());
+    let all = found.into_iter().all(|code| pinned.add(code));
+    (all && !pinned.0.is_empty()).then_some(pinned)
 }
 
 impl PinnedCode {

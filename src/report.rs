@@ -4,7 +4,7 @@
 //! buffer on the signal stack, most important things first, in case the rest fails. Then abort.
 
 use core::ffi::{c_int, c_void};
-use core::fmt::{self, Write};
+use core::fmt::Write;
 use core::sync::atomic::{AtomicI32, Ordering};
 use std::process::abort;
 
@@ -15,6 +15,7 @@ use crate::size::size_of_open;
 use crate::stack::arena::Slot;
 use crate::stack::guard;
 use crate::stack::record::Record;
+use crate::stderr::{self, Stderr};
 use crate::symbol;
 use crate::words::thread_number;
 
@@ -37,25 +38,25 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context:
     let record = unsafe { &*record };
     let (size, maximum) = (record.size(), record.settings.maximum());
     let need = size_of_open(need.next_multiple_of(4096));
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let _ = match why {
         Fatal::Maximum => writeln!(
             out,
             "regrow: {} exceeds its {maximum}-byte stack limit\nfatal error: stack overflow\n  size {size} bytes, \
              {need} needed; raise Builder::maximum if this depth is meant",
-            Name(record)
+            record.called()
         ),
         Fatal::Slack => writeln!(
             out,
             "regrow: {} may not move its stack here and has used up its slack\nfatal error: stack overflow\n  size {size} \
              bytes, {need} needed, limit {maximum} bytes; start it larger with Builder::first_size",
-            Name(record)
+            record.called()
         ),
         Fatal::Kernel(error) => writeln!(
             out,
             "regrow: {} cannot grow its stack\nfatal error: out of memory\n  size {size} bytes, {need} needed, limit \
              {maximum} bytes; {error}",
-            Name(record)
+            record.called()
         ),
     };
     if let (Fatal::Slack, Some(not_moved)) = (why, record.not_moved) {
@@ -63,14 +64,14 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context:
         let _ = symbol::describe(not_moved.frame, &mut out);
         let _ = writeln!(out);
     }
-    let _ = writeln!(out, "\n{} [running]:", Name(record));
+    let _ = writeln!(out, "\n{} [running]:", record.called());
     frames(&mut out, context.rip());
-    out.abort()
+    finish(out)
 }
 
 /// A pointer to where a stack used to be was used.
 pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let live = old.current();
     if live.is_old() {
         let _ = writeln!(
@@ -87,7 +88,7 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
             out,
             "regrow: stale pointer into the stack of {}\nfatal error: address {address:#x} is where that stack was before \
              it moved, {below_top} bytes below its top; it is now at {:#x}",
-            Name(record),
+            record.called(),
             live.end() - (old.end() - address),
         );
     }
@@ -106,23 +107,23 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
          off relocating coroutines, or grow in place\n\nused at:"
     );
     frames(&mut out, context.rip());
-    out.abort()
+    finish(out)
 }
 
 /// A frozen stack that was touched and cannot be brought back.
 pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let end = slot.end();
     let _ = writeln!(
         out,
         "regrow: cannot thaw the stack of coroutine {end:#x}, which was touched\nfatal error: {error}"
     );
-    out.abort()
+    finish(out)
 }
 
 /// A signal whose handler has no stack of its own came where a coroutine's stack had no room for it.
 pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
-    let mut out = Stderr::for_a_report();
+    let mut out = begin();
     let _ = write!(
         out,
         "regrow: a signal came where a coroutine's stack had no room for its handler\nfatal error: lost signal, one of"
@@ -131,7 +132,7 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
         let _ = write!(out, " {signal}");
     }
     let _ = writeln!(out, "\n  install their handlers with SA_ONSTACK");
-    out.abort()
+    finish(out)
 }
 
 /// The fault handler was called where it has too little room, and got no stack of its own. This is on what is left: no report
@@ -139,26 +140,8 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
 pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
     const TEXT: &str = "regrow: a thread's signal stack is too small for the handler of faults\nfatal error: out of memory for \
                         another one; a stack of 64 KiB would have been enough\n";
-    write_out(TEXT.as_bytes());
+    stderr::write(TEXT.as_bytes());
     abort()
-}
-
-/// Writes the beginning of `text` to standard error; returns how many bytes, or -1.
-fn write_out(text: &[u8]) -> isize {
-    // SAFETY: the kernel reads from a borrowed slice, as many bytes as it has.
-    unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) }
-}
-
-/// How a coroutine is called in reports.
-struct Name<'a>(&'a Record);
-
-impl fmt::Display for Name<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.name.as_deref() {
-            Some(name) => write!(f, "coroutine \"{name}\""),
-            None => write!(f, "coroutine {:#x}", Record::end(self.0)),
-        }
-    }
 }
 
 /// Bytes of the stack that frames are walked and looked up on.
@@ -286,47 +269,15 @@ extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     if walk.shown > FRAMES { STOP } else { GO_ON }
 }
 
-/// Standard error through a small buffer, with plain system calls.
-struct Stderr {
-    buffer: [u8; 512],
-    used: usize,
+/// Standard error, for the one report that is made in a process.
+fn begin() -> Stderr {
+    be_the_reporter();
+    abort_on_faults();
+    Stderr::new()
 }
 
-impl Stderr {
-    /// One report is made in a process.
-    fn for_a_report() -> Self {
-        be_the_reporter();
-        abort_on_faults();
-        Self { buffer: [0; 512], used: 0 }
-    }
-
-    fn flush(&mut self) {
-        let mut rest = &self.buffer[..self.used];
-        while !rest.is_empty() {
-            let Ok(written @ 1..) = usize::try_from(write_out(rest)) else { break };
-            rest = rest.get(written..).unwrap_or_default();
-        }
-        self.used = 0;
-    }
-
-    fn abort(mut self) -> ! {
-        self.flush();
-        abort()
-    }
-}
-
-impl Write for Stderr {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for &byte in text.as_bytes() {
-            if self.used == self.buffer.len() {
-                self.flush();
-            }
-            self.buffer[self.used] = byte;
-            self.used += 1;
-            if byte == b'\n' {
-                self.flush();
-            }
-        }
-        Ok(())
-    }
+/// Ends the process once the report is written.
+fn finish(mut out: Stderr) -> ! {
+    out.flush();
+    abort()
 }

@@ -20,6 +20,7 @@ use crate::handler;
 use crate::signals;
 use crate::size::PAGE;
 use crate::stack::{guard, stock};
+use crate::trace;
 use crate::words::words;
 
 /// For the handler itself: enough for the relocator and the reports in a debug build.
@@ -53,6 +54,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
         Some(key) => *key,
         None => {
             guard::detect();
+            trace::detect();
             stay_loaded();
             let key = create_key()?;
             handler::install()?;

@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::hint::black_box;
 
-use regrow::{Builder, Coroutine, Yielder, totals};
+use regrow::{Builder, Coroutine, Yielder, pin, totals};
 
 mod support;
 use support::{OnDrop, child_command, frame, growths, outcome, relocating, run, variant};
@@ -221,6 +221,26 @@ fn thawing_a_touched_stack_calls_no_malloc() {
             assert_eq!(armed(|| unsafe { local.read_volatile() }), 5);
             assert!(!coroutine.is_frozen());
         }
+    }
+}
+
+/// The lines of `REGROW_TRACE` are written in the handler.
+#[test]
+fn tracing_calls_no_malloc() {
+    if variant().is_some() {
+        first_ever();
+        run(&relocating(), || {
+            let pinned = pin();
+            armed(|| frame::<10_000>(1));
+            drop(pinned);
+        });
+        thawing_a_touched_stack_calls_no_malloc();
+        return;
+    }
+    let outcome = outcome(child_command("tracing_calls_no_malloc", "child").env("REGROW_TRACE", "moves"));
+    assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
+    for line in [" moved ", " not moved: Pinned at ", " opened slack ", "\"sleeper\" thawed because"] {
+        assert!(outcome.stderr.contains(line), "{line}: {outcome}");
     }
 }
 

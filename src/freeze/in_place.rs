@@ -57,6 +57,7 @@ use crate::stack::pages::resident;
 use crate::stack::record::Record;
 use crate::stack::suspended::Suspended;
 use crate::switch::{self, Base, Handle, SAVED};
+use crate::trace::{self, Event, Name};
 use crate::words::words;
 
 /// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.
@@ -117,11 +118,13 @@ fn resident_below(bottom: usize, start: usize) -> usize {
     if resident(next) == 0 { 0 } else { resident(start..bottom) }
 }
 
-/// Thaws the coroutine of a handle that says it is frozen in place, unless somebody else has.
-pub(crate) fn thaw(handle: &mut Handle) -> Result<(), Error> {
+/// Thaws the coroutine of a handle that says it is frozen in place; `false` if somebody else has.
+pub(crate) fn thaw(handle: &mut Handle) -> Result<bool, Error> {
+    let mut thawed = false;
     if let Some(slot) = Slot::containing(handle.base as usize) {
         let mut left = None;
         undisturbed(|| thaw_slot(slot, |block| left = Some(block)))?;
+        thawed = left.is_some();
         if let Some(block) = left {
             // SAFETY: its stack is thawed: nobody knows of the block any more.
             unsafe { Frozen::free(block) };
@@ -129,7 +132,7 @@ pub(crate) fn thaw(handle: &mut Handle) -> Result<(), Error> {
     }
     TOUCHED.free();
     handle.sp &= !switch::FROZEN;
-    Ok(())
+    Ok(thawed)
 }
 
 /// Lets `look` see the block of the stack with this base, if it is frozen.
@@ -149,9 +152,17 @@ pub(crate) fn serve(slot: Slot, address: usize) -> bool {
     if !slot.meta().frozen.is_frozen_or_busy() || !was_open(slot, address) {
         return false;
     }
-    // SAFETY: the block is this thread's. Its list lives as long as the stack is frozen, and it is `BUSY` still: whoever
-    // drops the list first waits until it is not.
-    let outcome = forks::apart(|| thaw_slot(slot, |block| unsafe { Touched::leave(block) }));
+    let leave = |block: NonNull<Frozen>| {
+        // SAFETY: the block is this thread's. Its list lives as long as the stack is frozen, and it is `BUSY` still: whoever
+        // drops the list first waits until it is not. Nor is the name dropped, whether it is still the block's or in the slot.
+        unsafe {
+            if trace::is_on() {
+                trace::tell(&Name { name: block.as_ref().name(), end: slot.end() }, &Event::Touched);
+            }
+            Touched::leave(block);
+        }
+    };
+    let outcome = forks::apart(|| thaw_slot(slot, leave));
     if let Err(error) = outcome {
         report::cannot_thaw(slot, &error);
     }

@@ -21,6 +21,7 @@ use crate::settings::Growth;
 use crate::stack::stock::Prepare;
 use crate::stack::suspended::Suspended;
 use crate::switch::Handle;
+use crate::trace::{self, Event, Name};
 
 /// Lets `look` see the block of the coroutine, if it is frozen. One that is frozen in place may have thawed meanwhile.
 pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
@@ -50,6 +51,8 @@ pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
 pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<bool, Error> {
     let record = suspended.record();
     let (growth, pinned) = (record.settings.growth, record.is_pinned());
+    // What is frozen has no record that could be asked for its name.
+    let (name, end) = (if trace::is_on() { record.name.clone() } else { None }, suspended.end());
     let outcome = match growth {
         _ if suspended.is_fresh() => Ok(false),
         Growth::Relocate => moving::freeze(&mut suspended),
@@ -59,6 +62,10 @@ pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<
     };
     if !matches!(outcome, Ok(true)) {
         shrink::watch_again(&mut suspended);
+    } else if trace::is_on()
+        && let Some(bytes) = peek(suspended.handle(), Frozen::bytes)
+    {
+        trace::tell(&Name { name: name.as_deref(), end }, &Event::Frozen(bytes));
     }
     outcome
 }
@@ -68,9 +75,18 @@ pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<
 /// # Safety
 /// The handle is that of a frozen coroutine; if in place, it may have thawed without the handle knowing.
 pub(crate) unsafe fn thaw(handle: &mut Handle, prepare: Prepare) -> Result<(), Error> {
-    match State::of(handle) {
-        // SAFETY: the handle says that the coroutine is frozen in this block.
-        State::FrozenElsewhere(block) => unsafe { moving::thaw(handle, block, prepare) },
-        _ => in_place::thaw(handle),
+    let thawed = match State::of(handle) {
+        State::FrozenElsewhere(block) => {
+            // SAFETY: the handle says that the coroutine is frozen in this block.
+            unsafe { moving::thaw(handle, block, prepare)? };
+            true
+        }
+        _ => in_place::thaw(handle)?,
+    };
+    if trace::is_on() && thawed {
+        // SAFETY: it is suspended since, so its base and record are accessible, and only its owner freezes it again.
+        let record = unsafe { &*(*handle.base).record() };
+        trace::tell(&record.called(), &Event::Thawed);
     }
+    Ok(())
 }

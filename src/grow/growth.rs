@@ -7,11 +7,14 @@ use crate::stack::record::Record;
 use crate::stack::stock;
 use crate::stats::{self, LastGrowth};
 use crate::switch::Running;
+use crate::trace::{self, Event, Name};
 
 /// A growth that is under way.
 pub(crate) struct Begun {
     /// The stack's size before, in bytes.
     from: usize,
+    /// The end of its slot before.
+    end: usize,
     /// By the clock of [`now`].
     at: u64,
 }
@@ -26,7 +29,7 @@ pub(crate) struct Done {
 impl Begun {
     /// The stack of this record is to become larger.
     pub(crate) fn now(record: &Record) -> Self {
-        Self { from: record.size(), at: now() }
+        Self { from: record.size(), end: Record::end(record), at: now() }
     }
 
     /// It has: counts it, in its record and for the process.
@@ -49,6 +52,10 @@ impl Begun {
             running.watch();
         }
         stats::count(growth, &last);
+        if trace::is_on() {
+            let before = Name { end: self.end, ..record.called() };
+            trace::tell(&before, &Event::Grown { growth, last, now: Record::end(record) });
+        }
     }
 }
 

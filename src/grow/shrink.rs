@@ -40,6 +40,7 @@ use crate::stack::stock;
 use crate::stack::suspended::Suspended;
 use crate::stats;
 use crate::switch;
+use crate::trace::{self, Event, Name};
 
 /// After how many resumes without a spike a scout is one no more: each takes a few times as long as another's.
 const SCOUTED: u16 = 256;
@@ -163,6 +164,7 @@ unsafe fn lay_mark(at: usize) -> bool {
 /// Makes the stack of a suspended coroutine as small as it can be with as much room as is used, and no smaller than it
 /// was at first. True if it became smaller. After an error nothing has changed.
 pub(crate) fn shrink(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
+    let before = suspended.end();
     let record = suspended.record_mut();
     record.watch.marked = false;
     record.watch.quiet = 0;
@@ -171,8 +173,13 @@ pub(crate) fn shrink(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
         Growth::Relocate => shrink_moving(suspended),
     };
     if matches!(outcome, Ok(true)) {
-        suspended.record_mut().shrinks += 1;
+        let now = suspended.record_mut();
+        now.shrinks += 1;
         stats::count_shrink();
+        if trace::is_on() {
+            let called = Name { end: before, ..now.called() };
+            trace::tell(&called, &Event::Shrunk { to: now.stats().size, now: Record::end(now) });
+        }
     }
     outcome
 }

@@ -34,6 +34,7 @@ use crate::site::Site;
 use crate::size::{Class, HEAD, size_of_open};
 use crate::stats::{LastGrowth, Stats};
 use crate::switch::{Base, Running};
+use crate::trace::{self, Event, Name};
 
 /// Bytes of a closure that is kept in the head; a larger one is boxed.
 pub(crate) const INLINE_CLOSURE: usize = 1024;
@@ -218,6 +219,14 @@ impl Record {
     pub(crate) fn note(&mut self, why: NotMoved) {
         not_moved::count(why.reason);
         self.not_moved = Some(why);
+        if trace::is_on() {
+            trace::tell(&self.called(), &Event::NotMoved(why));
+        }
+    }
+
+    /// How its coroutine is called in reports and in the trace.
+    pub(crate) fn called(&self) -> Name<'_> {
+        Name { name: self.name.as_deref(), end: Self::end(self) }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Where functions begin and end, as the unwind tables of the loaded objects have it.
 
-use core::ffi::{c_int, c_void};
-use core::ops::Range;
+use core::ffi::c_void;
+use core::ops::{ControlFlow, Range};
 use core::slice;
 
 use gimli::{BaseAddresses, CieOrFde, EhFrame, EhFrameHdr, NativeEndian, Pointer, UnwindSection};
 
+use crate::map::objects::{self, LoadedObject};
 use crate::size::PAGE;
 
 /// An executable or a shared library.
@@ -36,52 +37,28 @@ impl Object {
 /// All objects that are loaded now.
 pub(super) fn loaded_objects() -> Vec<Object> {
     let mut objects = Vec::new();
-    // SAFETY: the callback has the signature that the loader asks for, and gets the vector, which is not used meanwhile.
-    unsafe { libc::dl_iterate_phdr(Some(on_object), (&raw mut objects).cast()) };
+    objects::visit(|object| {
+        let pages = |code: Range<usize>| code.start / PAGE * PAGE..code.end.next_multiple_of(PAGE);
+        objects.push(Object {
+            code: object.code().next().map_or(0..0, pages),
+            functions: functions(object).unwrap_or_default(),
+        });
+        ControlFlow::Continue(())
+    });
     objects
 }
 
-unsafe extern "C" fn on_object(info: *mut libc::dl_phdr_info, _size: usize, data: *mut c_void) -> c_int {
-    // SAFETY: the loader passes an object's description, whose header table is as long as it says; what it describes stays
-    // mapped while this runs. `data` is the vector of `loaded_objects`.
-    let (base, headers, objects, functions) = unsafe {
-        let base = (*info).dlpi_addr as usize;
-        let headers = slice::from_raw_parts((*info).dlpi_phdr, usize::from((*info).dlpi_phnum));
-        (base, headers, &mut *data.cast::<Vec<Object>>(), functions(base, headers).unwrap_or_default())
-    };
-    let code = headers
-        .iter()
-        .find(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0)
-        .map_or(0..0, |header| {
-            let start = (base + header.p_vaddr as usize) / PAGE * PAGE;
-            start..(base + (header.p_vaddr + header.p_memsz) as usize).next_multiple_of(PAGE)
-        });
-    objects.push(Object { code, functions });
-    0
-}
-
-/// The functions of the object loaded at `base`.
-///
-/// # Safety
-/// `headers` are its program headers, and what they say is mapped.
-unsafe fn functions(base: usize, headers: &[libc::Elf64_Phdr]) -> Option<Vec<Range<usize>>> {
-    let range = |header: &libc::Elf64_Phdr| {
-        let start = base + header.p_vaddr as usize;
-        start..start + header.p_memsz as usize
-    };
-    let index = headers.iter().find(|header| header.p_type == libc::PT_GNU_EH_FRAME).map(range)?;
-    // SAFETY: the ranges come from the program headers, so they are mapped as the caller says, and nobody writes to them.
-    let bytes = |range: Range<usize>| unsafe { slice::from_raw_parts(range.start as *const u8, range.len()) };
-    let bases = BaseAddresses::default().set_eh_frame_hdr(index.start as u64);
-    let header = EhFrameHdr::new(bytes(index), NativeEndian).parse(&bases, 8).ok()?;
+/// The functions of a loaded object.
+fn functions(object: &LoadedObject<'_>) -> Option<Vec<Range<usize>>> {
+    let index = object.unwind_header()?;
+    let bases = BaseAddresses::default().set_eh_frame_hdr(index.as_ptr() as u64);
+    let header = EhFrameHdr::new(index, NativeEndian).parse(&bases, 8).ok()?;
     let Pointer::Direct(start) = header.eh_frame_ptr() else { return None };
     // The section's length is written nowhere that is mapped: it ends in a zero, in the segment it is in.
-    let segment = headers
-        .iter()
-        .filter(|header| header.p_type == libc::PT_LOAD)
-        .map(range)
-        .find(|range| range.contains(&(start as usize)))?;
-    let section = EhFrame::new(bytes(start as usize..segment.end), NativeEndian);
+    let section = object
+        .constants()
+        .find_map(|segment| segment.get((start as usize).checked_sub(segment.as_ptr() as usize)?..))?;
+    let section = EhFrame::new(section, NativeEndian);
     let bases = bases.set_eh_frame(start);
 
     let mut found = Vec::new();
