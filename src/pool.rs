@@ -226,7 +226,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// assert!(pool.remove(key).is_none());
     /// ```
     pub fn remove(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
-        // SAFETY: that list lives forever.
+        // SAFETY: the list of `Told::NOBODY` is a static: it lives forever.
         unsafe { self.get(key)?.tell(Told::NOBODY) };
         let coroutine = self.take(key)?;
         self.forget(key);

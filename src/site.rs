@@ -44,7 +44,8 @@ pub(crate) struct Site {
 macro_rules! here {
     ($closure:ty) => {{
         let site: *const $crate::site::Site;
-        // SAFETY: puts a `Site` into its section, and reads its address.
+        // SAFETY: what is put into the section is a `Site`, with a name and zeros, and lasts as long as the program. Its own address
+        // is read.
         unsafe {
             core::arch::asm!(
                 ".pushsection regrow_sites, \"aw\", @progbits",

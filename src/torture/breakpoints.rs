@@ -108,7 +108,8 @@ pub(super) fn put_back(at: usize) {
 
 /// A byte of the program's code, as it is without breakpoints.
 pub(super) fn code(at: usize) -> u8 {
-    // SAFETY: both callers ask for bytes of an instruction that is about to run, or has run just now: they are readable.
+    // SAFETY: the handlers ask for bytes of an instruction that is about to run, or of one that follows it and that it goes on
+    // to: they are readable.
     let byte = unsafe { *(at as *const u8) };
     if byte == INT3 { patch(at).map_or(byte, |patch| patch.original) } else { byte }
 }
