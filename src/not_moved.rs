@@ -1,4 +1,5 @@
 //! Why a stack that may move did not: what is known of the latest time, and how often each reason came up.
+#![forbid(unsafe_code)]
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
