@@ -1,8 +1,11 @@
 //! The recorder for Cranelift: functions are compiled here, their maps obeyed at a call, their unwind rules
 //! compared with what their instructions do.
 
+#[path = "../recorded/mod.rs"]
 mod recorded;
+#[path = "../support/mod.rs"]
 mod support;
+#[path = "../walkers/mod.rs"]
 mod walkers;
 
 use std::cell::{Cell, RefCell};
