@@ -12,7 +12,7 @@ use regrow::{
 };
 
 mod support;
-use support::{Counted, OnDrop, both_ways, child, frame, grown, growths, live, relocating, run, variant};
+use support::{Counted, OnDrop, both_ways, frame, grown, growths, live, relocating, run, this_test, variant};
 
 fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
     match payload.downcast::<String>() {
@@ -282,8 +282,8 @@ fn a_forgotten_coroutine_leaks_and_no_worse() {
 fn dropping_a_coroutine_says_nothing() {
     match variant() {
         None => {
-            let outcome = child("dropping_a_coroutine_says_nothing", "");
-            assert!(outcome.status.success(), "{outcome}");
+            let outcome = this_test!().child("");
+            assert!(outcome.has_passed(), "{outcome}");
             assert_eq!(outcome.stderr, "");
         }
         Some(_) => {
@@ -346,7 +346,7 @@ fn a_forced_unwind_that_is_passed_on_by_hand_ends_the_coroutine() {
 fn catching_the_unwinding_over_and_over_ends_the_process_with_a_sentence() {
     match variant() {
         None => {
-            let outcome = child("catching_the_unwinding_over_and_over_ends_the_process_with_a_sentence", "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             assert!(outcome.stderr.contains("catches its unwinding and suspends again"), "{outcome}");
         }

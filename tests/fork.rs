@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, child_command, outcome, variant};
+use support::{both_ways, this_test, variant};
 
 /// A suspended coroutine that counts on its stack, and the address of its counter.
 fn with_counter(builder: &Builder) -> (Coroutine<(), usize, u64>, usize) {
@@ -48,18 +48,11 @@ fn ended(child: libc::pid_t) -> i32 {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) }
 }
 
-fn passes(test: &str) {
-    let outcome = outcome(&mut child_command(test, "child"));
-    assert!(outcome.status.success(), "{outcome}");
-    outcome.stdout.lines().filter(|line| line.starts_with("skipped")).for_each(|line| println!("{line}"));
-}
-
 /// The first process of a pid namespace is process 1, and so is the first of a namespace in that.
 #[test]
 fn a_child_with_its_parents_process_id_thaws_its_own_stacks() {
-    const TEST: &str = "a_child_with_its_parents_process_id_thaws_its_own_stacks";
     if variant().is_none() {
-        return passes(TEST);
+        return this_test!().passes();
     }
     let in_namespace = |f: &dyn Fn() -> i32| {
         // SAFETY: no memory is touched.
@@ -91,9 +84,8 @@ fn a_child_with_its_parents_process_id_thaws_its_own_stacks() {
 
 #[test]
 fn a_child_resumes_and_drops_what_its_parent_has_frozen() {
-    const TEST: &str = "a_child_resumes_and_drops_what_its_parent_has_frozen";
     if variant().is_none() {
-        return passes(TEST);
+        return this_test!().passes();
     }
     for builder in both_ways() {
         for threads in [false, true] {
@@ -122,11 +114,10 @@ fn a_child_resumes_and_drops_what_its_parent_has_frozen() {
 /// Another thread freezes and thaws all the time.
 #[test]
 fn a_process_forked_in_the_middle_of_a_thaw_has_all_stacks() {
-    const TEST: &str = "a_process_forked_in_the_middle_of_a_thaw_has_all_stacks";
     static END: AtomicBool = AtomicBool::new(false);
     static ADDRESS: AtomicU64 = AtomicU64::new(0);
     if variant().is_none() {
-        return passes(TEST);
+        return this_test!().passes();
     }
     let other = std::thread::spawn(|| {
         let (mut coroutine, address) = with_counter(&in_place());

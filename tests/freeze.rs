@@ -10,9 +10,7 @@ use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
 mod support;
-use support::{
-    Counted, below, both_ways, child, child_command, frame, grown, live, outcome, random, variant,
-};
+use support::{Counted, Test, below, both_ways, frame, grown, live, outcome, random, this_test, variant};
 
 /// A coroutine that keeps pointers between its frames, `depth` of them, and adds up what it is given.
 fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
@@ -186,15 +184,18 @@ static BEFORE_MAIN: extern "C" fn() = before_main;
 /// Stacks that grow in place are frozen in other ways in a process with one thread, and where guards are page protection.
 #[test]
 fn it_works_alone_and_without_guard_markers() {
-    const AMONG_THREADS: &str = "no_access_falls_between_the_steps";
     for guard in ["", "protect"] {
-        let outcome = outcome(child_command("", "alone").env(ALONE, "1").env("REGROW_GUARD", guard));
+        let outcome = outcome(this_test!().command("").env(ALONE, "1").env("REGROW_GUARD", guard));
         assert!(outcome.status.success(), "{guard:?}: {outcome}");
         assert!(outcome.stdout.ends_with("alone to the end\n"), "{outcome}");
     }
-    for test in [AMONG_THREADS, "any_order_of_operations", "who_touches_a_frozen_stack_thaws_it"] {
-        let outcome = outcome(child_command(test, "child").env("REGROW_GUARD", "protect"));
-        assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
+    let among_threads = [
+        Test::of(no_access_falls_between_the_steps),
+        Test::of(any_order_of_operations),
+        Test::of(who_touches_a_frozen_stack_thaws_it),
+    ];
+    for test in among_threads {
+        test.passes_each_with([""], &[("REGROW_GUARD", "protect")]);
     }
 }
 
@@ -217,11 +218,8 @@ fn alone_it_needs_no_proc_self_mem() {
 /// Without `/proc/self/mem` it says so, and loses nothing.
 #[test]
 fn without_proc_self_mem_it_says_so_and_goes_on() {
-    const TEST: &str = "without_proc_self_mem_it_says_so_and_goes_on";
     if variant().is_none() {
-        let outcome = child(TEST, "child");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     let [mut moving, mut staying] = both_ways().map(|builder| adder(&builder, 3));
     assert_eq!((moving.resume(1).yielded(), staying.resume(1).yielded()), (Some(1), Some(1)));
@@ -288,7 +286,6 @@ fn one_coroutine_touches_another() {
 /// nobody waits for the thread that it interrupted.
 #[test]
 fn a_signal_handler_may_touch_what_it_interrupts_the_freezing_of() {
-    const TEST: &str = "a_signal_handler_may_touch_what_it_interrupts_the_freezing_of";
     const EACH: u64 = 2000;
     static COUNTER: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
     static SIGNALS: AtomicU64 = AtomicU64::new(0);
@@ -299,9 +296,7 @@ fn a_signal_handler_may_touch_what_it_interrupts_the_freezing_of() {
         assert_eq!(before, signals);
     }
     if variant().is_none() && !is_alone() {
-        let outcome = child(TEST, "child");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     let (mut coroutine, counter) = with_counter();
     COUNTER.store(ptr::from_ref(counter).cast_mut(), Ordering::Relaxed);

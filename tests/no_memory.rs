@@ -9,7 +9,7 @@ use regrow::{Builder, Coroutine, Error, Pool, Yielder};
 mod failing;
 mod support;
 use failing::failing;
-use support::{Counted, both_ways, frame, live, variant};
+use support::{Counted, both_ways, frame, live, this_test, variant};
 
 /// Keeps values and pointers to them across a suspend, after it has grown; answers with their sum.
 fn sleeper(builder: &Builder) -> Result<Coroutine<u64, u64, u64>, Error> {
@@ -66,13 +66,8 @@ fn spawning_says_so_and_loses_nothing() {
 /// The first coroutine of a process, and of a thread.
 #[test]
 fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
-    const TEST: &str = "the_first_spawn_of_a_process_says_so_and_works_the_next_time";
     let Some(number) = variant() else {
-        for number in 0..12 {
-            let outcome = support::child(TEST, &number.to_string());
-            assert!(outcome.status.success(), "call {number}: {outcome}");
-        }
-        return;
+        return this_test!().passes_each(0..12);
     };
     for builder in both_ways() {
         let number = number.parse().unwrap();
@@ -147,12 +142,11 @@ fn a_pool_keeps_whom_it_cannot_thaw() {
 /// A growth that may not move for want of memory is made in place, if that works; else the process ends with a report.
 #[test]
 fn a_growth_without_memory_ends_in_a_report_at_worst() {
-    const TEST: &str = "a_growth_without_memory_ends_in_a_report_at_worst";
     let Some(variant) = variant() else {
         let mut reports = 0;
         for way in 0..2 {
             for number in 0..6 {
-                let outcome = support::child(TEST, &format!("{way} {number}"));
+                let outcome = this_test!().child(format!("{way} {number}"));
                 if !outcome.status.success() {
                     assert_eq!(way, MOVING, "a stack that grows in place needs no call: {outcome}");
                     assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{way} {number}: {outcome}");

@@ -16,7 +16,7 @@ use regrow::{
 };
 
 mod support;
-use support::{Counted, OnDrop, both_ways, child, frame, live, relocating, variant};
+use support::{Counted, OnDrop, both_ways, frame, live, relocating, this_test, variant};
 
 type Asked = Coroutine<(), u64, u64>;
 
@@ -329,7 +329,6 @@ fn exits_when_it_is_dropped(builder: &Builder) -> Coroutine<(), (), ()> {
 
 #[test]
 fn a_coroutine_that_is_dropped_while_it_runs_is_leaked() {
-    const TEST: &str = "a_coroutine_that_is_dropped_while_it_runs_is_leaked";
     type Way = (&'static str, fn(&Builder));
     let ways: [Way; 7] = [
         ("runs", |builder| {
@@ -376,7 +375,7 @@ fn a_coroutine_that_is_dropped_while_it_runs_is_leaked() {
     let Some(variant) = variant() else {
         for (name, _) in ways {
             for growth in ["0", "1"] {
-                let outcome = child(TEST, &format!("{growth}{name}"));
+                let outcome = this_test!().child(format!("{growth}{name}"));
                 assert_eq!(outcome.status.code(), Some(5), "{growth}{name}: {outcome}");
                 // One that is suspended all the same is unwound.
                 let dropped = outcome.stdout.matches("dropped its frames").count();
@@ -635,14 +634,8 @@ fn load_library(name: &str) -> Caller {
 /// Both in a process of their own: whatever else meets unknown code has the tables read again, too.
 #[test]
 fn code_that_was_loaded_since_is_looked_up_before_a_stack_stays() {
-    const TEST: &str = "code_that_was_loaded_since_is_looked_up_before_a_stack_stays";
     match variant().as_deref() {
-        None => {
-            for which in ["freeze", "shrink"] {
-                let outcome = child(TEST, which);
-                assert!(outcome.status.success(), "{which}: {outcome}");
-            }
-        }
+        None => this_test!().passes_each(["freeze", "shrink"]),
         Some(which) => {
             drop(relocating().spawn(|_: &Yielder<(), ()>, ()| ())); // the tables are read
             let caller = load_library(which);

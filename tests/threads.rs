@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier, mpsc};
 use regrow::{Coroutine, CoroutineResult, Yielder, current_stats, prepare_thread};
 
 mod support;
-use support::{OnDrop, both_ways, frame, grown, growths, random, relocating};
+use support::{OnDrop, both_ways, frame, grown, growths, random, relocating, this_test};
 
 const THREADS: usize = 8;
 
@@ -217,13 +217,8 @@ fn blocks_all_signals() {
 
 #[test]
 fn a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared() {
-    const TEST: &str = "a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared";
     let Some(how) = support::variant() else {
-        for how in ["prepared", "by the first coroutine"] {
-            let outcome = support::child(TEST, how);
-            assert!(outcome.status.success(), "{how}: {outcome}");
-        }
-        return;
+        return this_test!().passes_each(["prepared", "by the first coroutine"]);
     };
     let thread = std::thread::spawn(move || {
         blocks_all_signals();
@@ -250,12 +245,8 @@ fn a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared() {
 
 #[test]
 fn preparing_a_thread_again_asks_the_kernel_nothing() {
-    const TEST: &str = "preparing_a_thread_again_asks_the_kernel_nothing";
     match support::variant() {
-        None => {
-            let outcome = support::child(TEST, "");
-            assert!(outcome.status.success(), "{outcome}");
-        }
+        None => this_test!().passes(),
         Some(_) => {
             prepare_thread().unwrap();
             support::refuse(&[libc::SYS_sigaltstack, libc::SYS_mmap], libc::EPERM);

@@ -11,7 +11,7 @@ use regrow::torture::{Finding, Kind, Mode, Report, Torture};
 use regrow::{Builder, Yielder, current_stats, pinned_room, reserve};
 
 mod support;
-use support::{below, child, frame, random, relocating, variant};
+use support::{below, frame, random, relocating, this_test, variant};
 
 const MODES: [Mode; 6] = [
     Mode::GrowthPoints,
@@ -151,9 +151,7 @@ fn overflows_go_by_the_smallest_step() {
 #[test]
 fn coroutines_are_made_inside() {
     if variant().is_none() {
-        let outcome = child("coroutines_are_made_inside", "");
-        assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     // Unoptimised one takes ten seconds.
     const MADE: u32 = if cfg!(debug_assertions) { 1 } else { 50 };
@@ -365,9 +363,7 @@ fn threads_wait_for_their_turn() {
 #[test]
 fn the_code_is_as_before() {
     if variant().is_none() {
-        let outcome = child("the_code_is_as_before", "alone");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     let code = || {
         let mut bytes = vec![0u8; 256];
