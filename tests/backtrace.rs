@@ -9,7 +9,7 @@ use std::process::Command;
 use regrow::{Builder, Yielder};
 
 mod support;
-use support::{both_ways, frame, growths, outcome, this_test, variant};
+use support::{Way, both_ways, frame, growths, outcome, this_test, variant};
 
 /// The functions on the way from the innermost to the test, in the order in which a backtrace shows them.
 const WAY: [&str; 4] = ["innermost_function", "calls_innermost", "resumes_the_inner", "resumes_the_outer"];
@@ -62,10 +62,10 @@ fn shows_the_way(text: &str, test: &str) {
 
 #[test]
 fn stds_backtrace_goes_on_into_the_resumers() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let trace = resumes_the_outer(&builder, || Backtrace::force_capture().to_string());
         shows_the_way(&trace, "stds_backtrace_goes_on_into_the_resumers");
-    }
+    });
 }
 
 #[test]
@@ -80,9 +80,9 @@ fn the_backtrace_crate_sees_the_same() {
         });
         names
     }
-    for builder in both_ways() {
+    both_ways(|builder| {
         shows_the_way(&resumes_the_outer(&builder, look), "the_backtrace_crate_sees_the_same");
-    }
+    });
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn gdbs_backtrace_goes_on_into_the_resumers() {
             if Command::new("gdb").arg("--version").output().is_err() {
                 return eprintln!("skipped: no gdb on the path");
             }
-            for way in ["0", "1"] {
+            for way in Way::BOTH {
                 let mut gdb = Command::new("gdb");
                 gdb.args(["-nx", "-batch", "-ex", "set debuginfod enabled off", "-ex", "set width 0"]);
                 gdb.args(["-ex", "handle SIGSEGV nostop noprint pass", "-ex", "run", "-ex", "bt 60"]);
@@ -109,7 +109,7 @@ fn gdbs_backtrace_goes_on_into_the_resumers() {
         Some(way) => {
             // SAFETY: a breakpoint, for gdb.
             let stop = || unsafe { std::arch::asm!("int3") };
-            resumes_the_outer(&both_ways()[way.parse::<usize>().unwrap()], stop);
+            resumes_the_outer(&Way::named(&way).builder(), stop);
         }
     }
 }

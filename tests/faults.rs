@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, frame, growths, refuse, relocating, run, signalled_at, this_test, variant};
+use support::{Way, frame, growths, refuse, relocating, run, signalled_at, this_test, variant};
 
 /// Reads a word by one instruction that is no growth point. What compilers emit, without their checks.
 #[inline(never)]
@@ -71,17 +71,17 @@ fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
     match variant() {
         None => {
             for (name, _) in wild {
-                for way in ["0", "1"] {
-                    let outcome = this_test!().child(format!("{way}{name}"));
+                for way in Way::BOTH {
+                    let outcome = this_test!().child(format!("{way}, {name}"));
                     assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{name}: {outcome}");
                     assert!(!outcome.stderr.contains("regrow"), "{name}: {outcome}");
                 }
             }
         }
         Some(which) => {
-            let (way, name) = which.split_at(1);
+            let (way, name) = which.split_once(", ").unwrap();
             let (_, f) = wild.into_iter().find(|&(known, _)| known == name).unwrap();
-            in_a_coroutine(&both_ways()[way.parse::<usize>().unwrap()], f);
+            in_a_coroutine(&Way::named(way).builder(), f);
         }
     }
 }
@@ -754,10 +754,9 @@ fn an_overflow_of_a_plain_thread_is_still_told_by_std() {
 
 #[test]
 fn an_overflow_at_the_maximum_is_reported() {
-    let builders = both_ways();
     match variant() {
         None => {
-            for way in ["0", "1", "2"] {
+            for way in ["moving", "in place", "moving, small alternate stack"] {
                 let outcome = this_test!().child(way);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
                 for part in [
@@ -774,10 +773,11 @@ fn an_overflow_at_the_maximum_is_reported() {
             }
         }
         Some(way) => {
-            let way = way.parse::<usize>().unwrap();
-            let builder = builders[way % 2].clone().name("deep one").maximum(16 << 10);
+            let small = way.strip_suffix(", small alternate stack");
+            let builder = Way::named(small.unwrap_or(&way)).builder().name("deep one").maximum(16 << 10);
+            let is_small = small.is_some();
             run(&builder, move || {
-                if way == 2 {
+                if is_small {
                     AlternateStack::new(8 << 10).install();
                 }
                 black_box(recurses_for_ever(0))

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, this_test, variant};
+use support::{Way, both_ways, this_test, variant};
 
 /// A suspended coroutine that counts on its stack, and the address of its counter.
 fn with_counter(builder: &Builder) -> (Coroutine<(), usize, u64>, usize) {
@@ -19,7 +19,7 @@ fn with_counter(builder: &Builder) -> (Coroutine<(), usize, u64>, usize) {
 }
 
 fn in_place() -> Builder {
-    both_ways()[1].clone()
+    Way::InPlace.builder()
 }
 
 /// The counter of a coroutine that grows in place.
@@ -87,7 +87,7 @@ fn a_child_resumes_and_drops_what_its_parent_has_frozen() {
     if variant().is_none() {
         return this_test!().passes();
     }
-    for builder in both_ways() {
+    both_ways(|builder| {
         for threads in [false, true] {
             threads.then(|| std::thread::spawn(std::thread::park));
             let mut frozen: Vec<_> = (0..40).map(|_| with_counter(&builder).0).collect();
@@ -108,7 +108,7 @@ fn a_child_resumes_and_drops_what_its_parent_has_frozen() {
                 assert_eq!(coroutine.resume(()).returned(), Some(7));
             }
         }
-    }
+    });
 }
 
 /// Another thread freezes and thaws all the time.

@@ -10,7 +10,9 @@ use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
 mod support;
-use support::{Counted, Test, below, both_ways, frame, grown, live, outcome, random, this_test, variant};
+use support::{
+    Counted, Test, below, both_ways, builders, frame, grown, live, outcome, random, this_test, variant,
+};
 
 /// A coroutine that keeps pointers between its frames, `depth` of them, and adds up what it is given.
 fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
@@ -43,7 +45,7 @@ fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
 
 #[test]
 fn a_frozen_coroutine_goes_on() {
-    for (builder, depth) in both_ways().iter().flat_map(|b| [0, 1, 5, 30, 300].map(|depth| (b, depth))) {
+    for (builder, depth) in builders().iter().flat_map(|b| [0, 1, 5, 30, 300].map(|depth| (b, depth))) {
         let mut coroutine = adder(builder, depth);
         let mut sum = 7;
         assert_eq!(coroutine.resume(7).yielded(), Some(7));
@@ -61,7 +63,7 @@ fn a_frozen_coroutine_goes_on() {
 
 #[test]
 fn its_slot_is_used_by_others_meanwhile() {
-    let builders = both_ways();
+    let builders = builders();
     let mut all: Vec<_> = (0..100).map(|number| adder(&builders[number % builders.len()], 3)).collect();
     for (number, coroutine) in all.iter_mut().enumerate() {
         coroutine.resume(number as u64);
@@ -80,31 +82,31 @@ fn its_slot_is_used_by_others_meanwhile() {
 
 #[test]
 fn a_frozen_coroutine_takes_little() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| yielder.suspend(()));
         coroutine.resume(());
         assert_eq!(coroutine.bytes(), 4096);
         assert!(coroutine.freeze().unwrap());
         let most = if cfg!(debug_assertions) { 2000 } else { 320 };
         assert!(coroutine.bytes() <= most, "{} bytes", coroutine.bytes());
-    }
+    });
 }
 
 #[test]
 fn dropping_one_runs_its_destructors() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = adder(&builder, 10);
         coroutine.resume(1);
         assert!(coroutine.freeze().unwrap());
         assert_eq!(live(), 1);
         drop(coroutine);
         assert_eq!(live(), 0);
-    }
+    });
 }
 
 #[test]
 fn name_counters_and_old_slots_are_kept() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let growth = builder.spawn(|_: &Yielder<(), ()>, ()| ()).growth();
         let mut coroutine = builder.name("sleeper").spawn(|yielder: &Yielder<(), ()>, ()| {
             frame::<30_000>(1);
@@ -126,12 +128,12 @@ fn name_counters_and_old_slots_are_kept() {
         assert_eq!(coroutine.name(), Some("sleeper"));
         assert_eq!(coroutine.growth(), growth);
         assert!(coroutine.resume(()).returned().is_some());
-    }
+    });
 }
 
 #[test]
 fn what_cannot_be_frozen_says_no_and_goes_on() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut fresh = builder.spawn(|_: &Yielder<(), ()>, ()| ());
         let mut pinned = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
             let _pin = pin();
@@ -142,7 +144,7 @@ fn what_cannot_be_frozen_says_no_and_goes_on() {
         assert!(fresh.resume(()).returned().is_some());
         assert!(!fresh.freeze().unwrap(), "it has ended");
         assert!(pinned.resume(()).returned().is_some());
-    }
+    });
 }
 
 const ALONE: &str = "REGROW_TEST_ALONE";
@@ -221,7 +223,7 @@ fn without_proc_self_mem_it_says_so_and_goes_on() {
     if variant().is_none() {
         return this_test!().passes();
     }
-    let [mut moving, mut staying] = both_ways().map(|builder| adder(&builder, 3));
+    let [mut moving, mut staying] = builders().map(|builder| adder(&builder, 3));
     assert_eq!((moving.resume(1).yielded(), staying.resume(1).yielded()), (Some(1), Some(1)));
     allow_files(false);
     let error = staying.freeze().unwrap_err();
@@ -461,7 +463,7 @@ proptest! {
     #[test]
     fn any_order_of_operations(steps in prop::collection::vec((0..6usize, 0..7u8, 1..1000u64), 1..120)) {
         let mut slots: [Option<(Coroutine<_, _, _>, u64)>; 6] = [const { None }; 6];
-        let [moving, staying] = both_ways();
+        let [moving, staying] = builders();
         let builders = [moving.clone(), staying, moving.slack_first(true)];
         let spawned = Rc::new(Cell::new(0));
         for (which, operation, number) in steps {

@@ -6,7 +6,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Error, Yielder};
 
 mod support;
-use support::{Counted, by_markers, frame, live, outcome, relocating, this_test, variant};
+use support::{Counted, Way, by_markers, frame, live, outcome, relocating, this_test, variant};
 
 fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
@@ -32,25 +32,14 @@ fn suspended<const N: usize>(builder: &Builder) -> Result<Coroutine<(), (), u64>
     Ok(coroutine)
 }
 
-/// The builder that a variant of a test is about.
-fn builder_of(way: &str) -> Builder {
-    match way {
-        "moving" => relocating(),
-        "in place" => Builder::new().learn(false),
-        _ => unreachable!(),
-    }
-}
-
-const WAYS: [&str; 2] = ["moving", "in place"];
-
 #[test]
 fn a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each() {
     const COUNT: usize = 100_000;
     if !by_markers() {
         return;
     }
-    let Some(way) = variant() else { return this_test!().passes_each(WAYS) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     drop(suspended::<16>(&builder).unwrap());
     let mut live = Vec::with_capacity(COUNT);
     let (before, (_, memory_before)) = (mappings(), memory());
@@ -83,9 +72,9 @@ fn kernel_has_guard_pages() -> bool {
 #[test]
 fn everything_works_with_guard_pages_by_protection() {
     let Some(way) = variant() else {
-        return this_test!().passes_each_with(WAYS, &[("REGROW_GUARD", "protect")]);
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     for _ in 0..3 {
         let mut live: Vec<_> = (0..300)
             .map(|n| match n % 3 {
@@ -104,9 +93,9 @@ fn everything_works_with_guard_pages_by_protection() {
 #[test]
 fn running_out_of_mappings_is_an_error_that_names_the_setting() {
     let Some(way) = variant() else {
-        return this_test!().passes_each_with(WAYS, &[("REGROW_GUARD", "protect")]);
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 200_000 {
         return eprintln!("skipped: vm.max_map_count is {most}");
@@ -144,9 +133,9 @@ fn mappings_left(most: usize) -> usize {
 #[test]
 fn mappings_are_left_for_the_rest_of_the_program() {
     let Some(way) = variant() else {
-        return this_test!().passes_each_with(WAYS, &[("REGROW_GUARD", "protect")]);
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 200_000 {
         return eprintln!("skipped: vm.max_map_count is {most}");
@@ -164,9 +153,9 @@ fn mappings_are_left_for_the_rest_of_the_program() {
 #[test]
 fn mappings_go_back_when_coroutines_have_ended_and_the_thread_is_trimmed() {
     let Some(way) = variant() else {
-        return this_test!().passes_each_with(WAYS, &[("REGROW_GUARD", "protect")]);
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let before = mappings();
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     let at_a_time = (most / 4).min(20_000);
@@ -214,7 +203,7 @@ fn what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken() {
         return eprintln!("skipped: vm.max_map_count is {most}");
     }
     let (way, alone) = variant.split_once(',').map_or((&*variant, false), |(way, _)| (way, true));
-    let builder = builder_of(way);
+    let builder = Way::named(way).builder();
     if alone {
         // The harness runs a test in a thread. A child process has only one, and glibc is told so.
         // SAFETY: the flag of the C library, true in the child; it only runs coroutines, and ends.
@@ -262,8 +251,8 @@ fn what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken() {
 
 #[test]
 fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
-    let Some(way) = variant() else { return this_test!().passes_each(WAYS) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     drop(suspended::<16>(&builder).unwrap());
     let mut coroutines = Vec::with_capacity(100_000);
     let most = memory().0 as u64 + (200 << 20);
@@ -291,9 +280,9 @@ fn strict_overcommit_is_an_error_that_says_what_to_do() {
         if mode.trim() != "2" {
             return println!("vm.overcommit_memory is {}, not 2: nothing to see", mode.trim());
         }
-        return this_test!().passes_each(WAYS);
+        return this_test!().passes_each(Way::BOTH);
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let mut coroutines = Vec::with_capacity(100_000);
     let error = loop {
         match suspended::<16>(&builder) {
@@ -341,14 +330,14 @@ fn coroutines_grow_freeze_and_move_under_valgrind() {
         if std::process::Command::new("valgrind").arg("--version").output().is_err() {
             return println!("skipped: no valgrind");
         }
-        for way in WAYS {
+        for way in Way::BOTH {
             let mut valgrind = std::process::Command::new("valgrind");
             let outcome = outcome(this_test!().under(valgrind.args(["--quiet", "--tool=none"]), way));
             assert!(outcome.has_passed(), "{way}: {outcome}");
         }
         return;
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let make = |n| match n % 3 {
         0 => suspended::<16>(&builder).unwrap(),
         1 => suspended::<5000>(&builder).unwrap(),
@@ -367,7 +356,7 @@ fn coroutines_are_made_and_grow_in_locked_memory() {
     let variants = ["moving, before", "moving, after", "in place, before", "in place, after"];
     let Some(variant) = variant() else { return this_test!().passes_each(variants) };
     let (way, when) = variant.split_once(", ").unwrap();
-    let builder = builder_of(way);
+    let builder = Way::named(way).builder();
     let make = |n| match n % 3 {
         0 => suspended::<16>(&builder).unwrap(),
         1 => suspended::<5000>(&builder).unwrap(),
@@ -439,8 +428,8 @@ fn growth_without_memory_uses_the_slack_and_then_reports() {
 
 #[test]
 fn the_memory_of_finished_coroutines_is_used_again() {
-    let Some(way) = variant() else { return this_test!().passes_each(WAYS) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     let round = |most: usize| {
         for n in 0..most {
             let mut coroutine = builder.spawn(move |_: &Yielder<u64, ()>, number: u64| {
@@ -471,8 +460,8 @@ fn the_memory_of_finished_coroutines_is_used_again() {
 /// Slots go from thread to thread: a process that makes threads for ever does not grow.
 #[test]
 fn threads_that_end_leave_nothing_behind() {
-    let Some(way) = variant() else { return this_test!().passes_each(WAYS) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     let round = || {
         for _ in 0..200 {
             let builder = builder.clone();

@@ -11,7 +11,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Yielder, totals};
 
 mod support;
-use support::{OnDrop, Test, frame, growths, relocating, run, this_test, variant};
+use support::{OnDrop, Test, both_ways, frame, growths, relocating, run, this_test, variant};
 
 thread_local! {
     /// Constant and without a destructor: reading it never allocates.
@@ -103,10 +103,6 @@ mod interposed {
     }
 }
 
-fn both_ways() -> [Builder; 2] {
-    [relocating(), Builder::new().learn(false)]
-}
-
 /// Uses more and more stack, in steps, so that it grows through every class up to `KIB`.
 fn grows_through_many_sizes() {
     armed(|| {
@@ -122,9 +118,9 @@ fn grows_through_many_sizes() {
 
 /// The first growth of a process: nothing of the class was ever used.
 fn first_ever() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         run(&builder, grows_through_many_sizes);
-    }
+    });
 }
 
 /// So many stacks of one size at the same time that their arena is used up and growth itself must make another,

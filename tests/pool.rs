@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Key, Pool, Yielder, pin};
 
 mod support;
-use support::{Counted, both_ways, frame, live};
+use support::{Counted, both_ways, builders, frame, live};
 
 /// Adds up what it is given until that is 0; grows at some sums.
 fn adder(builder: &Builder) -> Coroutine<u64, u64, u64> {
@@ -41,7 +41,7 @@ fn pool_of(builder: &Builder, count: u64, budget: usize) -> (Pool<u64, u64, u64>
 
 #[test]
 fn the_least_recently_resumed_are_frozen() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let (mut pool, keys) = pool_of(&builder, 10, 4 * 4096);
         // Of those ordered by their latest resume, so many of the first are frozen as is needed, and no more.
         let frozen = |pool: &Pool<u64, u64, u64>, order: [usize; 10]| {
@@ -61,7 +61,7 @@ fn the_least_recently_resumed_are_frozen() {
         assert_eq!((pool.stats().live, pool.stats().live_bytes, pool.stats().frozen), (0, 0, 10));
         drop(pool);
         assert_eq!(live(), 0);
-    }
+    });
 }
 
 #[test]
@@ -149,7 +149,7 @@ proptest! {
     /// the budget is kept.
     #[test]
     fn any_order_of_operations(steps in prop::collection::vec((0..7u8, 1..1000u64), 1..150)) {
-        let builders = both_ways();
+        let builders = builders();
         let mut pool = Pool::new(usize::MAX);
         let mut sums: HashMap<Key, u64> = HashMap::new();
         for (operation, number) in steps {

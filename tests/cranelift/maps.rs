@@ -731,7 +731,7 @@ extern "C" fn look(mut address: usize) -> usize {
 #[test]
 fn frames_on_a_coroutine_are_precise_and_their_pointers_exact() {
     map::record_loaded_objects();
-    for (builder, bytes) in support::both_ways().into_iter().flat_map(|one| [(one.clone(), 0), (one, 20_000)])
+    for (builder, bytes) in support::builders().into_iter().flat_map(|one| [(one.clone(), 0), (one, 20_000)])
     {
         let depth = 40;
         let (result, found) = support::run(&builder, move || {

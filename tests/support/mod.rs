@@ -17,9 +17,54 @@ pub fn relocating() -> Builder {
     unsafe { Builder::new().learn(false).relocating() }
 }
 
-/// A builder for each way of growing.
-pub fn both_ways() -> [Builder; 2] {
-    [relocating(), Builder::new().learn(false).maximum(64 << 20)]
+/// A way of growing. Its name, "moving" or "in place", is a variant of a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Moving,
+    InPlace,
+}
+
+impl Way {
+    pub const BOTH: [Self; 2] = [Self::Moving, Self::InPlace];
+
+    /// The way that this is the name of.
+    pub fn named(name: &str) -> Self {
+        Self::BOTH.into_iter().find(|way| way.to_string() == name).expect("a way of growing")
+    }
+
+    /// A builder of coroutines that grow so.
+    pub fn builder(self) -> Builder {
+        match self {
+            Self::Moving => relocating(),
+            Self::InPlace => Builder::new().learn(false),
+        }
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Moving => "moving",
+            Self::InPlace => "in place",
+        })
+    }
+}
+
+/// A builder for each [`Way`], in their order, of coroutines that may grow far.
+pub fn builders() -> [Builder; 2] {
+    [Way::Moving.builder(), Way::InPlace.builder().maximum(64 << 20)]
+}
+
+/// Checks a property of coroutines for each way of growing: with each of the [`builders`]. Says for which one it failed.
+pub fn both_ways(mut holds: impl FnMut(Builder)) {
+    for (way, builder) in Way::BOTH.into_iter().zip(builders()) {
+        let _says = OnDrop(|| {
+            if std::thread::panicking() {
+                eprintln!("with a stack that grows: {way}");
+            }
+        });
+        holds(builder);
+    }
 }
 
 /// Whether guards are markers in the page table here, without a mapping each; says so if they are not.
