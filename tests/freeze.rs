@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod support;
 use support::{
     Counted, Test, below, both_ways, builders, frame, grown, live, outcome, random, this_test, variant,
@@ -456,7 +458,7 @@ fn a_child_process_has_its_own_frozen_stacks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(corpus::cases(200))]
 
     /// Any order of resumes, freezes, thaws, shrinks and drops of several coroutines: each sum is what it should be, and
     /// each destructor runs once.

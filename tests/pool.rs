@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Key, Pool, Yielder, pin};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod support;
 use support::{Counted, both_ways, builders, frame, live};
 
@@ -143,7 +145,7 @@ fn one_that_panics_is_gone() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(corpus::cases(100))]
 
     /// Any order of insertions, resumes, ends, removals and budgets: sums are right, counters are those of the coroutines, and
     /// the budget is kept.
