@@ -1,4 +1,5 @@
-//! Regressions: criterion keeps the figures of the run before and says what has changed. `cargo bench --bench switch`
+//! Regressions: criterion keeps the figures of the run before and says what has changed.
+//! `cargo bench --package regrow-benches --bench switch`
 //!
 //! How the figures compare with those of others is for benches/side_by_side.
 

@@ -1,6 +1,6 @@
 //! What stack maps cost: recording, memory, look-ups, and a frame walked. Medians of several runs, printed.
 //!
-//! `cargo bench --bench walk`
+//! `cargo bench --package regrow-benches --bench walk`
 
 #[path = "../tests/walkers/mod.rs"]
 mod walkers;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{OnDrop, child, depths, down, frame, fresh, run, variant};
+use support::{OnDrop, depths, down, frame, fresh, run, this_test, variant};
 
 // --- signals -----------------------------------------------------------------------------------------------------
 
@@ -35,11 +35,8 @@ fn handle(signal: c_int) {
 
 #[test]
 fn a_signal_whose_handler_has_no_stack_of_its_own_is_seen_at_every_depth() {
-    const TEST: &str = "a_signal_whose_handler_has_no_stack_of_its_own_is_seen_at_every_depth";
     if variant().is_none() {
-        let outcome = child(TEST, "");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     handle(libc::SIGUSR1);
     for levels in depths() {
@@ -55,14 +52,9 @@ fn a_signal_whose_handler_has_no_stack_of_its_own_is_seen_at_every_depth() {
 
 #[test]
 fn signals_that_come_at_any_time_harm_nothing() {
-    const TEST: &str = "signals_that_come_at_any_time_harm_nothing";
     const TIMES: usize = 300;
     let Some(variant) = variant() else {
-        for way in ["timer", "another process"] {
-            let outcome = child(TEST, way);
-            assert!(outcome.status.success(), "{way}: {outcome}");
-        }
-        return;
+        return this_test!().passes_each(["timer", "another process"]);
     };
     let mut sender = None;
     if variant == "timer" {
@@ -147,10 +139,9 @@ fn a_thread_that_was_never_prepared_resumes_and_drops() {
 
 #[test]
 fn the_status_of_exit_is_what_it_was_called_with_at_every_depth() {
-    const TEST: &str = "the_status_of_exit_is_what_it_was_called_with_at_every_depth";
     let Some(levels) = variant() else {
         for levels in (0..60).step_by(2) {
-            let outcome = child(TEST, &levels.to_string());
+            let outcome = this_test!().child(levels);
             assert_eq!(outcome.status.code(), Some(5), "{levels} levels down: {outcome}");
         }
         return;
@@ -179,9 +170,8 @@ fn a_destructor_of_a_thread_local_resumes() {
         }
     }
     thread_local!(static LAST: std::cell::RefCell<Last> = const { std::cell::RefCell::new(Last(None)) });
-    const TEST: &str = "a_destructor_of_a_thread_local_resumes";
     if variant().is_none() {
-        let outcome = child(TEST, "");
+        let outcome = this_test!().child("");
         assert!(outcome.status.success() && outcome.stdout.contains("destructor: resumed"), "{outcome}");
         return;
     }

@@ -10,17 +10,7 @@ use std::time::Duration;
 use regrow::{Builder, Yielder};
 
 mod support;
-use support::{child, depths, down, frame, fresh, relocating, run, variant};
-
-/// Runs one test of this file in a process of its own; returns true in that process.
-fn in_a_child(test: &str) -> bool {
-    if variant().is_none() {
-        let outcome = child(test, "");
-        assert!(outcome.status.success(), "{outcome}");
-        return false;
-    }
-    true
-}
+use support::{depths, down, frame, fresh, relocating, run, this_test, variant};
 
 /// Raises a signal at every depth of a stack, each time on fresh memory, and calls `seen` from there afterwards.
 fn raise_at_every_depth(signal: c_int, seen: impl Fn() + Clone + 'static) {
@@ -40,37 +30,40 @@ fn raise_at_every_depth(signal: c_int, seen: impl Fn() + Clone + 'static) {
 
 #[test]
 fn a_flag_of_signal_hook_is_set_at_every_depth() {
-    if in_a_child("a_flag_of_signal_hook_is_set_at_every_depth") {
-        let flag = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(libc::SIGTERM, Arc::clone(&flag)).unwrap();
-        raise_at_every_depth(libc::SIGTERM, move || assert!(flag.swap(false, Ordering::SeqCst)));
+    if variant().is_none() {
+        return this_test!().passes();
     }
+    let flag = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(libc::SIGTERM, Arc::clone(&flag)).unwrap();
+    raise_at_every_depth(libc::SIGTERM, move || assert!(flag.swap(false, Ordering::SeqCst)));
 }
 
 #[test]
 fn a_low_level_handler_of_signal_hook_runs_at_every_depth() {
     static SEEN: AtomicUsize = AtomicUsize::new(0);
-    if in_a_child("a_low_level_handler_of_signal_hook_runs_at_every_depth") {
-        let handler = || {
-            // It may do what a handler may, with a frame of its own.
-            let bytes = black_box([1u8; 4000]);
-            SEEN.fetch_add(usize::from(bytes[77]), Ordering::SeqCst);
-        };
-        // SAFETY: the handler does what a handler may do.
-        unsafe { signal_hook::low_level::register(libc::SIGUSR1, handler) }.unwrap();
-        raise_at_every_depth(libc::SIGUSR1, || assert_eq!(SEEN.swap(0, Ordering::SeqCst), 1));
+    if variant().is_none() {
+        return this_test!().passes();
     }
+    let handler = || {
+        // It may do what a handler may, with a frame of its own.
+        let bytes = black_box([1u8; 4000]);
+        SEEN.fetch_add(usize::from(bytes[77]), Ordering::SeqCst);
+    };
+    // SAFETY: the handler does what a handler may do.
+    unsafe { signal_hook::low_level::register(libc::SIGUSR1, handler) }.unwrap();
+    raise_at_every_depth(libc::SIGUSR1, || assert_eq!(SEEN.swap(0, Ordering::SeqCst), 1));
 }
 
 /// Its own signal handler runs where the signal comes, and wakes a thread, in which the program's runs.
 #[test]
 fn the_handler_of_ctrlc_is_woken_at_every_depth() {
-    if in_a_child("the_handler_of_ctrlc_is_woken_at_every_depth") {
-        let (sender, receiver) = channel();
-        ctrlc::set_handler(move || sender.send(()).unwrap()).unwrap();
-        let receiver: &'static _ = Box::leak(Box::new(receiver));
-        raise_at_every_depth(libc::SIGINT, || receiver.recv_timeout(Duration::from_secs(60)).unwrap());
+    if variant().is_none() {
+        return this_test!().passes();
     }
+    let (sender, receiver) = channel();
+    ctrlc::set_handler(move || sender.send(()).unwrap()).unwrap();
+    let receiver: &'static _ = Box::leak(Box::new(receiver));
+    raise_at_every_depth(libc::SIGINT, || receiver.recv_timeout(Duration::from_secs(60)).unwrap());
 }
 
 // --- a profiler --------------------------------------------------------------------------------------------------
@@ -130,14 +123,9 @@ fn resume_them(builder: &Builder) {
 
 #[test]
 fn a_profiler_that_walks_stacks_harms_nothing_and_gets_to_who_resumes() {
-    const TEST: &str = "a_profiler_that_walks_stacks_harms_nothing_and_gets_to_who_resumes";
     const ENOUGH: usize = 150;
     let Some(way) = variant() else {
-        for way in ["in place", "moving"] {
-            let outcome = child(TEST, way);
-            assert!(outcome.status.success(), "{way}: {outcome}");
-        }
-        return;
+        return this_test!().passes_each(["in place", "moving"]);
     };
     // The walker reads and keeps what it needs before the first signal.
     backtrace::trace(|_| true);

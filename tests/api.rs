@@ -12,7 +12,9 @@ use regrow::{
 };
 
 mod support;
-use support::{Counted, OnDrop, both_ways, child, frame, grown, growths, live, relocating, run, variant};
+use support::{
+    Counted, OnDrop, both_ways, builders, frame, grown, growths, live, relocating, run, this_test, variant,
+};
 
 fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
     match payload.downcast::<String>() {
@@ -33,7 +35,7 @@ fn panics<R>(f: impl FnOnce() -> R) -> String {
 
 /// Passes values of one type in, out and back, then drops coroutines at each stage of their life.
 fn carries<T: Clone + Debug + PartialEq + 'static>(values: [T; 3]) {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let [a, b, c] = values.clone().map(Counted::new);
         let expected = values.clone();
         let mut coroutine = builder.spawn(move |yielder: &Yielder<Counted<T>, Counted<T>>, first| {
@@ -66,7 +68,7 @@ fn carries<T: Clone + Debug + PartialEq + 'static>(values: [T; 3]) {
             drop(coroutine);
             assert_eq!(live(), 0, "dropped after {resumes} resumes");
         }
-    }
+    });
 }
 
 #[test]
@@ -125,7 +127,7 @@ fn values_aligned_beyond_the_stack_are_carried() {
 #[test]
 fn closures_of_any_size_run_and_are_dropped_once() {
     fn with<const N: usize>() {
-        for builder in both_ways() {
+        both_ways(|builder| {
             for resume in [true, false] {
                 let captured = Counted::new([N as u8; N]);
                 let mut coroutine = builder.spawn(move |_: &Yielder<(), ()>, ()| {
@@ -141,7 +143,7 @@ fn closures_of_any_size_run_and_are_dropped_once() {
                 drop(coroutine);
                 assert_eq!(live(), 0);
             }
-        }
+        });
     }
     with::<0>();
     with::<1>();
@@ -217,7 +219,7 @@ fn a_coroutine_is_neither_send_nor_sync() {
 
 #[test]
 fn dropping_unwinds_the_frames_innermost_first() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let order = Rc::new(RefCell::new(Vec::new()));
         let log = order.clone();
         let captured = order.clone();
@@ -239,7 +241,7 @@ fn dropping_unwinds_the_frames_innermost_first() {
         drop(coroutine);
         assert_eq!(*order.borrow(), ["inner", "second", "first", "captured"]);
         assert_eq!(Rc::strong_count(&order), 1, "all clones are gone");
-    }
+    });
 }
 
 #[test]
@@ -258,7 +260,7 @@ fn what_a_finished_coroutine_held_is_dropped_before_its_result_arrives() {
 
 #[test]
 fn a_forgotten_coroutine_leaks_and_no_worse() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let leaked = Rc::new(());
         for _ in 0..10 {
             let held = leaked.clone();
@@ -275,15 +277,15 @@ fn a_forgotten_coroutine_leaks_and_no_worse() {
         for _ in 0..100 {
             assert_eq!(run(&builder, || frame::<6000>(2)), 12_000);
         }
-    }
+    });
 }
 
 #[test]
 fn dropping_a_coroutine_says_nothing() {
     match variant() {
         None => {
-            let outcome = child("dropping_a_coroutine_says_nothing", "");
-            assert!(outcome.status.success(), "{outcome}");
+            let outcome = this_test!().child("");
+            assert!(outcome.has_passed(), "{outcome}");
             assert_eq!(outcome.stderr, "");
         }
         Some(_) => {
@@ -310,7 +312,7 @@ fn code_being_unwound_by_a_drop_sees_that_it_is() {
 
 #[test]
 fn a_forced_unwind_can_be_caught_and_suspended_again() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let caught = Rc::new(Cell::new(0));
         let count = caught.clone();
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), Counted<u32>>, ()| {
@@ -326,7 +328,7 @@ fn a_forced_unwind_can_be_caught_and_suspended_again() {
         assert_eq!(coroutine.resume(()).yielded().unwrap().0, 1);
         drop(coroutine);
         assert_eq!((caught.get(), live()), (4, 0));
-    }
+    });
 }
 
 #[test]
@@ -346,7 +348,7 @@ fn a_forced_unwind_that_is_passed_on_by_hand_ends_the_coroutine() {
 fn catching_the_unwinding_over_and_over_ends_the_process_with_a_sentence() {
     match variant() {
         None => {
-            let outcome = child("catching_the_unwinding_over_and_over_ends_the_process_with_a_sentence", "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             assert!(outcome.stderr.contains("catches its unwinding and suspends again"), "{outcome}");
         }
@@ -390,7 +392,7 @@ fn a_fresh_coroutine_whose_captured_value_panics_when_dropped_gives_its_stack_ba
 fn a_panic_crosses_to_the_resumer_with_its_payload() {
     #[derive(Debug, PartialEq)]
     struct Payload([u64; 5], String);
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.spawn(|yielder: &Yielder<u64, ()>, first: u64| {
             let _local = Counted::new(first);
             yielder.suspend(());
@@ -406,7 +408,7 @@ fn a_panic_crosses_to_the_resumer_with_its_payload() {
             panics(|| coroutine.resume(1)),
             "resumed a coroutine that has ended: check done() or the last CoroutineResult"
         );
-    }
+    });
 }
 
 #[test]
@@ -423,7 +425,7 @@ fn resuming_a_finished_coroutine_panics_with_a_sentence() {
 /// A resume after a growth, which is watched, or after a freeze goes another way than most; and the stack may have moved.
 #[test]
 fn large_values_are_carried_by_resumes_of_every_kind() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut sums = builder.spawn(|yielder: &Yielder<[u64; 9], [u64; 9]>, mut values: [u64; 9]| {
             while values[0] < 100 {
                 values = yielder.suspend(values.map(|value| value + frame::<3000>(1)));
@@ -438,12 +440,12 @@ fn large_values_are_carried_by_resumes_of_every_kind() {
         }
         assert!(grown(&sums.stats()) > 0);
         assert_eq!(sums.resume([100; 9]), CoroutineResult::Return([100; 9]));
-    }
+    });
 }
 
 #[test]
 fn suspending_inside_catch_unwind_keeps_what_it_catches() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.spawn(|yielder: &Yielder<bool, u32>, _: bool| {
             let mut caught = 0;
             for round in 0..10 {
@@ -467,14 +469,14 @@ fn suspending_inside_catch_unwind_keeps_what_it_catches() {
             assert_eq!(coroutine.resume(panic).yielded(), Some(round + 1));
         }
         assert_eq!(coroutine.resume(false).returned(), Some(expected + 9));
-    }
+    });
 }
 
 // --- nesting -------------------------------------------------------------------------------------------------------
 
 #[test]
 fn nested_coroutines_run_grow_and_suspend_each_on_their_own() {
-    for (outer_builder, inner_builder) in both_ways().into_iter().zip(both_ways().into_iter().rev()) {
+    for (outer_builder, inner_builder) in builders().into_iter().zip(builders().into_iter().rev()) {
         let mut outer = outer_builder.spawn(move |yielder: &Yielder<u64, u64>, mut number: u64| {
             let mut inner = inner_builder.spawn(|yielder: &Yielder<u64, u64>, mut number: u64| {
                 loop {
@@ -504,7 +506,7 @@ fn nested_coroutines_run_grow_and_suspend_each_on_their_own() {
 
 #[test]
 fn a_panic_goes_through_two_levels() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let inner_builder = builder.clone();
         let mut outer = builder.spawn(move |_: &Yielder<(), ()>, ()| {
             let _outer = Counted::new(1);
@@ -518,12 +520,12 @@ fn a_panic_goes_through_two_levels() {
         assert_eq!(panics(|| outer.resume(())), "from the innermost");
         assert!(outer.done());
         assert_eq!(live(), 0);
-    }
+    });
 }
 
 #[test]
 fn dropping_an_outer_coroutine_drops_the_inner_one() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let inner_builder = builder.clone();
         let mut outer = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let _outer = Counted::new(1);
@@ -540,7 +542,7 @@ fn dropping_an_outer_coroutine_drops_the_inner_one() {
         assert_eq!(live(), 2);
         drop(outer);
         assert_eq!(live(), 0);
-    }
+    });
 }
 
 #[test]
@@ -643,13 +645,13 @@ fn what_the_builder_was_told_is_what_the_coroutine_has() {
 
 #[test]
 fn a_stack_of_the_first_size_holds_that_much() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         // An array of all but a little of it, for the frames above it and its own.
         assert_eq!(
             run(&builder.clone().first_size(16 << 10), || (bytes_used(), current_stats().unwrap().growths)).1,
             0
         );
-    }
+    });
     #[inline(never)]
     fn bytes_used() -> u64 {
         let mut bytes = std::mem::MaybeUninit::<[u8; 14 << 10]>::uninit();
@@ -663,7 +665,7 @@ fn a_stack_of_the_first_size_holds_that_much() {
 
 #[test]
 fn a_reused_stack_starts_as_small_as_it_was_asked_for() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         for round in 0..20 {
             let size = if round % 2 == 0 { 8 << 10 } else { 32 << 10 };
             let mut coroutine = builder.clone().first_size(size).spawn(|_: &Yielder<(), ()>, ()| {
@@ -677,7 +679,7 @@ fn a_reused_stack_starts_as_small_as_it_was_asked_for() {
             assert_eq!((before.growths, before.bytes_copied), (0, 0));
             assert!((before.size, before.highest) == (size, size) || in_place);
         }
-    }
+    });
 }
 
 // --- what is not switched ------------------------------------------------------------------------------------------
@@ -710,7 +712,7 @@ fn mxcsr_and_the_x87_control_word_belong_to_the_thread() {
     const UP: u32 = 2 << 13;
     const X87_DOWN: u16 = 1 << 10;
 
-    for builder in both_ways() {
+    both_ways(|builder| {
         let (usual, x87_usual) = (mxcsr(), x87());
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             set_mxcsr(usual | DOWN);
@@ -730,5 +732,5 @@ fn mxcsr_and_the_x87_control_word_belong_to_the_thread() {
         set_mxcsr(usual);
         assert_eq!(seen, (usual | DOWN, x87_usual | X87_DOWN));
         assert_eq!(at_the_end, usual | UP);
-    }
+    });
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 use regrow::{Builder, Yielder};
 
 mod support;
-use support::{both_ways, child_command, frame, growths, outcome, variant};
+use support::{Way, both_ways, frame, growths, outcome, this_test, variant};
 
 /// The functions on the way from the innermost to the test, in the order in which a backtrace shows them.
 const WAY: [&str; 4] = ["innermost_function", "calls_innermost", "resumes_the_inner", "resumes_the_outer"];
@@ -62,10 +62,10 @@ fn shows_the_way(text: &str, test: &str) {
 
 #[test]
 fn stds_backtrace_goes_on_into_the_resumers() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let trace = resumes_the_outer(&builder, || Backtrace::force_capture().to_string());
         shows_the_way(&trace, "stds_backtrace_goes_on_into_the_resumers");
-    }
+    });
 }
 
 #[test]
@@ -80,39 +80,36 @@ fn the_backtrace_crate_sees_the_same() {
         });
         names
     }
-    for builder in both_ways() {
+    both_ways(|builder| {
         shows_the_way(&resumes_the_outer(&builder, look), "the_backtrace_crate_sees_the_same");
-    }
+    });
 }
 
 #[test]
 fn gdbs_backtrace_goes_on_into_the_resumers() {
-    const TEST: &str = "gdbs_backtrace_goes_on_into_the_resumers";
+    let test = this_test!();
     match variant() {
         None => {
             if Command::new("gdb").arg("--version").output().is_err() {
                 return eprintln!("skipped: no gdb on the path");
             }
-            for way in ["0", "1"] {
-                let child = child_command(TEST, way);
+            for way in Way::BOTH {
                 let mut gdb = Command::new("gdb");
                 gdb.args(["-nx", "-batch", "-ex", "set debuginfod enabled off", "-ex", "set width 0"]);
                 gdb.args(["-ex", "handle SIGSEGV nostop noprint pass", "-ex", "run", "-ex", "bt 60"]);
-                gdb.arg("--args").arg(child.get_program()).args(child.get_args());
-                gdb.envs(child.get_envs().filter_map(|(name, value)| Some((name, value?))));
-                let outcome = outcome(&mut gdb);
+                let outcome = outcome(test.under(gdb.arg("--args"), way));
                 if !outcome.stdout.contains("SIGTRAP") {
                     return eprintln!("skipped: gdb cannot run a program here\n{outcome}");
                 }
                 let trace = &outcome.stdout[outcome.stdout.find("SIGTRAP").unwrap()..];
                 assert!(!outcome.stderr.contains("corrupt"), "{outcome}");
-                shows_the_way(trace, TEST);
+                shows_the_way(trace, test.name());
             }
         }
         Some(way) => {
             // SAFETY: a breakpoint, for gdb.
             let stop = || unsafe { std::arch::asm!("int3") };
-            resumes_the_outer(&both_ways()[way.parse::<usize>().unwrap()], stop);
+            resumes_the_outer(&Way::named(&way).builder(), stop);
         }
     }
 }

@@ -7,12 +7,7 @@ use std::io::{Read, Write};
 use regrow::{Coroutine, Yielder, current_stats};
 
 mod support;
-use support::{child, relocating, variant};
-
-fn passes(test: &str) {
-    let outcome = child(test, "");
-    assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
-}
+use support::{relocating, this_test, variant};
 
 /// Recurses until the stack has `size` bytes, with a pointer into the outermost frame all the way; calls `f` there.
 #[inline(never)]
@@ -109,7 +104,7 @@ fn no_page_is_touched_to_move_from(size: usize) {
 #[test]
 fn no_page_is_touched_for_the_first_time_and_no_mapping_is_left() {
     if variant().is_none() {
-        return passes("no_page_is_touched_for_the_first_time_and_no_mapping_is_left");
+        return this_test!().passes();
     }
     if !kernel_carries() {
         return eprintln!("skipped: this kernel does not carry pages");
@@ -120,7 +115,7 @@ fn no_page_is_touched_for_the_first_time_and_no_mapping_is_left() {
 #[test]
 fn without_a_descriptor_it_is_copied() {
     if variant().is_none() {
-        return passes("without_a_descriptor_it_is_copied");
+        return this_test!().passes();
     }
     // SAFETY: a plain system call.
     unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) };
@@ -132,7 +127,7 @@ fn without_a_descriptor_it_is_copied() {
 #[test]
 fn when_somebody_has_closed_the_descriptor_it_is_copied() {
     if variant().is_none() {
-        return passes("when_somebody_has_closed_the_descriptor_it_is_copied");
+        return this_test!().passes();
     }
     let mut all: Vec<_> = (0..9).map(|_| suspended(128 << 10, 2 << 20)).collect();
     // SAFETY: nothing else in this process needs them.
@@ -152,7 +147,7 @@ fn when_somebody_has_closed_the_descriptor_it_is_copied() {
 #[test]
 fn after_a_fork_each_process_has_its_own() {
     if variant().is_none() {
-        return passes("after_a_fork_each_process_has_its_own");
+        return this_test!().passes();
     }
     // Slots to go to, in either process: usable, and without memory.
     (0..5).map(|_| suspended(512 << 10, 4 << 20)).collect::<Vec<_>>().into_iter().for_each(finish);

@@ -13,9 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{
-    both_ways, child, child_command, frame, growths, refuse, relocating, run, signalled_at, variant,
-};
+use support::{Way, frame, growths, refuse, relocating, run, signalled_at, this_test, variant};
 
 /// Reads a word by one instruction that is no growth point. What compilers emit, without their checks.
 #[inline(never)]
@@ -50,7 +48,6 @@ fn say(text: &str) {
 
 #[test]
 fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
-    const TEST: &str = "a_wild_pointer_in_a_coroutine_dies_by_sigsegv";
     static CONSTANT: u64 = 5;
     let wild: [(&str, fn()); 6] = [
         ("null", || {
@@ -74,17 +71,17 @@ fn a_wild_pointer_in_a_coroutine_dies_by_sigsegv() {
     match variant() {
         None => {
             for (name, _) in wild {
-                for way in ["0", "1"] {
-                    let outcome = child(TEST, &format!("{way}{name}"));
+                for way in Way::BOTH {
+                    let outcome = this_test!().child(format!("{way}, {name}"));
                     assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{name}: {outcome}");
                     assert!(!outcome.stderr.contains("regrow"), "{name}: {outcome}");
                 }
             }
         }
         Some(which) => {
-            let (way, name) = which.split_at(1);
+            let (way, name) = which.split_once(", ").unwrap();
             let (_, f) = wild.into_iter().find(|&(known, _)| known == name).unwrap();
-            in_a_coroutine(&both_ways()[way.parse::<usize>().unwrap()], f);
+            in_a_coroutine(&Way::named(way).builder(), f);
         }
     }
 }
@@ -104,11 +101,10 @@ fn suspended(builder: &Builder) -> Coroutine<(), usize, ()> {
 
 #[test]
 fn a_wild_pointer_into_a_guard_dies_by_sigsegv() {
-    const TEST: &str = "a_wild_pointer_into_a_guard_dies_by_sigsegv";
     match variant().as_deref() {
         None => {
             for which in ["of another, from a thread", "of another, from a coroutine", "own, far below"] {
-                let outcome = child(TEST, which);
+                let outcome = this_test!().child(which);
                 assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{which}: {outcome}");
             }
         }
@@ -133,7 +129,7 @@ fn a_wild_pointer_into_a_guard_dies_by_sigsegv() {
 fn a_bus_error_in_a_coroutine_dies_by_sigbus() {
     match variant() {
         None => {
-            let outcome = child("a_bus_error_in_a_coroutine_dies_by_sigbus", "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGBUS), "{outcome}");
         }
         Some(_) => {
@@ -234,10 +230,10 @@ unsafe extern "C" fn counts(_signal: c_int) {
 
 #[test]
 fn a_handler_installed_before_is_reached_as_the_kernel_would() {
-    const TEST: &str = "a_handler_installed_before_is_reached_as_the_kernel_would";
+    let test = this_test!();
     let Some(how) = variant() else {
         let exits = |how, code, text: &str| {
-            let outcome = child(TEST, how);
+            let outcome = test.child(how);
             assert_eq!(outcome.status.code(), Some(code), "{how}: {outcome}");
             assert!(outcome.stderr.contains(text), "{how}: {outcome}");
         };
@@ -250,7 +246,7 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
         exits("sent", 0, "went on");
         exits("sent, ignored", 0, "went on");
         for (how, times) in [("reset", 1), ("ignored", 0), ("default", 0)] {
-            let outcome = child(TEST, how);
+            let outcome = test.child(how);
             assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{how}: {outcome}");
             assert_eq!(outcome.stderr.matches("reached once").count(), times, "{how}: {outcome}");
         }
@@ -321,11 +317,10 @@ fn a_handler_installed_before_is_reached_as_the_kernel_would() {
 
 #[test]
 fn sigsegv_from_outside_kills_as_it_would_have() {
-    const TEST: &str = "sigsegv_from_outside_kills_as_it_would_have";
     match variant().as_deref() {
         None => {
             for how in ["the default action", "what std installed"] {
-                let mut process = child_command(TEST, how).spawn().unwrap();
+                let mut process = this_test!().command(how).spawn().unwrap();
                 let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
                 lines.find(|line| line.as_ref().unwrap().ends_with("ready")).unwrap().unwrap();
                 // Std's handler takes the first for a fault, restores the default action and returns.
@@ -389,15 +384,15 @@ fn a_page_with_a_guard() -> usize {
 
 #[test]
 fn a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told() {
-    const TEST: &str = "a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told";
+    let test = this_test!();
     match variant().as_deref() {
         None => {
             for how in ["before any fault", "after a growth"] {
-                let outcome = child(TEST, how);
+                let outcome = test.child(how);
                 assert!(outcome.status.success(), "{how}: {outcome}");
                 assert!(outcome.stderr.contains("went on"), "{how}: {outcome}");
             }
-            let outcome = child(TEST, "of two");
+            let outcome = test.child("of two");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             assert!(outcome.stderr.contains("lost signal, one of 10 12\n"), "{outcome}");
         }
@@ -427,11 +422,7 @@ fn a_signal_that_does_not_fit_on_a_stack_that_moves_is_sent_again_or_told() {
 #[test]
 fn handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it() {
     match variant() {
-        None => {
-            let outcome =
-                child("handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it", "");
-            assert!(outcome.status.success(), "{outcome}");
-        }
+        None => this_test!().passes(),
         Some(_) => {
             let ours = [libc::SIGUSR1, libc::SIGUSR2];
             for signal in ours {
@@ -455,11 +446,10 @@ fn handlers_that_exist_before_the_first_stack_that_moves_need_no_room_on_it() {
 
 #[test]
 fn a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed() {
-    const TEST: &str = "a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed";
     match variant().as_deref() {
         None => {
             for how in ["what std installed", "the default action"] {
-                let outcome = child(TEST, how);
+                let outcome = this_test!().child(how);
                 assert!(outcome.status.success(), "{how}: {outcome}");
                 assert!(outcome.stderr.contains("went on"), "{how}: {outcome}");
             }
@@ -483,7 +473,7 @@ fn a_signal_that_does_not_fit_on_another_stack_leaves_the_handler_installed() {
 fn a_protection_fault_near_the_end_of_a_stack_is_no_lost_signal() {
     match variant() {
         None => {
-            let outcome = child("a_protection_fault_near_the_end_of_a_stack_is_no_lost_signal", "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGSEGV), "{outcome}");
         }
         Some(_) => {
@@ -519,10 +509,9 @@ fn refuse_handlers_for_sigbus() {
 
 #[test]
 fn a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there() {
-    const TEST: &str = "a_handler_that_could_be_installed_for_one_signal_only_reaches_who_was_there";
     match variant() {
         None => {
-            let outcome = child(TEST, "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.status.code(), Some(42), "{outcome}");
             assert!(outcome.stderr.contains("reached with siginfo"), "{outcome}");
         }
@@ -576,14 +565,16 @@ fn smallest_alternate_stack() -> usize {
 
 #[test]
 fn stacks_move_whatever_the_size_of_the_alternate_stack() {
-    const TEST: &str = "stacks_move_whatever_the_size_of_the_alternate_stack";
     match variant() {
-        None => {
-            for bytes in [smallest_alternate_stack(), 4096, 6000, 8 << 10, 16 << 10, 32 << 10, 64 << 10] {
-                let outcome = child(TEST, &bytes.to_string());
-                assert!(outcome.status.success(), "{bytes}: {outcome}");
-            }
-        }
+        None => this_test!().passes_each([
+            smallest_alternate_stack(),
+            4096,
+            6000,
+            8 << 10,
+            16 << 10,
+            32 << 10,
+            64 << 10,
+        ]),
         Some(bytes) => {
             let alternate = AlternateStack::new(bytes.parse().unwrap());
             for levels in (0..40).step_by(3) {
@@ -622,14 +613,8 @@ fn load_with_room(lowest: usize, room: usize, address: usize) -> u64 {
 /// With std's alternate stack, with none, and with none where the stack has room for the kernel's signal frame only.
 #[test]
 fn frozen_stacks_are_thawed_by_threads_that_were_never_prepared() {
-    const TEST: &str = "frozen_stacks_are_thawed_by_threads_that_were_never_prepared";
     match variant().as_deref() {
-        None => {
-            for thread in ["std's", "without an alternate stack", "without room"] {
-                let outcome = child(TEST, thread);
-                assert!(outcome.status.success(), "{thread}: {outcome}");
-            }
-        }
+        None => this_test!().passes_each(["std's", "without an alternate stack", "without room"]),
         Some(thread) => {
             let thread = thread.to_string();
             let mut coroutine = suspended(&Builder::new());
@@ -658,11 +643,10 @@ fn frozen_stacks_are_thawed_by_threads_that_were_never_prepared() {
 
 #[test]
 fn an_alternate_stack_too_small_where_there_is_no_memory_for_another_is_told() {
-    const TEST: &str = "an_alternate_stack_too_small_where_there_is_no_memory_for_another_is_told";
     match variant() {
         None => {
             for bytes in [smallest_alternate_stack(), 8 << 10] {
-                let outcome = child(TEST, &bytes.to_string());
+                let outcome = this_test!().child(bytes);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
                 let sentence = "a thread's signal stack is too small for the handler of faults\n";
                 assert!(outcome.stderr.contains(sentence), "{outcome}");
@@ -691,11 +675,7 @@ fn signals_that_come_while_the_handler_is_on_a_stack_of_its_own_harm_nothing() {
         }
     }
     match variant() {
-        None => {
-            let outcome =
-                child("signals_that_come_while_the_handler_is_on_a_stack_of_its_own_harm_nothing", "");
-            assert!(outcome.status.success(), "{outcome}");
-        }
+        None => this_test!().passes(),
         Some(_) => {
             run(&relocating(), || ());
             let alternate = AlternateStack::new(16 << 10);
@@ -742,11 +722,10 @@ fn recurses_for_ever(depth: u64) -> u64 {
 
 #[test]
 fn an_overflow_of_a_plain_thread_is_still_told_by_std() {
-    const TEST: &str = "an_overflow_of_a_plain_thread_is_still_told_by_std";
     match variant().as_deref() {
         None => {
             for how in ["a thread without coroutines", "a thread that ran one", "a thread that runs one"] {
-                let outcome = child(TEST, how);
+                let outcome = this_test!().child(how);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{how}: {outcome}");
                 assert!(outcome.stderr.contains("has overflowed its stack"), "{how}: {outcome}");
                 assert!(!outcome.stderr.contains("regrow"), "{how}: {outcome}");
@@ -775,12 +754,10 @@ fn an_overflow_of_a_plain_thread_is_still_told_by_std() {
 
 #[test]
 fn an_overflow_at_the_maximum_is_reported() {
-    const TEST: &str = "an_overflow_at_the_maximum_is_reported";
-    let builders = both_ways();
     match variant() {
         None => {
-            for way in ["0", "1", "2"] {
-                let outcome = child(TEST, way);
+            for way in ["moving", "in place", "moving, small alternate stack"] {
+                let outcome = this_test!().child(way);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
                 for part in [
                     "regrow: coroutine \"deep one\" exceeds its 16384-byte stack limit\n",
@@ -796,10 +773,11 @@ fn an_overflow_at_the_maximum_is_reported() {
             }
         }
         Some(way) => {
-            let way = way.parse::<usize>().unwrap();
-            let builder = builders[way % 2].clone().name("deep one").maximum(16 << 10);
+            let small = way.strip_suffix(", small alternate stack");
+            let builder = Way::named(small.unwrap_or(&way)).builder().name("deep one").maximum(16 << 10);
+            let is_small = small.is_some();
             run(&builder, move || {
-                if way == 2 {
+                if is_small {
                     AlternateStack::new(8 << 10).install();
                 }
                 black_box(recurses_for_ever(0))
@@ -813,7 +791,7 @@ fn an_overflow_at_the_maximum_is_reported() {
 fn a_fault_while_a_report_is_written_ends_by_sigabrt() {
     match variant() {
         None => {
-            let outcome = child("a_fault_while_a_report_is_written_ends_by_sigabrt", "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
         }
         Some(_) => {
@@ -833,7 +811,7 @@ fn a_fault_while_a_report_is_written_ends_by_sigabrt() {
 fn a_stack_that_may_not_move_and_has_no_slack_left_is_reported() {
     match variant() {
         None => {
-            let outcome = child("a_stack_that_may_not_move_and_has_no_slack_left_is_reported", "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             assert!(
                 outcome.stderr.contains("may not move its stack here and has used up its slack"),

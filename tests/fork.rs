@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use regrow::{Builder, Coroutine, Yielder};
 
 mod support;
-use support::{both_ways, child_command, outcome, variant};
+use support::{Way, both_ways, this_test, variant};
 
 /// A suspended coroutine that counts on its stack, and the address of its counter.
 fn with_counter(builder: &Builder) -> (Coroutine<(), usize, u64>, usize) {
@@ -19,7 +19,7 @@ fn with_counter(builder: &Builder) -> (Coroutine<(), usize, u64>, usize) {
 }
 
 fn in_place() -> Builder {
-    both_ways()[1].clone()
+    Way::InPlace.builder()
 }
 
 /// The counter of a coroutine that grows in place.
@@ -48,18 +48,11 @@ fn ended(child: libc::pid_t) -> i32 {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) }
 }
 
-fn passes(test: &str) {
-    let outcome = outcome(&mut child_command(test, "child"));
-    assert!(outcome.status.success(), "{outcome}");
-    outcome.stdout.lines().filter(|line| line.starts_with("skipped")).for_each(|line| println!("{line}"));
-}
-
 /// The first process of a pid namespace is process 1, and so is the first of a namespace in that.
 #[test]
 fn a_child_with_its_parents_process_id_thaws_its_own_stacks() {
-    const TEST: &str = "a_child_with_its_parents_process_id_thaws_its_own_stacks";
     if variant().is_none() {
-        return passes(TEST);
+        return this_test!().passes();
     }
     let in_namespace = |f: &dyn Fn() -> i32| {
         // SAFETY: no memory is touched.
@@ -91,11 +84,10 @@ fn a_child_with_its_parents_process_id_thaws_its_own_stacks() {
 
 #[test]
 fn a_child_resumes_and_drops_what_its_parent_has_frozen() {
-    const TEST: &str = "a_child_resumes_and_drops_what_its_parent_has_frozen";
     if variant().is_none() {
-        return passes(TEST);
+        return this_test!().passes();
     }
-    for builder in both_ways() {
+    both_ways(|builder| {
         for threads in [false, true] {
             threads.then(|| std::thread::spawn(std::thread::park));
             let mut frozen: Vec<_> = (0..40).map(|_| with_counter(&builder).0).collect();
@@ -116,17 +108,16 @@ fn a_child_resumes_and_drops_what_its_parent_has_frozen() {
                 assert_eq!(coroutine.resume(()).returned(), Some(7));
             }
         }
-    }
+    });
 }
 
 /// Another thread freezes and thaws all the time.
 #[test]
 fn a_process_forked_in_the_middle_of_a_thaw_has_all_stacks() {
-    const TEST: &str = "a_process_forked_in_the_middle_of_a_thaw_has_all_stacks";
     static END: AtomicBool = AtomicBool::new(false);
     static ADDRESS: AtomicU64 = AtomicU64::new(0);
     if variant().is_none() {
-        return passes(TEST);
+        return this_test!().passes();
     }
     let other = std::thread::spawn(|| {
         let (mut coroutine, address) = with_counter(&in_place());

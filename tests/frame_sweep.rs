@@ -49,7 +49,7 @@ static FRAMES: [[(usize, Frame); 16]; 32] = rows!(
 fn frames_of_all_sizes_cross_the_guard() {
     let frames = FRAMES.as_flattened();
     assert_eq!(frames.len(), 512);
-    for builder in both_ways() {
+    both_ways(|builder| {
         for (n, &(size, frame)) in frames.iter().enumerate() {
             assert_eq!(size, 16 * (n + 1));
             let f = move || {
@@ -64,5 +64,5 @@ fn frames_of_all_sizes_cross_the_guard() {
             });
             assert_eq!(found, expected, "{builder:?}, frames of {size} bytes");
         }
-    }
+    });
 }

@@ -95,7 +95,7 @@ fn check(frames: &Frames) {
 
 #[test]
 fn the_frames_are_those_of_a_backtrace() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let (coroutine, trace) = suspended(&builder.name("sorter"));
         let frames = coroutine.frames();
         check(&frames);
@@ -118,7 +118,7 @@ fn the_frames_are_those_of_a_backtrace() {
             );
         }
         assert!(name(frames.frames.last().unwrap()).ends_with("coroutine::entry"), "{frames}");
-    }
+    });
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn a_line_in_the_table_for_each_inlined_function_if_asked_for() {
 
 #[test]
 fn looking_changes_nothing() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let (mut coroutine, _) = suspended(&builder);
         let first = coroutine.frames();
         assert_eq!(coroutine.frames(), first);
@@ -145,7 +145,7 @@ fn looking_changes_nothing() {
         let finished = coroutine.frames();
         assert_eq!((finished.state, finished.used, finished.frames.len()), (State::Finished, 0, 0));
         assert!(finished.to_string().contains("finished"), "{finished}");
-    }
+    });
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn one_that_never_ran_has_no_frames() {
 
 #[test]
 fn one_that_has_moved_and_is_watched() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.spawn(|yielder: &Out, ()| {
             frame::<20_000>(1);
             Recursion.step(yielder, 2)
@@ -173,7 +173,7 @@ fn one_that_has_moved_and_is_watched() {
         assert_eq!(coroutine.frames(), frames);
         assert!(coroutine.resume(()).yielded().is_some());
         check(&coroutine.frames());
-    }
+    });
 }
 
 #[test]
@@ -190,13 +190,13 @@ fn words_are_inside_by_their_values() {
         yielder.suspend(Vec::new());
         black_box(&array);
     }
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.spawn(|yielder: &Out, ()| points_to_itself(yielder));
         coroutine.resume(());
         let frames = coroutine.frames();
         let alternate = |cells: &[Cell]| (0..64).all(|index| cells[index].inside == (index % 2 == 0));
         assert!(frames.frames.iter().any(|frame| frame.cells.windows(64).any(alternate)), "{frames}");
-    }
+    });
 }
 
 // Calls `rdi` with `rsi`: `mapped` from a frame that has unwind tables, and words with a map; `unmapped` from one about
@@ -271,7 +271,7 @@ fn words_with_a_map_are_counted_by_it() {
         .source(Source::Llvm);
     // SAFETY: true of the assembly in this file.
     let _registration = unsafe { map::register(vec![map]) }.unwrap();
-    for builder in both_ways() {
+    both_ways(|builder| {
         let frames = look_through(&builder, mapped);
         check(&frames);
         let frame = frames.frames.iter().find(|frame| frame.pc == after).expect("it is there");
@@ -284,13 +284,13 @@ fn words_with_a_map_are_counted_by_it() {
         assert_eq!(frame.cells[0], Cell { word: Word::Own(Verdict::Pointer), inside: true });
         assert_eq!(frame.cells[1], Cell { word: Word::Own(Verdict::Data), inside: !moved });
         assert_eq!(frame.cells[3], Cell { word: Word::ReturnAddress, inside: false });
-    }
+    });
 }
 
 #[test]
 fn a_function_without_unwind_tables_is_named() {
     let after = unmapped_after_call as *const () as usize;
-    for builder in both_ways() {
+    both_ways(|builder| {
         let frames = look_through(&builder, unmapped);
         check(&frames);
         assert_eq!(frames.end, End::Stuck { pc: after, why: Stuck::NoMap });
@@ -299,5 +299,5 @@ fn a_function_without_unwind_tables_is_named() {
         let text = frames.to_string();
         let last = text.lines().last().unwrap();
         assert!(last.contains("unmapped: no map is for its code"), "{text}");
-    }
+    });
 }

@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Yielder, frames::State, pin};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod support;
 use support::{
-    Counted, below, both_ways, child, child_command, frame, grown, live, outcome, random, variant,
+    Counted, Test, below, both_ways, builders, frame, grown, live, outcome, random, this_test, variant,
 };
 
 /// A coroutine that keeps pointers between its frames, `depth` of them, and adds up what it is given.
@@ -45,7 +47,7 @@ fn adder(builder: &Builder, depth: u32) -> Coroutine<u64, u64, u64> {
 
 #[test]
 fn a_frozen_coroutine_goes_on() {
-    for (builder, depth) in both_ways().iter().flat_map(|b| [0, 1, 5, 30, 300].map(|depth| (b, depth))) {
+    for (builder, depth) in builders().iter().flat_map(|b| [0, 1, 5, 30, 300].map(|depth| (b, depth))) {
         let mut coroutine = adder(builder, depth);
         let mut sum = 7;
         assert_eq!(coroutine.resume(7).yielded(), Some(7));
@@ -63,7 +65,7 @@ fn a_frozen_coroutine_goes_on() {
 
 #[test]
 fn its_slot_is_used_by_others_meanwhile() {
-    let builders = both_ways();
+    let builders = builders();
     let mut all: Vec<_> = (0..100).map(|number| adder(&builders[number % builders.len()], 3)).collect();
     for (number, coroutine) in all.iter_mut().enumerate() {
         coroutine.resume(number as u64);
@@ -82,31 +84,31 @@ fn its_slot_is_used_by_others_meanwhile() {
 
 #[test]
 fn a_frozen_coroutine_takes_little() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.spawn(|yielder: &Yielder<(), ()>, ()| yielder.suspend(()));
         coroutine.resume(());
         assert_eq!(coroutine.bytes(), 4096);
         assert!(coroutine.freeze().unwrap());
         let most = if cfg!(debug_assertions) { 2000 } else { 320 };
         assert!(coroutine.bytes() <= most, "{} bytes", coroutine.bytes());
-    }
+    });
 }
 
 #[test]
 fn dropping_one_runs_its_destructors() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = adder(&builder, 10);
         coroutine.resume(1);
         assert!(coroutine.freeze().unwrap());
         assert_eq!(live(), 1);
         drop(coroutine);
         assert_eq!(live(), 0);
-    }
+    });
 }
 
 #[test]
 fn name_counters_and_old_slots_are_kept() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let growth = builder.spawn(|_: &Yielder<(), ()>, ()| ()).growth();
         let mut coroutine = builder.name("sleeper").spawn(|yielder: &Yielder<(), ()>, ()| {
             frame::<30_000>(1);
@@ -128,12 +130,12 @@ fn name_counters_and_old_slots_are_kept() {
         assert_eq!(coroutine.name(), Some("sleeper"));
         assert_eq!(coroutine.growth(), growth);
         assert!(coroutine.resume(()).returned().is_some());
-    }
+    });
 }
 
 #[test]
 fn what_cannot_be_frozen_says_no_and_goes_on() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut fresh = builder.spawn(|_: &Yielder<(), ()>, ()| ());
         let mut pinned = builder.spawn(|yielder: &Yielder<(), ()>, ()| {
             let _pin = pin();
@@ -144,7 +146,7 @@ fn what_cannot_be_frozen_says_no_and_goes_on() {
         assert!(fresh.resume(()).returned().is_some());
         assert!(!fresh.freeze().unwrap(), "it has ended");
         assert!(pinned.resume(()).returned().is_some());
-    }
+    });
 }
 
 const ALONE: &str = "REGROW_TEST_ALONE";
@@ -186,15 +188,18 @@ static BEFORE_MAIN: extern "C" fn() = before_main;
 /// Stacks that grow in place are frozen in other ways in a process with one thread, and where guards are page protection.
 #[test]
 fn it_works_alone_and_without_guard_markers() {
-    const AMONG_THREADS: &str = "no_access_falls_between_the_steps";
     for guard in ["", "protect"] {
-        let outcome = outcome(child_command("", "alone").env(ALONE, "1").env("REGROW_GUARD", guard));
+        let outcome = outcome(this_test!().command("").env(ALONE, "1").env("REGROW_GUARD", guard));
         assert!(outcome.status.success(), "{guard:?}: {outcome}");
         assert!(outcome.stdout.ends_with("alone to the end\n"), "{outcome}");
     }
-    for test in [AMONG_THREADS, "any_order_of_operations", "who_touches_a_frozen_stack_thaws_it"] {
-        let outcome = outcome(child_command(test, "child").env("REGROW_GUARD", "protect"));
-        assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
+    let among_threads = [
+        Test::of(no_access_falls_between_the_steps),
+        Test::of(any_order_of_operations),
+        Test::of(who_touches_a_frozen_stack_thaws_it),
+    ];
+    for test in among_threads {
+        test.passes_each_with([""], &[("REGROW_GUARD", "protect")]);
     }
 }
 
@@ -217,13 +222,10 @@ fn alone_it_needs_no_proc_self_mem() {
 /// Without `/proc/self/mem` it says so, and loses nothing.
 #[test]
 fn without_proc_self_mem_it_says_so_and_goes_on() {
-    const TEST: &str = "without_proc_self_mem_it_says_so_and_goes_on";
     if variant().is_none() {
-        let outcome = child(TEST, "child");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
-    let [mut moving, mut staying] = both_ways().map(|builder| adder(&builder, 3));
+    let [mut moving, mut staying] = builders().map(|builder| adder(&builder, 3));
     assert_eq!((moving.resume(1).yielded(), staying.resume(1).yielded()), (Some(1), Some(1)));
     allow_files(false);
     let error = staying.freeze().unwrap_err();
@@ -288,7 +290,6 @@ fn one_coroutine_touches_another() {
 /// nobody waits for the thread that it interrupted.
 #[test]
 fn a_signal_handler_may_touch_what_it_interrupts_the_freezing_of() {
-    const TEST: &str = "a_signal_handler_may_touch_what_it_interrupts_the_freezing_of";
     const EACH: u64 = 2000;
     static COUNTER: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
     static SIGNALS: AtomicU64 = AtomicU64::new(0);
@@ -299,9 +300,7 @@ fn a_signal_handler_may_touch_what_it_interrupts_the_freezing_of() {
         assert_eq!(before, signals);
     }
     if variant().is_none() && !is_alone() {
-        let outcome = child(TEST, "child");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     let (mut coroutine, counter) = with_counter();
     COUNTER.store(ptr::from_ref(counter).cast_mut(), Ordering::Relaxed);
@@ -459,14 +458,14 @@ fn a_child_process_has_its_own_frozen_stacks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(corpus::cases(200))]
 
     /// Any order of resumes, freezes, thaws, shrinks and drops of several coroutines: each sum is what it should be, and
     /// each destructor runs once.
     #[test]
     fn any_order_of_operations(steps in prop::collection::vec((0..6usize, 0..7u8, 1..1000u64), 1..120)) {
         let mut slots: [Option<(Coroutine<_, _, _>, u64)>; 6] = [const { None }; 6];
-        let [moving, staying] = both_ways();
+        let [moving, staying] = builders();
         let builders = [moving.clone(), staying, moving.slack_first(true)];
         let spawned = Rc::new(Cell::new(0));
         for (which, operation, number) in steps {

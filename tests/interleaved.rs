@@ -4,9 +4,10 @@
 use std::hint::black_box;
 
 use proptest::prelude::*;
-use proptest::test_runner::FileFailurePersistence;
 use regrow::{Builder, Coroutine, Yielder, totals};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod support;
 use support::{random, relocating};
 
@@ -89,10 +90,8 @@ fn interleave(seed: u64) {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 4,
         max_shrink_iters: 0, // a seed has nothing to shrink
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("proptest-regressions/interleaved.txt"))),
-        ..Default::default()
+        ..corpus::cases(4)
     })]
 
     #[test]

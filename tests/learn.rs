@@ -5,7 +5,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Growth, Stats, Yielder, current_stats, spawn_sites};
 
 mod support;
-use support::frame;
+use support::{frame, this_test};
 
 fn builder(growth: Growth) -> Builder {
     let builder = Builder::new().maximum(1 << 20);
@@ -181,11 +181,8 @@ fn never_more_than_the_maximum() {
 /// them had a spike so are all that are made there later.
 #[test]
 fn a_site_whose_scouts_had_spikes_has_its_later_coroutines_watched() {
-    const TEST: &str = "a_site_whose_scouts_had_spikes_has_its_later_coroutines_watched";
     if support::variant().is_none() {
-        let outcome = support::child(TEST, ""); // where the first coroutine is this one
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes(); // where the first coroutine is this one
     }
     let spawn = || {
         Builder::new().spawn(|yielder: &Yielder<bool, ()>, mut deep| {

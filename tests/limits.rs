@@ -6,7 +6,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Error, Yielder};
 
 mod support;
-use support::{Counted, by_markers, child, child_command, frame, live, outcome, relocating, variant};
+use support::{Counted, Way, by_markers, frame, live, outcome, relocating, this_test, variant};
 
 fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
@@ -32,33 +32,14 @@ fn suspended<const N: usize>(builder: &Builder) -> Result<Coroutine<(), (), u64>
     Ok(coroutine)
 }
 
-fn passes(test: &str, variants: &[&str], environment: &[(&str, &str)]) {
-    for variant in variants {
-        let outcome = outcome(child_command(test, variant).envs(environment.iter().copied()));
-        assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{variant}: {outcome}");
-    }
-}
-
-/// The builder that a variant of a test is about.
-fn builder_of(way: &str) -> Builder {
-    match way {
-        "moving" => relocating(),
-        "in place" => Builder::new().learn(false),
-        _ => unreachable!(),
-    }
-}
-
-const WAYS: [&str; 2] = ["moving", "in place"];
-
 #[test]
 fn a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each() {
-    const TEST: &str = "a_hundred_thousand_coroutines_take_a_few_dozen_mappings_and_a_page_each";
     const COUNT: usize = 100_000;
     if !by_markers() {
         return;
     }
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     drop(suspended::<16>(&builder).unwrap());
     let mut live = Vec::with_capacity(COUNT);
     let (before, (_, memory_before)) = (mappings(), memory());
@@ -90,9 +71,10 @@ fn kernel_has_guard_pages() -> bool {
 /// As on a kernel before 6.13.
 #[test]
 fn everything_works_with_guard_pages_by_protection() {
-    const TEST: &str = "everything_works_with_guard_pages_by_protection";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else {
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
+    };
+    let builder = Way::named(&way).builder();
     for _ in 0..3 {
         let mut live: Vec<_> = (0..300)
             .map(|n| match n % 3 {
@@ -110,9 +92,10 @@ fn everything_works_with_guard_pages_by_protection() {
 
 #[test]
 fn running_out_of_mappings_is_an_error_that_names_the_setting() {
-    const TEST: &str = "running_out_of_mappings_is_an_error_that_names_the_setting";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else {
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
+    };
+    let builder = Way::named(&way).builder();
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 200_000 {
         return eprintln!("skipped: vm.max_map_count is {most}");
@@ -149,9 +132,10 @@ fn mappings_left(most: usize) -> usize {
 
 #[test]
 fn mappings_are_left_for_the_rest_of_the_program() {
-    const TEST: &str = "mappings_are_left_for_the_rest_of_the_program";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else {
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
+    };
+    let builder = Way::named(&way).builder();
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 200_000 {
         return eprintln!("skipped: vm.max_map_count is {most}");
@@ -168,9 +152,10 @@ fn mappings_are_left_for_the_rest_of_the_program() {
 /// Those that the stock of the thread holds go with `trim`.
 #[test]
 fn mappings_go_back_when_coroutines_have_ended_and_the_thread_is_trimmed() {
-    const TEST: &str = "mappings_go_back_when_coroutines_have_ended_and_the_thread_is_trimmed";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[("REGROW_GUARD", "protect")]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else {
+        return this_test!().passes_each_with(Way::BOTH, &[("REGROW_GUARD", "protect")]);
+    };
+    let builder = Way::named(&way).builder();
     let before = mappings();
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     let at_a_time = (most / 4).min(20_000);
@@ -208,17 +193,17 @@ fn take_all_mappings(most: usize) {
 /// In place whoever takes the mappings, while a stack that moves has given its own away: there it is new coroutines.
 #[test]
 fn what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken() {
-    const TEST: &str = "what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken";
+    let test = this_test!();
     let Some(variant) = variant() else {
         let variants = ["moving", "in place", "moving, alone", "in place, alone"];
-        return passes(TEST, &variants, &[("REGROW_GUARD", "protect")]);
+        return test.passes_each_with(variants, &[("REGROW_GUARD", "protect")]);
     };
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 200_000 {
         return eprintln!("skipped: vm.max_map_count is {most}");
     }
     let (way, alone) = variant.split_once(',').map_or((&*variant, false), |(way, _)| (way, true));
-    let builder = builder_of(way);
+    let builder = Way::named(way).builder();
     if alone {
         // The harness runs a test in a thread. A child process has only one, and glibc is told so.
         // SAFETY: the flag of the C library, true in the child; it only runs coroutines, and ends.
@@ -266,9 +251,8 @@ fn what_is_frozen_thaws_and_what_runs_grows_when_all_mappings_are_taken() {
 
 #[test]
 fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
-    const TEST: &str = "running_out_of_address_space_is_an_error_that_says_what_to_do";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     drop(suspended::<16>(&builder).unwrap());
     let mut coroutines = Vec::with_capacity(100_000);
     let most = memory().0 as u64 + (200 << 20);
@@ -291,15 +275,14 @@ fn running_out_of_address_space_is_an_error_that_says_what_to_do() {
 /// Where the kernel charges for what may be written (`vm.overcommit_memory=2`): tests/kernels/run has it so, few machines have.
 #[test]
 fn strict_overcommit_is_an_error_that_says_what_to_do() {
-    const TEST: &str = "strict_overcommit_is_an_error_that_says_what_to_do";
     let Some(way) = variant() else {
         let mode = std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default();
         if mode.trim() != "2" {
             return println!("vm.overcommit_memory is {}, not 2: nothing to see", mode.trim());
         }
-        return passes(TEST, &WAYS, &[]);
+        return this_test!().passes_each(Way::BOTH);
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let mut coroutines = Vec::with_capacity(100_000);
     let error = loop {
         match suspended::<16>(&builder) {
@@ -327,9 +310,8 @@ fn reserve_all(start: usize, bytes: usize) {
 /// Valgrind gives a program such a one.
 #[test]
 fn moving_coroutines_can_be_made_where_only_low_addresses_are_free() {
-    const TEST: &str = "moving_coroutines_can_be_made_where_only_low_addresses_are_free";
     if variant().is_none() {
-        return passes(TEST, &["moving"], &[]);
+        return this_test!().passes_each(["moving"]);
     }
     const LOW: usize = 1 << 38;
     reserve_all(LOW, (1 << 47) - 4096 - LOW);
@@ -344,22 +326,18 @@ fn moving_coroutines_can_be_made_where_only_low_addresses_are_free() {
 /// Valgrind itself: other signal delivery, other addresses, system calls that it does not know.
 #[test]
 fn coroutines_grow_freeze_and_move_under_valgrind() {
-    const TEST: &str = "coroutines_grow_freeze_and_move_under_valgrind";
     let Some(way) = variant() else {
         if std::process::Command::new("valgrind").arg("--version").output().is_err() {
             return println!("skipped: no valgrind");
         }
-        for way in WAYS {
-            let test = child_command(TEST, way);
-            let mut under = std::process::Command::new("valgrind");
-            under.args(["--quiet", "--tool=none"]).arg(test.get_program()).args(test.get_args());
-            under.envs(test.get_envs().filter_map(|(name, value)| Some((name, value?))));
-            let outcome = outcome(&mut under);
-            assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{way}: {outcome}");
+        for way in Way::BOTH {
+            let mut valgrind = std::process::Command::new("valgrind");
+            let outcome = outcome(this_test!().under(valgrind.args(["--quiet", "--tool=none"]), way));
+            assert!(outcome.has_passed(), "{way}: {outcome}");
         }
         return;
     };
-    let builder = builder_of(&way);
+    let builder = Way::named(&way).builder();
     let make = |n| match n % 3 {
         0 => suspended::<16>(&builder).unwrap(),
         1 => suspended::<5000>(&builder).unwrap(),
@@ -375,11 +353,10 @@ fn coroutines_grow_freeze_and_move_under_valgrind() {
 /// The kernel makes no guard markers in locked memory.
 #[test]
 fn coroutines_are_made_and_grow_in_locked_memory() {
-    const TEST: &str = "coroutines_are_made_and_grow_in_locked_memory";
     let variants = ["moving, before", "moving, after", "in place, before", "in place, after"];
-    let Some(variant) = variant() else { return passes(TEST, &variants, &[]) };
+    let Some(variant) = variant() else { return this_test!().passes_each(variants) };
     let (way, when) = variant.split_once(", ").unwrap();
-    let builder = builder_of(way);
+    let builder = Way::named(way).builder();
     let make = |n| match n % 3 {
         0 => suspended::<16>(&builder).unwrap(),
         1 => suspended::<5000>(&builder).unwrap(),
@@ -423,10 +400,9 @@ fn nothing_is_lost(builder: &Builder, coroutines: Vec<Coroutine<(), (), u64>>) {
 /// Where no larger slot is to be had, a stack that moves grows into its slack.
 #[test]
 fn growth_without_memory_uses_the_slack_and_then_reports() {
-    const TEST: &str = "growth_without_memory_uses_the_slack_and_then_reports";
     match variant() {
         None => {
-            let outcome = child(TEST, "");
+            let outcome = this_test!().child("");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             for part in
                 ["into the slack\n", "cannot grow its stack\nfatal error: out of memory\n", "ulimit -v"]
@@ -452,9 +428,8 @@ fn growth_without_memory_uses_the_slack_and_then_reports() {
 
 #[test]
 fn the_memory_of_finished_coroutines_is_used_again() {
-    const TEST: &str = "the_memory_of_finished_coroutines_is_used_again";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     let round = |most: usize| {
         for n in 0..most {
             let mut coroutine = builder.spawn(move |_: &Yielder<u64, ()>, number: u64| {
@@ -485,9 +460,8 @@ fn the_memory_of_finished_coroutines_is_used_again() {
 /// Slots go from thread to thread: a process that makes threads for ever does not grow.
 #[test]
 fn threads_that_end_leave_nothing_behind() {
-    const TEST: &str = "threads_that_end_leave_nothing_behind";
-    let Some(way) = variant() else { return passes(TEST, &WAYS, &[]) };
-    let builder = builder_of(&way);
+    let Some(way) = variant() else { return this_test!().passes_each(Way::BOTH) };
+    let builder = Way::named(&way).builder();
     let round = || {
         for _ in 0..200 {
             let builder = builder.clone();

@@ -2,6 +2,8 @@
 //! LLVM itself makes from `tests/llvm/*.ll` where there is an `llc` (any version; otherwise the sections
 //! checked in).
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod recorded;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -241,7 +243,7 @@ impl Damage {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+    #![proptest_config(corpus::cases(512))]
 
     #[test]
     fn what_is_written_is_read((models, section) in section()) {

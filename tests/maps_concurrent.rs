@@ -8,6 +8,9 @@ use std::thread;
 
 use regrow::map::{Cfa, FrameMap, Place, Register, Rules, StackMaps, Verdict};
 
+mod support;
+use support::random;
+
 /// Code of one module, and where the modules of the test lie. Odd ones overlap with their neighbours' spans.
 const MODULE: usize = 0x1_0000;
 const FUNCTIONS: usize = 20;
@@ -49,13 +52,6 @@ fn check(maps: &StackMaps, number: usize, function: usize) -> bool {
     true
 }
 
-fn random(state: &mut u64) -> usize {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state as usize
-}
-
 static MAPS: StackMaps = StackMaps::new();
 static IN_HANDLER: AtomicUsize = AtomicUsize::new(0);
 
@@ -78,7 +74,7 @@ fn readers_see_whole_maps_while_writers_come_and_go() {
                 // Each writer has the modules of its parity; it sees its own exactly as it has left them.
                 let mut mine: Vec<_> = (0..MODULES / 2).map(|_| None).collect();
                 for _ in 0..ROUNDS {
-                    let index = random(&mut state) % mine.len();
+                    let index = random(&mut state) as usize % mine.len();
                     let number = index * 2 + writer;
                     mine[index] = match mine[index].take() {
                         None => Some(MAPS.register(module(number)).unwrap()),
@@ -87,7 +83,10 @@ fn readers_see_whole_maps_while_writers_come_and_go() {
                             None
                         }
                     };
-                    assert_eq!(check(&MAPS, number, random(&mut state) % FUNCTIONS), mine[index].is_some());
+                    assert_eq!(
+                        check(&MAPS, number, random(&mut state) as usize % FUNCTIONS),
+                        mine[index].is_some()
+                    );
                 }
             })
         })
@@ -99,9 +98,9 @@ fn readers_see_whole_maps_while_writers_come_and_go() {
                 let mut found = 0usize;
                 while !STOP.load(Ordering::Relaxed) {
                     for _ in 0..100 {
-                        let number = random(&mut state) % MODULES;
-                        found += usize::from(check(&MAPS, number, random(&mut state) % FUNCTIONS));
-                        assert!(check(&MAPS, LASTING, random(&mut state) % FUNCTIONS));
+                        let number = random(&mut state) as usize % MODULES;
+                        found += usize::from(check(&MAPS, number, random(&mut state) as usize % FUNCTIONS));
+                        assert!(check(&MAPS, LASTING, random(&mut state) as usize % FUNCTIONS));
                     }
                 }
                 found

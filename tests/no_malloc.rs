@@ -11,7 +11,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Yielder, pin, totals};
 
 mod support;
-use support::{OnDrop, child_command, frame, growths, outcome, relocating, run, variant};
+use support::{OnDrop, Test, both_ways, frame, growths, relocating, run, this_test, variant};
 
 thread_local! {
     /// Constant and without a destructor: reading it never allocates.
@@ -103,10 +103,6 @@ mod interposed {
     }
 }
 
-fn both_ways() -> [Builder; 2] {
-    [relocating(), Builder::new().learn(false)]
-}
-
 /// Uses more and more stack, in steps, so that it grows through every class up to `KIB`.
 fn grows_through_many_sizes() {
     armed(|| {
@@ -122,9 +118,9 @@ fn grows_through_many_sizes() {
 
 /// The first growth of a process: nothing of the class was ever used.
 fn first_ever() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         run(&builder, grows_through_many_sizes);
-    }
+    });
 }
 
 /// So many stacks of one size at the same time that their arena is used up and growth itself must make another,
@@ -144,18 +140,16 @@ fn new_arenas() {
 }
 
 /// Both with guard pages by madvise, where this kernel has them, and by protection.
-fn in_children(test: &str) {
+fn in_children(test: Test) {
     for guard in ["", "protect"] {
-        let outcome = outcome(child_command(test, "child").env("REGROW_GUARD", guard));
-        assert!(outcome.status.success(), "{outcome}");
-        assert!(outcome.stdout.contains("1 passed"), "{outcome}");
+        test.passes_each_with([guard], &[("REGROW_GUARD", guard)]);
     }
 }
 
 #[test]
 fn the_first_growth_of_a_process_calls_no_malloc() {
     match variant() {
-        None => in_children("the_first_growth_of_a_process_calls_no_malloc"),
+        None => in_children(this_test!()),
         Some(_) => first_ever(),
     }
 }
@@ -163,7 +157,7 @@ fn the_first_growth_of_a_process_calls_no_malloc() {
 #[test]
 fn a_growth_that_needs_a_new_arena_calls_no_malloc() {
     match variant() {
-        None => in_children("a_growth_that_needs_a_new_arena_calls_no_malloc"),
+        None => in_children(this_test!()),
         Some(_) => new_arenas(),
     }
 }
@@ -258,7 +252,6 @@ fn among_threads(f: impl FnOnce()) {
 /// Reports are made in the handler too.
 #[test]
 fn reports_call_no_malloc() {
-    const TEST: &str = "reports_call_no_malloc";
     match variant().as_deref() {
         None => {
             for (report, says) in [
@@ -270,7 +263,7 @@ fn reports_call_no_malloc() {
                 ("cannot thaw", "Operation not permitted (os error 1)"),
                 ("lost signal", "lost signal, one of 10 12"),
             ] {
-                let outcome = support::child(TEST, report);
+                let outcome = this_test!().child(report);
                 assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
                 assert!(outcome.stderr.contains(says), "{outcome}");
                 if ["overflow", "stale"].contains(&report) {
@@ -331,7 +324,7 @@ fn an_allocation_while_armed_ends_the_process() {
     match variant().as_deref() {
         None => {
             for how in ["rust", "libc"] {
-                let outcome = support::child("an_allocation_while_armed_ends_the_process", how);
+                let outcome = this_test!().child(how);
                 assert_eq!(outcome.status.code(), Some(99), "{outcome}");
                 assert!(outcome.stderr.contains("ALLOCATED"), "{outcome}");
             }

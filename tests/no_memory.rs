@@ -9,7 +9,7 @@ use regrow::{Builder, Coroutine, Error, Pool, Yielder};
 mod failing;
 mod support;
 use failing::failing;
-use support::{Counted, both_ways, frame, live, variant};
+use support::{Counted, Way, both_ways, builders, frame, live, this_test, variant};
 
 /// Keeps values and pointers to them across a suspend, after it has grown; answers with their sum.
 fn sleeper(builder: &Builder) -> Result<Coroutine<u64, u64, u64>, Error> {
@@ -46,7 +46,7 @@ fn each_call(persists: bool, mut step: impl FnMut(&mut dyn FnMut(&mut dyn FnMut(
 
 #[test]
 fn spawning_says_so_and_loses_nothing() {
-    let builders = both_ways().into_iter().chain([10, 12, 14].map(|log| Builder::new().maximum(4096 << log)));
+    let builders = builders().into_iter().chain([10, 12, 14].map(|log| Builder::new().maximum(4096 << log)));
     for builder in builders {
         for persists in [false, true] {
             each_call(persists, |with_failure| {
@@ -66,15 +66,10 @@ fn spawning_says_so_and_loses_nothing() {
 /// The first coroutine of a process, and of a thread.
 #[test]
 fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
-    const TEST: &str = "the_first_spawn_of_a_process_says_so_and_works_the_next_time";
     let Some(number) = variant() else {
-        for number in 0..12 {
-            let outcome = support::child(TEST, &number.to_string());
-            assert!(outcome.status.success(), "call {number}: {outcome}");
-        }
-        return;
+        return this_test!().passes_each(0..12);
     };
-    for builder in both_ways() {
+    both_ways(|builder| {
         let number = number.parse().unwrap();
         let (spawned, failed) = failing(number, false, || sleeper(&builder));
         assert!(failed || spawned.is_ok());
@@ -82,11 +77,8 @@ fn the_first_spawn_of_a_process_says_so_and_works_the_next_time() {
             assert!(refused(&error), "{error}");
         }
         assert_eq!(sleeper(&builder).unwrap().resume(3).yielded(), Some(3));
-    }
+    });
 }
-
-/// Of [`both_ways`], the one whose stacks move.
-const MOVING: usize = 0;
 
 /// Every step in the life of a parked coroutine, with each of its mapping calls failing.
 #[test]
@@ -97,8 +89,8 @@ fn parked_coroutines_stay_what_they_are() {
         ("shrink", |coroutine| coroutine.shrink().map(drop)),
         ("thaw", |coroutine| coroutine.thaw()),
     ];
-    let builders = both_ways();
-    let ways = builders.iter().enumerate();
+    let builders = builders();
+    let ways = Way::BOTH.into_iter().zip(&builders);
     for ((way, builder), persists) in ways.flat_map(|way| [(way, false), (way, true)]) {
         for (name, step) in steps {
             let calls = each_call(persists, |with_failure| {
@@ -119,7 +111,7 @@ fn parked_coroutines_stay_what_they_are() {
                 assert_eq!(live(), 0);
             });
             // One that moves may find a slot that is ready.
-            assert!(calls > 0 || way == MOVING && name != "shrink", "{name}");
+            assert!(calls > 0 || way == Way::Moving && name != "shrink", "{name}");
         }
     }
 }
@@ -127,7 +119,7 @@ fn parked_coroutines_stay_what_they_are() {
 /// A resume that cannot thaw for want of memory panics, and the coroutine is in its pool as before.
 #[test]
 fn a_pool_keeps_whom_it_cannot_thaw() {
-    for (way, builder) in both_ways().iter().enumerate() {
+    for (way, builder) in Way::BOTH.into_iter().zip(&builders()) {
         let calls = each_call(false, |with_failure| {
             let mut coroutine = sleeper(builder).unwrap();
             assert_eq!(coroutine.resume(3).yielded(), Some(3));
@@ -140,21 +132,20 @@ fn a_pool_keeps_whom_it_cannot_thaw() {
             let sum = if outcome.is_some() { 7 } else { 3 };
             assert_eq!(pool.resume(key, 1).unwrap().yielded(), Some(sum + 1));
         });
-        assert!(calls > 0 || way == MOVING);
+        assert!(calls > 0 || way == Way::Moving);
     }
 }
 
 /// A growth that may not move for want of memory is made in place, if that works; else the process ends with a report.
 #[test]
 fn a_growth_without_memory_ends_in_a_report_at_worst() {
-    const TEST: &str = "a_growth_without_memory_ends_in_a_report_at_worst";
     let Some(variant) = variant() else {
         let mut reports = 0;
-        for way in 0..2 {
+        for way in Way::BOTH {
             for number in 0..6 {
-                let outcome = support::child(TEST, &format!("{way} {number}"));
+                let outcome = this_test!().child(format!("{way} {number}"));
                 if !outcome.status.success() {
-                    assert_eq!(way, MOVING, "a stack that grows in place needs no call: {outcome}");
+                    assert_eq!(way, Way::Moving, "a stack that grows in place needs no call: {outcome}");
                     assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{way} {number}: {outcome}");
                     assert!(outcome.stderr.contains("out of memory"), "{way} {number}: {outcome}");
                     reports += 1;
@@ -164,8 +155,8 @@ fn a_growth_without_memory_ends_in_a_report_at_worst() {
         println!("{reports} reports");
         return;
     };
-    let (way, number) = variant.split_once(' ').unwrap();
-    let mut coroutine = sleeper(&both_ways()[way.parse::<usize>().unwrap()]).unwrap();
+    let (way, number) = variant.rsplit_once(' ').unwrap();
+    let mut coroutine = sleeper(&Way::named(way).builder()).unwrap();
     let (answer, _) = failing(number.parse().unwrap(), false, || coroutine.resume(3).yielded());
     assert_eq!(answer, Some(3));
     assert_eq!(coroutine.resume(0).returned(), Some(3));

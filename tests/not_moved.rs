@@ -6,7 +6,7 @@ use regrow::map::{self, Cfa, FrameMap, Place, Register, Rules};
 use regrow::{Coroutine, Reason, Yielder, current_stats, not_moved, pin, pin_code, pin_object, pinned_room};
 
 mod support;
-use support::{child, frame, relocating, variant};
+use support::{frame, relocating, this_test, variant};
 
 extern "C" fn grow() {
     black_box(frame::<8192>(1));
@@ -218,11 +218,11 @@ fn the_room_of_a_pinned_stack_is_what_it_says_and_ends_with_a_report() {
         }
         black_box(local);
     }
-    let name = "the_room_of_a_pinned_stack_is_what_it_says_and_ends_with_a_report";
+    let test = this_test!();
     match variant().as_deref() {
         None => {
-            assert!(child(name, "within").status.success());
-            let outcome = child(name, "beyond");
+            test.passes_each(["within"]);
+            let outcome = test.child("beyond");
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             for part in ["used up its slack", "coroutine \"pinned one\"", "not moved: Pinned", "use_bytes"] {
                 assert!(outcome.stderr.contains(part), "{part} in {outcome}");

@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use proptest::prelude::*;
 use regrow::{Builder, Coroutine, Key, Pool, Yielder, pin};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod support;
-use support::{Counted, both_ways, frame, live};
+use support::{Counted, both_ways, builders, frame, live};
 
 /// Adds up what it is given until that is 0; grows at some sums.
 fn adder(builder: &Builder) -> Coroutine<u64, u64, u64> {
@@ -41,7 +43,7 @@ fn pool_of(builder: &Builder, count: u64, budget: usize) -> (Pool<u64, u64, u64>
 
 #[test]
 fn the_least_recently_resumed_are_frozen() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let (mut pool, keys) = pool_of(&builder, 10, 4 * 4096);
         // Of those ordered by their latest resume, so many of the first are frozen as is needed, and no more.
         let frozen = |pool: &Pool<u64, u64, u64>, order: [usize; 10]| {
@@ -61,7 +63,7 @@ fn the_least_recently_resumed_are_frozen() {
         assert_eq!((pool.stats().live, pool.stats().live_bytes, pool.stats().frozen), (0, 0, 10));
         drop(pool);
         assert_eq!(live(), 0);
-    }
+    });
 }
 
 #[test]
@@ -143,13 +145,13 @@ fn one_that_panics_is_gone() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(corpus::cases(100))]
 
     /// Any order of insertions, resumes, ends, removals and budgets: sums are right, counters are those of the coroutines, and
     /// the budget is kept.
     #[test]
     fn any_order_of_operations(steps in prop::collection::vec((0..7u8, 1..1000u64), 1..150)) {
-        let builders = both_ways();
+        let builders = builders();
         let mut pool = Pool::new(usize::MAX);
         let mut sums: HashMap<Key, u64> = HashMap::new();
         for (operation, number) in steps {

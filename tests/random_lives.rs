@@ -15,9 +15,10 @@ use std::sync::Once;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use proptest::test_runner::FileFailurePersistence;
 use regrow::{Builder, Coroutine, CoroutineResult, Error, Key, Pool, Shrink, Yielder, slots};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 #[path = "support/failing.rs"]
 mod failing;
 mod support;
@@ -471,10 +472,8 @@ unsafe impl GlobalAlloc for Counting {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 300,
         fork: true,
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("proptest-regressions/random_lives.txt"))),
-        ..ProptestConfig::default()
+        ..corpus::cases(300)
     })]
 
     #[test]

@@ -9,7 +9,7 @@ use support::{both_ways, frame, relocating, run};
 
 #[test]
 fn reserved_stack_is_used_without_another_growth() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         for kib in [1, 3, 8, 60, 500, 3000] {
             run(&builder, move || {
                 let local = black_box([kib; 5]);
@@ -23,7 +23,7 @@ fn reserved_stack_is_used_without_another_growth() {
                 assert_eq!(local, [kib; 5]);
             });
         }
-    }
+    });
 }
 
 /// Uses at most 1 KiB a level, in a debug build too.
@@ -40,7 +40,7 @@ fn small(seed: u8) -> u64 {
 
 #[test]
 fn callee_saved_registers_survive() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let sum = run(&builder, || {
             let mut numbers = [1u64, 2, 3, 4, 5, 6, 7, 8, 9, 10];
             for round in 1..6 {
@@ -51,7 +51,7 @@ fn callee_saved_registers_survive() {
             numbers.iter().sum::<u64>()
         });
         assert_eq!(sum, 55 << 5);
-    }
+    });
 }
 
 #[test]
@@ -81,14 +81,14 @@ fn a_pinned_stack_reserves_its_slack_and_no_more() {
 
 #[test]
 fn more_than_the_maximum_is_an_error_that_says_so() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         run(&builder.maximum(64 << 10), || {
             let error = reserve(100_000).unwrap_err();
             assert!(error.to_string().contains("Builder::maximum"), "{error}");
             assert!(reserve(usize::MAX).is_err());
             reserve(20_000).unwrap();
         });
-    }
+    });
 }
 
 #[test]
@@ -98,12 +98,12 @@ fn outside_coroutines_it_does_nothing() {
 
 #[test]
 fn a_system_call_finds_a_reserved_buffer() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         run(&builder, || {
             reserve(300_000).unwrap();
             read_zeros();
         });
-    }
+    });
 
     #[inline(never)]
     fn read_zeros() {

@@ -5,6 +5,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Growth, Shrink, Yielder};
 
 mod support;
+use support::this_test;
 
 /// Uses some `kib` KiB of stack, returns a sum over it.
 #[inline(never)]
@@ -188,7 +189,6 @@ fn memory_goes_back() {
 /// default policy looks at none of those that grow in place, and were all made before the first spike.
 #[test]
 fn a_spike_of_many_leaves_nothing_behind() {
-    const TEST: &str = "a_spike_of_many_leaves_nothing_behind";
     const COUNT: usize = 2000;
     let ways = BOTH.into_iter().flat_map(|growth| {
         [(Shrink::Default, 34), (Shrink::Eager, 2), (Shrink::Off, 0)]
@@ -197,11 +197,7 @@ fn a_spike_of_many_leaves_nothing_behind() {
     let ways = ways.filter(|&(growth, policy, _)| growth == Growth::Relocate || policy != Shrink::Default);
     // Each alone in a process of its own, whose memory is not that of other tests.
     let Some(variant) = support::variant() else {
-        for number in 0..ways.count() {
-            let outcome = support::child(TEST, &number.to_string());
-            assert!(outcome.status.success(), "{outcome}");
-        }
-        return;
+        return this_test!().passes_each(0..ways.count());
     };
     let (growth, policy, quiet) = ways.clone().nth(variant.parse().unwrap()).unwrap();
     let mut all: Vec<_> = (0..COUNT).map(|_| (diver(growth, policy), 0)).collect();

@@ -6,7 +6,7 @@ use std::hint::black_box;
 use regrow::{Coroutine, CoroutineResult, Yielder};
 
 mod support;
-use support::{Outcome, child, frame, growths, relocating, variant};
+use support::{Outcome, frame, growths, relocating, this_test, variant};
 
 /// What a child prints before it uses the pointer, so that the report can be checked against it.
 fn tell(local: &u64, yielder: &Yielder<(), usize>) {
@@ -80,11 +80,11 @@ fn is_reported(outcome: &Outcome, function: &str) {
 
 #[test]
 fn a_box_that_holds_a_reference_to_a_local_is_caught_and_reported() {
-    const TEST: &str = "a_box_that_holds_a_reference_to_a_local_is_caught_and_reported";
+    let test = this_test!();
     match variant().as_deref() {
         None => {
-            is_reported(&child(TEST, "read"), "stale::uses_the_pointer");
-            is_reported(&child(TEST, "write"), "stale::writes_through_the_pointer");
+            is_reported(&test.child("read"), "stale::uses_the_pointer");
+            is_reported(&test.child("write"), "stale::writes_through_the_pointer");
         }
         Some(how) => {
             let write = how == "write";
@@ -108,11 +108,10 @@ fn a_box_that_holds_a_reference_to_a_local_is_caught_and_reported() {
 
 #[test]
 fn a_stale_pointer_is_caught_after_any_number_of_moves() {
-    const TEST: &str = "a_stale_pointer_is_caught_after_any_number_of_moves";
     match variant() {
         None => {
             for moves in 1..=6 {
-                is_reported(&child(TEST, &moves.to_string()), "stale::uses_the_pointer");
+                is_reported(&this_test!().child(moves), "stale::uses_the_pointer");
             }
         }
         Some(moves) => {
@@ -124,9 +123,8 @@ fn a_stale_pointer_is_caught_after_any_number_of_moves() {
 
 #[test]
 fn a_stale_pointer_used_by_another_thread_is_caught() {
-    const TEST: &str = "a_stale_pointer_used_by_another_thread_is_caught";
     match variant() {
-        None => is_reported(&child(TEST, ""), "stale::uses_the_pointer"),
+        None => is_reported(&this_test!().child(""), "stale::uses_the_pointer"),
         Some(_) => {
             let (_coroutine, hidden) = moved_away(2);
             // A thread that has nothing to do with coroutines.
@@ -138,9 +136,8 @@ fn a_stale_pointer_used_by_another_thread_is_caught() {
 
 #[test]
 fn a_stale_pointer_used_by_another_coroutine_is_caught() {
-    const TEST: &str = "a_stale_pointer_used_by_another_coroutine_is_caught";
     match variant() {
-        None => is_reported(&child(TEST, ""), "stale::uses_the_pointer"),
+        None => is_reported(&this_test!().child(""), "stale::uses_the_pointer"),
         Some(_) => {
             let (_coroutine, hidden) = moved_away(1);
             let value = Coroutine::<(), (), u64>::new(move |_, ()| uses_the_pointer(&hidden)).resume(());

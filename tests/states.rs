@@ -16,7 +16,7 @@ use regrow::{
 };
 
 mod support;
-use support::{Counted, OnDrop, both_ways, child, frame, live, relocating, variant};
+use support::{Counted, OnDrop, Way, both_ways, builders, frame, live, relocating, this_test, variant};
 
 type Asked = Coroutine<(), u64, u64>;
 
@@ -137,7 +137,7 @@ fn ask_elsewhere(coroutine: &mut Asked, growth: Growth) {
 #[test]
 fn a_coroutine_that_suspends_on_another_stack_loses_nothing() {
     for shrink in [Shrink::Default, Shrink::Eager, Shrink::Off] {
-        for builder in both_ways() {
+        both_ways(|builder| {
             for place in PLACES {
                 for asked in [false, true] {
                     let mut coroutine = goes_elsewhere(&builder.clone().shrink(shrink), place);
@@ -152,13 +152,13 @@ fn a_coroutine_that_suspends_on_another_stack_loses_nothing() {
                     assert_eq!(damaged, Some(0), "{growth:?}, {place:?}, {shrink:?}, asked: {asked}");
                 }
             }
-        }
+        });
     }
 }
 
 #[test]
 fn a_coroutine_dropped_on_another_stack_unwinds_both() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         for grown in [false, true] {
             let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
                 let _own = Counted::new(1);
@@ -175,7 +175,7 @@ fn a_coroutine_dropped_on_another_stack_unwinds_both() {
             drop(coroutine);
             assert_eq!(live(), 0);
         }
-    }
+    });
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn shrinking_goes_on_when_a_coroutine_is_back_on_its_own_stack() {
 
 #[test]
 fn a_pool_keeps_what_is_on_another_stack_as_it_is() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut pool = Pool::new(0);
         let keys = PLACES.map(|place| pool.insert(goes_elsewhere(&builder, place)));
         for number in 1..=3 {
@@ -215,7 +215,7 @@ fn a_pool_keeps_what_is_on_another_stack_as_it_is() {
         for key in keys {
             assert_eq!(pool.resume(key, ()).unwrap().returned(), Some(0));
         }
-    }
+    });
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn a_stack_that_may_move_says_that_its_code_was_on_another() {
 
 #[test]
 fn what_a_coroutine_asks_on_another_stack_is_about_its_own_or_nothing() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         for place in PLACES {
             let mut coroutine = builder.spawn(move |_: &Yielder<(), ()>, ()| {
                 elsewhere(place, &mut || {
@@ -250,7 +250,7 @@ fn what_a_coroutine_asks_on_another_stack_is_about_its_own_or_nothing() {
             });
             coroutine.resume(());
         }
-    }
+    });
 }
 
 // --- running -----------------------------------------------------------------------------------------------------
@@ -329,9 +329,8 @@ fn exits_when_it_is_dropped(builder: &Builder) -> Coroutine<(), (), ()> {
 
 #[test]
 fn a_coroutine_that_is_dropped_while_it_runs_is_leaked() {
-    const TEST: &str = "a_coroutine_that_is_dropped_while_it_runs_is_leaked";
-    type Way = (&'static str, fn(&Builder));
-    let ways: [Way; 7] = [
+    type Case = (&'static str, fn(&Builder));
+    let ways: [Case; 7] = [
         ("runs", |builder| {
             OUTER.set(Some(exits(builder, exit_inside)));
             resume_outer();
@@ -375,22 +374,22 @@ fn a_coroutine_that_is_dropped_while_it_runs_is_leaked() {
     ];
     let Some(variant) = variant() else {
         for (name, _) in ways {
-            for growth in ["0", "1"] {
-                let outcome = child(TEST, &format!("{growth}{name}"));
-                assert_eq!(outcome.status.code(), Some(5), "{growth}{name}: {outcome}");
+            for growth in Way::BOTH {
+                let outcome = this_test!().child(format!("{growth}, {name}"));
+                assert_eq!(outcome.status.code(), Some(5), "{growth}, {name}: {outcome}");
                 // One that is suspended all the same is unwound.
                 let dropped = outcome.stdout.matches("dropped its frames").count();
-                assert_eq!(dropped, usize::from(name == "is another's"), "{growth}{name}: {outcome}");
+                assert_eq!(dropped, usize::from(name == "is another's"), "{growth}, {name}: {outcome}");
                 let asked = outcome.stdout.contains("asked");
-                assert_eq!(asked, name == "is asked", "{growth}{name}: {outcome}");
+                assert_eq!(asked, name == "is asked", "{growth}, {name}: {outcome}");
             }
         }
         return;
     };
-    let (growth, way) = variant.split_at(1);
+    let (growth, way) = variant.split_once(", ").unwrap();
     let (_, f) = ways.into_iter().find(|&(name, _)| name == way).unwrap();
     // With room for what runs on its stack at the end: whether it can still grow there is another question.
-    f(&both_ways()[growth.parse::<usize>().unwrap()].clone().first_size(32 << 10));
+    f(&Way::named(growth).builder().first_size(32 << 10));
 }
 
 // --- frozen ------------------------------------------------------------------------------------------------------
@@ -413,7 +412,7 @@ fn has_grown(builder: &Builder) -> Coroutine<(), u64, ()> {
 
 #[test]
 fn a_frozen_coroutine_answers_as_before() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let mut coroutine = builder.clone().name("answers").spawn(|yielder: &Yielder<(), ()>, ()| {
             let pin = pin();
             black_box(frame::<10_000>(1));
@@ -438,7 +437,7 @@ fn a_frozen_coroutine_answers_as_before() {
         assert_eq!(answers(&coroutine), before);
         coroutine.thaw().unwrap();
         assert_eq!(answers(&coroutine), before);
-    }
+    });
 }
 
 #[test]
@@ -467,7 +466,7 @@ fn a_stack_that_was_frozen_or_refused_shrinks_by_itself_as_others_do() {
         }
         coroutine.stats().size
     };
-    for builder in both_ways().map(|builder| builder.shrink(Shrink::Eager)) {
+    for builder in builders().map(|builder| builder.shrink(Shrink::Eager)) {
         let plain = after(&builder, &|_| ());
         let thawed = after(&builder, &|coroutine| {
             assert!(coroutine.freeze().unwrap());
@@ -635,14 +634,8 @@ fn load_library(name: &str) -> Caller {
 /// Both in a process of their own: whatever else meets unknown code has the tables read again, too.
 #[test]
 fn code_that_was_loaded_since_is_looked_up_before_a_stack_stays() {
-    const TEST: &str = "code_that_was_loaded_since_is_looked_up_before_a_stack_stays";
     match variant().as_deref() {
-        None => {
-            for which in ["freeze", "shrink"] {
-                let outcome = child(TEST, which);
-                assert!(outcome.status.success(), "{which}: {outcome}");
-            }
-        }
+        None => this_test!().passes_each(["freeze", "shrink"]),
         Some(which) => {
             drop(relocating().spawn(|_: &Yielder<(), ()>, ()| ())); // the tables are read
             let caller = load_library(which);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier, mpsc};
 use regrow::{Coroutine, CoroutineResult, Yielder, current_stats, prepare_thread};
 
 mod support;
-use support::{OnDrop, both_ways, frame, grown, growths, random, relocating};
+use support::{OnDrop, both_ways, builders, frame, grown, growths, random, relocating, this_test};
 
 const THREADS: usize = 8;
 
@@ -38,7 +38,7 @@ fn eight_threads_each_grow_coroutines_of_their_own() {
                 start.wait();
                 let mut state = thread as u64;
                 for round in 0..60 {
-                    let builders = both_ways();
+                    let builders = builders();
                     let mut coroutines: Vec<_> = (0..30)
                         .map(|n| {
                             let depth = random(&mut state) % 100 + 60;
@@ -74,7 +74,7 @@ fn eight_threads_each_grow_coroutines_of_their_own() {
 #[test]
 fn slots_given_back_by_one_thread_serve_another() {
     for _ in 0..30 {
-        let builders = both_ways();
+        let builders = builders();
         let depth = 150;
         let found = std::thread::spawn(move || {
             builders.map(|builder| support::run(&builder, move || (deep_from_here(depth), growths() > 0)))
@@ -91,7 +91,7 @@ thread_local!(static KEPT: Kept = const { RefCell::new(None) });
 #[test]
 fn a_coroutine_in_a_thread_local_is_unwound_when_the_thread_ends() {
     static DROPPED: AtomicUsize = AtomicUsize::new(0);
-    for builder in both_ways() {
+    both_ways(|builder| {
         for prepared_first in [true, false] {
             DROPPED.store(0, Ordering::SeqCst);
             let builder = builder.clone();
@@ -119,7 +119,7 @@ fn a_coroutine_in_a_thread_local_is_unwound_when_the_thread_ends() {
             thread.join().unwrap();
             assert_eq!(DROPPED.load(Ordering::SeqCst), 11);
         }
-    }
+    });
 }
 
 #[test]
@@ -127,10 +127,10 @@ fn a_coroutine_can_be_made_and_run_in_a_destructor_at_the_threads_end() {
     struct RunsLate(mpsc::Sender<u64>);
     impl Drop for RunsLate {
         fn drop(&mut self) {
-            for builder in both_ways() {
+            both_ways(|builder| {
                 let sum = support::run(&builder, || deep_from_here(100));
                 self.0.send(sum).unwrap();
-            }
+            });
         }
     }
     thread_local!(static LATE: Cell<Option<RunsLate>> = const { Cell::new(None) });
@@ -158,7 +158,7 @@ unsafe impl<In, Out, Ret> Send for Moving<In, Out, Ret> {}
 
 #[test]
 fn a_coroutine_can_grow_on_one_thread_after_another() {
-    for builder in both_ways() {
+    both_ways(|builder| {
         let coroutine = builder.spawn(|yielder: &Yielder<u64, u64>, mut depth: u64| {
             let mut sum = 0u64;
             while depth != 0 {
@@ -183,13 +183,13 @@ fn a_coroutine_can_grow_on_one_thread_after_another() {
         }
         let growths = moving.0.resume(0).returned().unwrap();
         assert!(growths >= THREADS as u64 / 2, "{growths}");
-    }
+    });
 }
 
 #[test]
 fn a_coroutine_can_be_dropped_on_another_thread() {
     static DROPPED: AtomicUsize = AtomicUsize::new(0);
-    for builder in both_ways() {
+    both_ways(|builder| {
         DROPPED.store(0, Ordering::SeqCst);
         let mut moving = Moving(builder.spawn(|yielder: &Yielder<(), ()>, ()| {
             let _counts = OnDrop(|| {
@@ -202,7 +202,7 @@ fn a_coroutine_can_be_dropped_on_another_thread() {
         // This thread is not prepared by hand: dropping sees to it.
         std::thread::spawn(move || drop(moving)).join().unwrap();
         assert_eq!(DROPPED.load(Ordering::SeqCst), 1);
-    }
+    });
 }
 
 /// As servers have them that leave signals to one thread.
@@ -217,25 +217,20 @@ fn blocks_all_signals() {
 
 #[test]
 fn a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared() {
-    const TEST: &str = "a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared";
     let Some(how) = support::variant() else {
-        for how in ["prepared", "by the first coroutine"] {
-            let outcome = support::child(TEST, how);
-            assert!(outcome.status.success(), "{how}: {outcome}");
-        }
-        return;
+        return this_test!().passes_each(["prepared", "by the first coroutine"]);
     };
     let thread = std::thread::spawn(move || {
         blocks_all_signals();
         if how == "prepared" {
             prepare_thread().unwrap();
         }
-        for builder in both_ways() {
+        both_ways(|builder| {
             support::run(&builder, || {
                 frame::<100_000>(1);
                 assert!(growths() > 0);
             });
-        }
+        });
         // SAFETY: plain data for calls that read.
         let blocked = unsafe {
             let mut mask = std::mem::zeroed();
@@ -250,12 +245,8 @@ fn a_thread_with_all_signals_blocked_grows_stacks_once_it_is_prepared() {
 
 #[test]
 fn preparing_a_thread_again_asks_the_kernel_nothing() {
-    const TEST: &str = "preparing_a_thread_again_asks_the_kernel_nothing";
     match support::variant() {
-        None => {
-            let outcome = support::child(TEST, "");
-            assert!(outcome.status.success(), "{outcome}");
-        }
+        None => this_test!().passes(),
         Some(_) => {
             prepare_thread().unwrap();
             support::refuse(&[libc::SYS_sigaltstack, libc::SYS_mmap], libc::EPERM);

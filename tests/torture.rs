@@ -11,7 +11,7 @@ use regrow::torture::{Finding, Kind, Mode, Report, Torture};
 use regrow::{Builder, Yielder, current_stats, pinned_room, reserve};
 
 mod support;
-use support::{below, child, frame, random, relocating, variant};
+use support::{below, both_ways, frame, random, relocating, this_test, variant};
 
 const MODES: [Mode; 6] = [
     Mode::GrowthPoints,
@@ -151,9 +151,7 @@ fn overflows_go_by_the_smallest_step() {
 #[test]
 fn coroutines_are_made_inside() {
     if variant().is_none() {
-        let outcome = child("coroutines_are_made_inside", "");
-        assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     // Unoptimised one takes ten seconds.
     const MADE: u32 = if cfg!(debug_assertions) { 1 } else { 50 };
@@ -312,7 +310,7 @@ fn stepping_goes_on_after_sigtrap_was_blocked() {
 fn nested_coroutines_are_tortured_too() {
     is_clean_everywhere(|| {
         let mut sum = 0;
-        for builder in [relocating(), Builder::new()] {
+        both_ways(|builder| {
             let mut inner = builder.spawn(|yielder: &Yielder<u64, u64>, mut n: u64| {
                 for _ in 0..2 {
                     let local = black_box([n; 20]);
@@ -324,7 +322,7 @@ fn nested_coroutines_are_tortured_too() {
                 sum += inner.resume(n).yielded().unwrap();
             }
             sum += inner.resume(9).returned().unwrap();
-        }
+        });
         sum
     });
 }
@@ -365,9 +363,7 @@ fn threads_wait_for_their_turn() {
 #[test]
 fn the_code_is_as_before() {
     if variant().is_none() {
-        let outcome = child("the_code_is_as_before", "alone");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     let code = || {
         let mut bytes = vec![0u8; 256];
@@ -480,7 +476,7 @@ fn a_use_of_fresh_stack_is_told_apart() {
 
 #[test]
 fn a_finding_leaves_nested_coroutines_as_well() {
-    for builder in [relocating(), Builder::new()] {
+    both_ways(|builder| {
         let (value, report) = torture(Mode::GrowthPoints, move || {
             let local = black_box(1u64);
             let address = &raw const local as usize;
@@ -492,7 +488,7 @@ fn a_finding_leaves_nested_coroutines_as_well() {
         });
         assert_eq!(value, None, "{report}");
         assert!(the_finding(&report).function.ends_with("reads_the_hidden_pointer"));
-    }
+    });
     is_clean_everywhere(|| 1);
 }
 

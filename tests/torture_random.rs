@@ -1,7 +1,5 @@
 //! Random programs: trees of calls over the operations that matter to a moving stack. Under torture, with suspends, each
 //! computes what it computes on a plain thread without.
-//!
-//! What fails is made smaller, printed, and kept in `proptest-regressions/torture_random.txt`, which always runs.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -9,10 +7,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::rc::Rc;
 
 use proptest::prelude::*;
-use proptest::test_runner::FileFailurePersistence;
 use regrow::torture::{Mode, Torture};
 use regrow::{Coroutine, Yielder, pin, pinned_room, reserve};
 
+#[path = "support/corpus.rs"]
+mod corpus;
 mod support;
 use support::{OnDrop, relocating};
 
@@ -336,11 +335,7 @@ fn modes() -> impl Strategy<Value = Mode> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 60,
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("proptest-regressions/torture_random.txt"))),
-        ..Default::default()
-    })]
+    #![proptest_config(corpus::cases(60))]
 
     #[test]
     fn the_same_as_on_a_plain_thread(program in programs(), mode in modes(), seed in any::<u64>()) {

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 mod support;
-use support::{child, variant};
+use support::{this_test, variant};
 
 /// The library's package: one of its own, so that the crate in it has the features and the copy of data that it has there.
 fn package() -> PathBuf {
@@ -133,13 +133,12 @@ fn close_at_the_end_of_a_thread() {
 
 #[test]
 fn a_library_that_has_installed_the_handler_stays_when_it_is_closed() {
-    const TEST: &str = "a_library_that_has_installed_the_handler_stays_when_it_is_closed";
     let ways =
         ["by the thread that used it", "by another thread", "in a key's destructor", "and loaded again"];
     let Some(way) = variant() else {
         path();
         for way in ways {
-            let outcome = child(TEST, way);
+            let outcome = this_test!().child(way);
             assert_eq!(outcome.status.code(), Some(42), "{way}: {outcome}");
         }
         return;
@@ -168,12 +167,9 @@ fn a_library_that_has_installed_the_handler_stays_when_it_is_closed() {
 
 #[test]
 fn the_handler_of_a_library_asks_the_loader_for_no_thread_local() {
-    const TEST: &str = "the_handler_of_a_library_asks_the_loader_for_no_thread_local";
     if variant().is_none() {
         path();
-        let outcome = child(TEST, "");
-        assert!(outcome.status.success(), "{outcome}");
-        return;
+        return this_test!().passes();
     }
     let plugin = Plugin::load();
     plugin.grows();

@@ -3,6 +3,7 @@
 //! A signal hits a busy thread at no particular instruction. Its handler copies the stack and walks; another walker
 //! goes through the copy afterwards.
 
+mod support;
 mod walkers;
 
 use std::cell::UnsafeCell;
@@ -15,6 +16,7 @@ use std::sync::{Arc, Barrier};
 
 use regrow::map::{self, End, Registers};
 use regrow::{Coroutine, Yielder};
+use support::random;
 use walkers::{Framehop, MOST, Step, Walked, interrupted, libgcc, ours};
 
 /// Words of the stack that are copied.
@@ -134,12 +136,9 @@ fn interrupt(samples: usize, with_libgcc: bool, work: fn(u64) -> u64) -> Vec<End
     let mut framehop = Framehop::new();
     let mut stuck = Vec::new();
     let mut frames = 0;
-    let mut random = 0x2545_f491_4f6c_dd1du64;
+    let mut state = 5;
     for _ in 0..samples {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        (0..random % 5000).for_each(|_| spin_loop());
+        (0..random(&mut state) % 5000).for_each(|_| spin_loop());
         // SAFETY: the worker runs until it is told to stop.
         assert_eq!(unsafe { libc::pthread_kill(worker.as_pthread_t(), libc::SIGUSR1) }, 0);
         while !TAKEN.load(Ordering::Acquire) {

@@ -8,7 +8,7 @@ use std::hint::black_box;
 use regrow::{Builder, Coroutine, Yielder, current_stats};
 
 mod support;
-use support::{Outcome, child, child_command, frame, outcome, run, variant};
+use support::{frame, run, this_test, variant};
 
 fn in_place(maximum: usize) -> Builder {
     Builder::new().learn(false).maximum(maximum)
@@ -56,10 +56,6 @@ fn far_below_by<F: FnMut()>(bytes: usize, f: &mut F) {
     }
 }
 
-fn passes(outcome: &Outcome) {
-    assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
-}
-
 /// Bytes the kernel says of this process.
 fn status(name: &str) -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -85,12 +81,8 @@ fn descend_by(bytes: usize) -> u64 {
 
 #[test]
 fn a_window_that_is_not_used_costs_no_page_tables() {
-    const TEST: &str = "a_window_that_is_not_used_costs_no_page_tables";
     let Some(variant) = variant() else {
-        for maximum in [64usize << 20, 1 << 30] {
-            passes(&child(TEST, &maximum.to_string()));
-        }
-        return;
+        return this_test!().passes_each([64usize << 20, 1 << 30]);
     };
     let maximum: usize = variant.parse().unwrap();
     let spawn = || {
@@ -204,10 +196,9 @@ fn a_coroutine_may_suspend_far_below() {
 /// What was used far below goes back with the slot.
 #[test]
 fn memory_far_below_is_given_back() {
-    const TEST: &str = "memory_far_below_is_given_back";
     const COUNT: usize = 300;
     if variant().is_none() {
-        return passes(&child(TEST, ""));
+        return this_test!().passes();
     }
     let round = || {
         let mut all: Vec<Coroutine<(), (), ()>> = (0..COUNT)
@@ -232,14 +223,9 @@ fn memory_far_below_is_given_back() {
 /// Wherever it begins, a recursion ends at the maximum.
 #[test]
 fn a_recursion_that_begins_far_below_ends_at_the_maximum() {
-    const TEST: &str = "a_recursion_that_begins_far_below_ends_at_the_maximum";
     if variant().is_none() {
         for guard in ["", "protect"] {
-            let mut command = child_command(TEST, "");
-            if !guard.is_empty() {
-                command.env("REGROW_GUARD", guard);
-            }
-            let outcome = outcome(&mut command);
+            let outcome = this_test!().child_with("", &[("REGROW_GUARD", guard)]);
             assert_eq!(outcome.signal(), Some(libc::SIGABRT), "{outcome}");
             assert!(outcome.stderr.contains("exceeds its 262144-byte stack limit"), "{outcome}");
         }
@@ -261,12 +247,8 @@ fn descend_for_ever(number: u64) -> u64 {
 /// greedy ones among many small ones. Whatever they have written, zeros among it.
 #[test]
 fn the_stock_of_a_thread_stays_small() {
-    const TEST: &str = "the_stock_of_a_thread_stays_small";
     let Some(variant) = variant() else {
-        for (every, fill) in [(1, 1), (10, 1), (100, 1), (1, 0), (10, 0)] {
-            passes(&child(TEST, &format!("{every} {fill}")));
-        }
-        return;
+        return this_test!().passes_each(["1 1", "10 1", "100 1", "1 0", "10 0"]);
     };
     let (every, fill) = variant.split_once(' ').unwrap();
     let (every, fill): (usize, u8) = (every.parse().unwrap(), fill.parse().unwrap());

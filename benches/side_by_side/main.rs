@@ -1,9 +1,9 @@
 //! regrow and others, shape by shape, side by side.
 //!
 //! ```text
-//! cargo bench --bench side_by_side                  # prints the table, writes target/side-by-side.json
-//! cargo bench --bench side_by_side -- --write       # also docs/benchmarks.md's table and docs/benchmarks.svg
-//! cargo bench --bench side_by_side -- --only 100,000 --processes 1
+//! cargo bench --package regrow-benches --bench side_by_side               # prints the table, writes target/side-by-side.json
+//! cargo bench --package regrow-benches --bench side_by_side -- --write    # also this processor's page in docs/benchmarks/
+//! cargo bench --package regrow-benches --bench side_by_side -- --only 100,000 --processes 1
 //! ```
 //!
 //! Every shape runs in a few processes of its own, pinned to one processor: where code and stacks happen to lie decides
@@ -393,7 +393,7 @@ fn generation(cpuinfo: &str) -> String {
 
 /// Writes the table and the picture of this generation of processors, new ones or in place of older ones.
 fn write(machine: &str, table: &str, outcomes: &[Outcome]) -> std::io::Result<()> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/benchmarks");
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = generation(&cpuinfo).replace(", ", "-").replace(' ', "-");
     let page = folder.join(name).with_extension("md");

@@ -1,5 +1,5 @@
 //! What the integration tests share: both ways of growing, functions that use stack, child processes.
-#![allow(dead_code, reason = "each test binary uses its own part of this")]
+#![allow(dead_code, unused_imports, unused_macros, reason = "each test binary uses its own part of this")]
 
 use std::cell::Cell;
 use std::fmt;
@@ -17,9 +17,54 @@ pub fn relocating() -> Builder {
     unsafe { Builder::new().learn(false).relocating() }
 }
 
-/// A builder for each way of growing.
-pub fn both_ways() -> [Builder; 2] {
-    [relocating(), Builder::new().learn(false).maximum(64 << 20)]
+/// A way of growing. Its name, "moving" or "in place", is a variant of a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Moving,
+    InPlace,
+}
+
+impl Way {
+    pub const BOTH: [Self; 2] = [Self::Moving, Self::InPlace];
+
+    /// The way that this is the name of.
+    pub fn named(name: &str) -> Self {
+        Self::BOTH.into_iter().find(|way| way.to_string() == name).expect("a way of growing")
+    }
+
+    /// A builder of coroutines that grow so.
+    pub fn builder(self) -> Builder {
+        match self {
+            Self::Moving => relocating(),
+            Self::InPlace => Builder::new().learn(false),
+        }
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Moving => "moving",
+            Self::InPlace => "in place",
+        })
+    }
+}
+
+/// A builder for each [`Way`], in their order, of coroutines that may grow far.
+pub fn builders() -> [Builder; 2] {
+    [Way::Moving.builder(), Way::InPlace.builder().maximum(64 << 20)]
+}
+
+/// Checks a property of coroutines for each way of growing: with each of the [`builders`]. Says for which one it failed.
+pub fn both_ways(mut holds: impl FnMut(Builder)) {
+    for (way, builder) in Way::BOTH.into_iter().zip(builders()) {
+        let _says = OnDrop(|| {
+            if std::thread::panicking() {
+                eprintln!("with a stack that grows: {way}");
+            }
+        });
+        holds(builder);
+    }
 }
 
 /// Whether guards are markers in the page table here, without a mapping each; says so if they are not.
@@ -167,6 +212,11 @@ impl Outcome {
     pub fn signal(&self) -> Option<i32> {
         self.status.signal()
     }
+
+    /// True of a child that ran one test, which passed.
+    pub fn has_passed(&self) -> bool {
+        self.status.success() && self.stdout.contains("test result: ok. 1 passed")
+    }
 }
 
 impl fmt::Display for Outcome {
@@ -175,25 +225,110 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The command that runs one test of this binary in a process of its own, where [`variant`] is `Some`.
-pub fn child_command(test: &str, variant: &str) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(VARIANT, variant);
-    command.env_remove("RUST_BACKTRACE").stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-/// Runs one test of this binary in a process of its own, where [`variant`] is `Some`.
-pub fn child(test: &str, variant: &str) -> Outcome {
-    outcome(&mut child_command(test, variant))
-}
-
+/// Runs a program to its end.
 pub fn outcome(command: &mut Command) -> Outcome {
     let output = command.output().unwrap();
     Outcome {
         status: output.status,
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// The test around this: a [`Test`], which starts the test again in processes of its own.
+macro_rules! this_test {
+    () => {{
+        fn here() {}
+        crate::support::Test::around(here)
+    }};
+}
+pub(crate) use this_test;
+
+/// A test of this binary. Children run it, and nothing else, with [`variant`] set.
+///
+/// Each method that runs a child to its end fails unless the harness found the test there.
+#[derive(Clone, Copy)]
+pub struct Test(&'static str);
+
+impl Test {
+    /// This function. Its name is the compiler's, so it is right whatever the function is renamed to.
+    pub fn of<F>(_test: F) -> Self {
+        let path = std::any::type_name::<F>(); // binary::module::test
+        Self(path.split_once("::").unwrap().1)
+    }
+
+    /// The function that contains `here`, perhaps in closures.
+    pub fn around<F>(here: F) -> Self {
+        let Self(path) = Self::of(here); // module::test::{{closure}}::here
+        Self(path.rsplit_once("::").unwrap().0.trim_end_matches("::{{closure}}"))
+    }
+
+    /// The function's own name, without its modules.
+    pub fn name(self) -> &'static str {
+        self.0.rsplit("::").next().unwrap()
+    }
+
+    /// The command that runs a variant of it. Programs that talk with their child start it by this.
+    pub fn command(self, variant: impl ToString) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", self.0, "--nocapture", "--test-threads=1"]);
+        command.env(VARIANT, variant.to_string()).env_remove("RUST_BACKTRACE");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs a variant of it to its end.
+    pub fn child(self, variant: impl ToString) -> Outcome {
+        self.started(outcome(&mut self.command(variant)))
+    }
+
+    /// The same with environment variables.
+    pub fn child_with(self, variant: impl ToString, environment: &[(&str, &str)]) -> Outcome {
+        self.started(outcome(self.command(variant).envs(environment.iter().copied())))
+    }
+
+    /// Lets another program start it: the command becomes that program's last arguments.
+    pub fn under(self, program: &mut Command, variant: impl ToString) -> &mut Command {
+        let command = self.command(variant);
+        program.arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => program.env(name, value),
+                None => program.env_remove(name),
+            };
+        }
+        program
+    }
+
+    /// Runs it in one child, where it passes.
+    pub fn passes(self) {
+        self.passes_each([""]);
+    }
+
+    /// Runs each variant in a child of its own. All pass.
+    pub fn passes_each<V: ToString>(self, variants: impl IntoIterator<Item = V>) {
+        self.passes_each_with(variants, &[]);
+    }
+
+    /// The same with environment variables.
+    pub fn passes_each_with<V: ToString>(
+        self,
+        variants: impl IntoIterator<Item = V>,
+        environment: &[(&str, &str)],
+    ) {
+        for variant in variants {
+            let variant = variant.to_string();
+            let outcome = self.child_with(&variant, environment);
+            assert!(outcome.has_passed(), "{} {variant:?}: {outcome}", self.0);
+            let skipped = outcome.stdout.lines().filter(|line| line.starts_with("skipped"));
+            skipped.for_each(|line| println!("{line}"));
+        }
+    }
+
+    fn started(self, outcome: Outcome) -> Outcome {
+        let found = outcome.stdout.lines().any(|line| line == "running 1 test");
+        assert!(found, "{} is not one test of this binary: {outcome}", self.0);
+        outcome
     }
 }
 
