@@ -231,8 +231,8 @@ fn tracing_calls_no_malloc() {
         thawing_a_touched_stack_calls_no_malloc();
         return;
     }
-    let outcome = outcome(child_command("tracing_calls_no_malloc", "child").env("REGROW_TRACE", "moves"));
-    assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
+    let outcome = this_test!().child_with("child", &[("REGROW_TRACE", "moves")]);
+    assert!(outcome.has_passed(), "{outcome}");
     for line in [" moved ", " not moved: Pinned at ", " opened slack ", "\"sleeper\" thawed because"] {
         assert!(outcome.stderr.contains(line), "{line}: {outcome}");
     }

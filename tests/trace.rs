@@ -7,22 +7,17 @@ use std::hint::black_box;
 use regrow::{Builder, Growth, LastGrowth, Reason, Yielder, current_stats, pin};
 
 mod support;
-use support::{Outcome, child_command, frame, outcome, relocating, variant};
+use support::{Outcome, Test, frame, relocating, this_test, variant};
 
-/// Runs the test again in a child with this value of the variable.
-fn with_variable(test: &str, value: Option<&str>) -> Outcome {
-    let mut command = child_command(test, "child");
-    match value {
-        Some(value) => command.env("REGROW_TRACE", value),
-        None => command.env_remove("REGROW_TRACE"),
-    };
-    let outcome = outcome(&mut command);
-    assert!(outcome.status.success() && outcome.stdout.contains("1 passed"), "{outcome}");
+/// Runs the test again in a child with this value of the variable; an empty one is none.
+fn with_variable(test: Test, value: &str) -> Outcome {
+    let outcome = test.child_with("child", &[("REGROW_TRACE", value)]);
+    assert!(outcome.has_passed(), "{outcome}");
     outcome
 }
 
-fn traced(test: &str) -> Outcome {
-    with_variable(test, Some("moves"))
+fn traced(test: Test) -> Outcome {
+    with_variable(test, "moves")
 }
 
 /// The lines of the trace, without what they all begin with, and without where the stack is now.
@@ -56,10 +51,7 @@ fn both_ways() -> [Builder; 2] {
 }
 
 fn called(builder_growth: Growth) -> &'static str {
-    match builder_growth {
-        Growth::Relocate => "coroutine \"mover\"",
-        Growth::InPlace => "coroutine \"stayer\"",
-    }
+    if builder_growth == Growth::Relocate { "coroutine \"mover\"" } else { "coroutine \"stayer\"" }
 }
 
 /// Grows a coroutine of this builder a few times; returns each growth that it has noticed.
@@ -78,7 +70,7 @@ fn grow(builder: &Builder) -> (Vec<LastGrowth>, u64) {
 #[test]
 fn a_growth_by_moving_is_told_with_its_numbers() {
     if variant().is_none() {
-        let outcome = traced("a_growth_by_moving_is_told_with_its_numbers");
+        let outcome = traced(this_test!());
         assert_told(&outcome);
         let moves = told(&outcome).iter().filter(|line| line.contains(" moved ")).count();
         assert!(outcome.stdout.contains(&format!("growths: {moves}\n")), "{moves} lines\n{outcome}");
@@ -86,7 +78,7 @@ fn a_growth_by_moving_is_told_with_its_numbers() {
     }
     let [mover, _] = both_ways();
     let (growths, count) = grow(&mover);
-    for LastGrowth { from, to, bytes, words, nanoseconds } in growths {
+    for LastGrowth { from, to, bytes, words, nanoseconds, .. } in growths {
         assert!(bytes > 0);
         expect(format!(
             "coroutine \"mover\" moved {from} -> {to} bytes, {bytes} copied, {words} words, {nanoseconds} ns"
@@ -98,7 +90,7 @@ fn a_growth_by_moving_is_told_with_its_numbers() {
 #[test]
 fn a_refusal_is_told_and_then_the_growth_in_slack() {
     if variant().is_none() {
-        return assert_told(&traced("a_refusal_is_told_and_then_the_growth_in_slack"));
+        return assert_told(&traced(this_test!()));
     }
     let [mover, _] = both_ways();
     let mut coroutine = mover.spawn(|yielder: &Yielder<(), ()>, ()| {
@@ -110,7 +102,7 @@ fn a_refusal_is_told_and_then_the_growth_in_slack() {
     coroutine.resume(());
     let why = coroutine.last_not_moved().unwrap();
     assert_eq!(why.reason, Reason::Pinned);
-    let LastGrowth { from, to, bytes: 0, words: 0, nanoseconds } = coroutine.stats().last.unwrap() else {
+    let LastGrowth { from, to, bytes: 0, words: 0, nanoseconds, .. } = coroutine.stats().last.unwrap() else {
         panic!("it has moved");
     };
     expect(format!("coroutine \"mover\" not moved: Pinned at {:#x}", why.frame));
@@ -120,7 +112,7 @@ fn a_refusal_is_told_and_then_the_growth_in_slack() {
 #[test]
 fn freezing_and_thawing_are_told_for_both_ways_of_growing() {
     if variant().is_none() {
-        let outcome = traced("freezing_and_thawing_are_told_for_both_ways_of_growing");
+        let outcome = traced(this_test!());
         return assert_eq!(told(&outcome), expected(&outcome), "{outcome}");
     }
     for builder in both_ways() {
@@ -149,7 +141,7 @@ fn freezing_and_thawing_are_told_for_both_ways_of_growing() {
 #[test]
 fn a_shrink_is_told_for_both_ways_of_growing() {
     if variant().is_none() {
-        let outcome = traced("a_shrink_is_told_for_both_ways_of_growing");
+        let outcome = traced(this_test!());
         let shrinks = told(&outcome).iter().filter(|line| line.contains(" shrunk ")).count();
         assert_eq!(shrinks, 2, "{outcome}");
         return assert_told(&outcome);
@@ -168,12 +160,11 @@ fn a_shrink_is_told_for_both_ways_of_growing() {
 /// A coroutine without a name is called by the end of its slot, as in reports, and its line says where its stack went.
 #[test]
 fn moves_of_a_coroutine_without_a_name_can_be_followed() {
-    const TEST: &str = "moves_of_a_coroutine_without_a_name_can_be_followed";
     if variant().is_some() {
         grow(&relocating());
         return;
     }
-    let outcome = traced(TEST);
+    let outcome = traced(this_test!());
     let mut now = None;
     for line in outcome.stderr.lines().filter_map(|line| line.strip_prefix("regrow: coroutine ")) {
         let (before, rest) = line.split_once(" moved ").unwrap_or_else(|| panic!("{outcome}"));
@@ -185,10 +176,9 @@ fn moves_of_a_coroutine_without_a_name_can_be_followed() {
 
 #[test]
 fn nothing_is_told_without_the_variable() {
-    const TEST: &str = "nothing_is_told_without_the_variable";
     if variant().is_none() {
         for value in [None, Some("")] {
-            let outcome = with_variable(TEST, value);
+            let outcome = with_variable(this_test!(), value.unwrap_or_default());
             assert!(!outcome.stderr.contains("regrow"), "{outcome}");
         }
         return;
@@ -204,12 +194,11 @@ fn nothing_is_told_without_the_variable() {
 
 #[test]
 fn an_unknown_value_is_answered_by_one_sentence_that_names_the_known_one() {
-    const TEST: &str = "an_unknown_value_is_answered_by_one_sentence_that_names_the_known_one";
     if variant().is_some() {
         grow(&relocating());
         return;
     }
-    let outcome = with_variable(TEST, Some("everything"));
+    let outcome = with_variable(this_test!(), "everything");
     let sentence =
         "nothing is traced, since REGROW_TRACE is not \"moves\", its only value, but \"everything\"";
     assert_eq!(told(&outcome), [sentence], "{outcome}");
@@ -217,7 +206,6 @@ fn an_unknown_value_is_answered_by_one_sentence_that_names_the_known_one() {
 
 #[test]
 fn lines_of_several_threads_do_not_mix() {
-    const TEST: &str = "lines_of_several_threads_do_not_mix";
     const THREADS: usize = 4;
     const ROUNDS: usize = 50;
     if variant().is_some() {
@@ -228,7 +216,7 @@ fn lines_of_several_threads_do_not_mix() {
         });
         return;
     }
-    let outcome = traced(TEST);
+    let outcome = traced(this_test!());
     let lines = told(&outcome);
     let (start, end) = (format!("coroutine \"{}\" moved ", "x".repeat(50)), " ns");
     assert!(lines.len() >= THREADS * ROUNDS * 3, "{outcome}");
@@ -240,12 +228,11 @@ fn lines_of_several_threads_do_not_mix() {
 
 #[test]
 fn a_name_that_is_longer_than_a_line_is_cut() {
-    const TEST: &str = "a_name_that_is_longer_than_a_line_is_cut";
     if variant().is_some() {
         grow(&relocating().name("ü".repeat(5000)));
         return;
     }
-    let outcome = traced(TEST);
+    let outcome = traced(this_test!());
     let start = format!("coroutine \"{}\" moved ", "ü".repeat(60));
     let lines = told(&outcome);
     assert!(!lines.is_empty() && lines.iter().all(|line| line.starts_with(&start)), "{outcome}");
