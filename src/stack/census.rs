@@ -47,7 +47,7 @@ pub struct Slots {
 /// Counts all slots of this process: for a test that no coroutine is leaked, or to see what many coroutines take.
 ///
 /// The counts are exact while no other thread makes, grows or ends coroutines. A census visits every slot, and allocates a
-/// byte for each: it takes milliseconds where there are a million.
+/// byte for each.
 ///
 /// ```standalone_crate
 /// let before = regrow::slots();
