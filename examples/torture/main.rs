@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use regrow::torture::{Finding, Mode, Report, Torture};
+use regrow::torture::{Finding, Mode, Report, Torture, UnknownMode};
 use serde_json::{Value, json};
 
 use workloads::{Expected, Workload};
@@ -211,20 +211,16 @@ impl Options {
     }
 }
 
-/// As [`Mode`] writes itself.
-fn modes(text: &str) -> Result<Vec<Mode>, String> {
-    let distance = |text: &str| text.parse().map_err(|error| format!("{text}: {error}"));
-    Ok(match text.split_once('-') {
-        Some(("every", number)) => vec![Mode::Every(distance(number)?)],
-        Some(("random", number)) => vec![Mode::Random(distance(number)?)],
-        _ => match text {
-            "growth-points" => vec![Mode::GrowthPoints],
-            "breakpoints" => vec![Mode::Breakpoints],
-            "overflows" => vec![Mode::Overflows],
-            "all" => {
-                vec![Mode::GrowthPoints, Mode::Breakpoints, Mode::Every(1), Mode::Random(10), Mode::Overflows]
-            }
-            _ => return Err(format!("no mode is called {text}: see --help")),
-        },
-    })
+/// One mode, as [`Mode`] writes itself, or all.
+fn modes(text: &str) -> Result<Vec<Mode>, UnknownMode> {
+    if text == "all" {
+        return Ok(vec![
+            Mode::GrowthPoints,
+            Mode::Breakpoints,
+            Mode::Every(1),
+            Mode::Random(10),
+            Mode::Overflows,
+        ]);
+    }
+    Ok(vec![text.parse()?])
 }

@@ -80,7 +80,7 @@ use crate::builder::Builder;
 use crate::coroutine::{CoroutineResult, Yielder};
 use crate::thread;
 
-pub use mode::Mode;
+pub use mode::{Mode, UnknownMode};
 pub use report::{Finding, Hit, Kind, Report};
 
 /// Runs closures and moves their stacks.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use core::fmt;
+use core::str::FromStr;
 
 /// Where to move the stack.
 ///
@@ -35,7 +36,7 @@ pub enum Mode {
 }
 
 impl fmt::Display for Mode {
-    /// As the `torture` example takes it on its command line.
+    /// As it is parsed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GrowthPoints => f.write_str("growth-points"),
@@ -43,6 +44,87 @@ impl fmt::Display for Mode {
             Self::Every(distance) => write!(f, "every-{distance}"),
             Self::Random(distance) => write!(f, "random-{distance}"),
             Self::Overflows => f.write_str("overflows"),
+        }
+    }
+}
+
+/// What is no [`Mode`].
+///
+/// ```
+/// use regrow::torture::Mode;
+/// let error = "often".parse::<Mode>().unwrap_err();
+/// assert!(error.to_string().starts_with("no mode is called \"often\""));
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UnknownMode(String);
+
+impl fmt::Display for UnknownMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "no mode is called {:?}: there are growth-points, breakpoints, every-N, random-N and overflows, where N is a number",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for UnknownMode {}
+
+impl FromStr for Mode {
+    type Err = UnknownMode;
+
+    /// As it is displayed.
+    ///
+    /// ```
+    /// use regrow::torture::Mode;
+    /// assert_eq!("random-50".parse(), Ok(Mode::Random(50)));
+    /// ```
+    fn from_str(text: &str) -> Result<Self, UnknownMode> {
+        let with_distance = || {
+            let (name, distance) = text.split_once('-')?;
+            let distance = distance.parse().ok()?;
+            match name {
+                "every" => Some(Self::Every(distance)),
+                "random" => Some(Self::Random(distance)),
+                _ => None,
+            }
+        };
+        match text {
+            "growth-points" => Ok(Self::GrowthPoints),
+            "breakpoints" => Ok(Self::Breakpoints),
+            "overflows" => Ok(Self::Overflows),
+            _ => with_distance().ok_or_else(|| UnknownMode(text.to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mode_is_parsed_as_it_is_displayed() {
+        for mode in
+            [Mode::GrowthPoints, Mode::Breakpoints, Mode::Every(1), Mode::Random(u64::MAX), Mode::Overflows]
+        {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+    }
+
+    #[test]
+    fn what_is_no_mode_is_named() {
+        for text in [
+            "",
+            "Overflows",
+            "every",
+            "every-",
+            "random-x",
+            "often-3",
+            "random--1",
+            "every-99999999999999999999",
+        ] {
+            let error = text.parse::<Mode>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{text:?}")), "{error}");
         }
     }
 }

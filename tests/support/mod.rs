@@ -1,4 +1,8 @@
 //! What the integration tests share: both ways of growing, functions that use stack, child processes.
+//!
+//! With the feature `torture`, `REGROW_TORTURE=random-50 cargo test --features torture --test growth` puts each closure that
+//! [`run`] is to run on a stack that moves under torture, in that mode (as `torture::Mode` is displayed), and asserts that the
+//! report is clean.
 #![allow(dead_code, unused_imports, unused_macros, reason = "each test binary uses its own part of this")]
 
 use std::cell::Cell;
@@ -89,10 +93,29 @@ pub fn by_markers() -> bool {
     })
 }
 
-/// Runs `f` in a coroutine of its own, to its end.
+/// Runs `f` in a coroutine of its own, to its end; one that moves under torture, if that is asked for.
 pub fn run<R: 'static>(builder: &Builder, f: impl FnOnce() -> R + 'static) -> R {
+    #[cfg(feature = "torture")]
+    if let Some(torture) = torture_of(builder) {
+        // SAFETY: a test. What it finds is looked at before the value.
+        let (value, report) = unsafe { torture.run(f) };
+        assert!(report.is_clean(), "{report}");
+        return value.expect("a closure without a finding comes to its end");
+    }
     let mut coroutine = builder.spawn(move |_: &Yielder<(), ()>, ()| f());
     coroutine.resume(()).returned().expect("it never suspends")
+}
+
+/// The torture that `REGROW_TORTURE` asks for, if this builder makes what is tortured: coroutines that move and have no limits
+/// of their own. Not for a coroutine within another: that one is tortured already.
+#[cfg(feature = "torture")]
+fn torture_of(builder: &Builder) -> Option<regrow::torture::Torture> {
+    /// What takes more goes on without torture.
+    const STEPS: u64 = 20_000;
+    let mode = std::env::var("REGROW_TORTURE").ok()?;
+    let mode = mode.parse().unwrap_or_else(|error| panic!("REGROW_TORTURE: {error}"));
+    let same = format!("{builder:?}") == format!("{:?}", relocating());
+    (same && current_stats().is_none()).then(|| regrow::torture::Torture::new(mode).limit(STEPS))
 }
 
 /// How far the running coroutine has grown: how often, if it moves; if it grows in place, by how many pages.
