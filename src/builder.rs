@@ -191,7 +191,7 @@ impl Builder {
     ///     deeper();
     ///     current_stats().unwrap()
     /// });
-    /// rustc records no pointers for this code: the stack grows, but in place.
+    /// // rustc records no pointers for this code: the stack grows, but in place.
     /// let stats = coroutine.resume(()).returned().unwrap();
     /// assert!(stats.growths > 0 && stats.bytes_copied == 0);
     /// ```

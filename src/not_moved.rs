@@ -31,7 +31,7 @@ use crate::symbol;
 #[non_exhaustive]
 pub enum Reason {
     /// The instruction was no push, call or access based on `rsp`, so registers may hold
-    /// differences of pointers. The stack moves at the next growth at such an instruction.
+    /// differences of pointers. The stack moves when such an instruction next overflows it.
     NotAGrowthPoint,
     /// A [`Pinned`](crate::Pinned) guard is alive.
     Pinned,

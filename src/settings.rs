@@ -81,7 +81,7 @@ pub enum Shrink {
 ///     yielder.suspend(());
 /// });
 /// coroutine.resume(());
-/// rustc records no pointers, so its frames do not move: the stack has grown in place.
+/// // rustc records no pointers, so its frames do not move: the stack has grown in place.
 /// assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::Imprecise);
 /// assert!(coroutine.stats().growths > 0);
 /// ```
