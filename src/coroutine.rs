@@ -544,7 +544,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
     }
 
-    /// Where it is.
+    /// Its state.
     fn state(&self) -> State {
         State::of(&self.handle)
     }
