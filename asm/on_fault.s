@@ -1,16 +1,16 @@
-# The fault handler's first instructions: see that what follows has room, on a stack of its own if need be.
+# The fault handler's first instructions: make sure that the rest has room, on a new stack if necessary.
 #
-#   in   rdi  the signal    rsi  its siginfo_t    rdx  its ucontext_t, which says what the alternate stack is
+#   in   rdi  the signal    rsi  its siginfo_t    rdx  its ucontext_t, which describes the alternate stack
 #
-# Nothing is pushed before that is known: a stack that holds the kernel's signal frame and not a byte more is enough.
-# The stack of its own, from its end down, is a page-aligned mapping that lasts as long as one fault:
+# Nothing is pushed before the room is known: a stack that holds only the kernel's signal frame is enough.
+# The new stack is a page-aligned mapping that lasts as long as one fault. From its end down it holds:
 #
 #   -8 the signal's rsp   -16 rbp   -24 signal   -32 siginfo   -40 ucontext   -48 the signal mask   ... frames
     .cfi_startproc
     mov     rax, rsp
-    sub     rax, [rdx + {ss_sp}]        # rax <- what is left of the alternate stack, if this is it
+    sub     rax, [rdx + {ss_sp}]        # rax <- the rest of the alternate stack, if this is it
     cmp     rax, [rdx + {ss_size}]
-    jae     2f                          # it is not, and nobody knows how much is left
+    jae     2f                          # it is not: how much is left is unknown
     cmp     rax, {enough}
     jae     {handle}                    # there is room
 2:
@@ -36,8 +36,8 @@
     mov     [r8 + 24], rdi
     mov     [r8 + 16], rsi
     mov     [r8 + 8], rdx
-    # No signal until we are back: it would begin at the end of the alternate stack, over our siginfo and ucontext. The kernel
-    # has blocked all of them for us; for a handler that calls this one, perhaps not.
+    # No signal until we are back: its frame would begin at the end of the alternate stack, over our siginfo
+    # and ucontext. The kernel has blocked all signals for us, but a handler that calls this one may not have.
     mov     edi, {set_mask}
     lea     rsi, [rip + {all_signals}]
     mov     rdx, r8

@@ -1,4 +1,4 @@
-//! How a coroutine is made: sizes, way to grow, name.
+//! Making coroutines: sizes, growth, name.
 
 use core::mem::{ManuallyDrop, MaybeUninit};
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::stack::{scouts, stock};
 use crate::switch::{self, Entry, Handle};
 use crate::thread;
 
-/// The largest size of a stack that grows in place, unless the builder says otherwise: 256 KiB.
+/// The default maximum of a stack that grows in place: 256 KiB.
 ///
-/// So much address space is reserved for each such coroutine, and all of it is stack from the start: the kernel gives it memory
-/// page by page as it is touched. What a larger maximum costs are page tables, of which a coroutine takes its share:
+/// Each such coroutine reserves this much address space. All of it is stack from the start, and the kernel
+/// adds memory page by page as it is touched. A larger maximum costs more page tables for each coroutine:
 ///
 /// | maximum | page tables of a small coroutine | coroutines in 47 bits of address space |
 /// | --- | --- | --- |
@@ -27,8 +27,8 @@ use crate::thread;
 /// | 1 MiB | 2.1 KB | 130 million |
 /// | 2 MiB and more | 4.1 KB | 65 million and less |
 ///
-/// 256 KiB is enough for nearly all release builds. Debug builds have frames several times as large: some parsers
-/// (sqlparser, for one) need 1 MiB there.
+/// 256 KiB is enough for nearly all release builds. Frames of debug builds are
+/// several times as large: some parsers (for example sqlparser) need 1 MiB there.
 ///
 /// ```
 /// use regrow::{Coroutine, DEFAULT_MAXIMUM_IN_PLACE, Error, Yielder, reserve};
@@ -38,7 +38,7 @@ use crate::thread;
 /// ```
 pub const DEFAULT_MAXIMUM_IN_PLACE: usize = 256 << 10;
 
-/// The largest size of a stack that moves, unless the builder says otherwise: 256 MiB.
+/// The default maximum of a stack that moves: 256 MiB.
 ///
 /// ```
 /// use regrow::{Builder, DEFAULT_MAXIMUM_RELOCATE, Error, Yielder, reserve};
@@ -50,7 +50,7 @@ pub const DEFAULT_MAXIMUM_IN_PLACE: usize = 256 << 10;
 /// ```
 pub const DEFAULT_MAXIMUM_RELOCATE: usize = 256 << 20;
 
-/// What [`Builder::spawn_raw`] starts: gets the yielder and the first value, returns the last.
+/// The function that [`Builder::spawn_raw`] starts. It gets the yielder and the first value, and returns the last.
 ///
 /// ```
 /// use regrow::{Builder, RawFunction, Yielder};
@@ -65,7 +65,7 @@ pub const DEFAULT_MAXIMUM_RELOCATE: usize = 256 << 20;
 /// ```
 pub type RawFunction = unsafe extern "C" fn(yielder: &Yielder<usize, usize>, argument: usize) -> usize;
 
-/// Makes coroutines with other than the default properties.
+/// Makes coroutines with properties other than the default ones.
 ///
 /// ```
 /// use regrow::{Builder, CoroutineResult, Yielder};
@@ -84,11 +84,11 @@ pub struct Builder {
     maximum: Option<usize>,
     name: Option<Arc<str>>,
     learn: bool,
-    /// But for the two sizes, which are checked when a coroutine is made.
+    /// All but the two sizes, which are checked when a coroutine is made.
     settings: Settings,
 }
 
-/// Of a coroutine about which nobody has said anything.
+/// The settings of [`Coroutine::new`].
 const DEFAULT: Settings = Settings::in_place(DEFAULT_MAXIMUM_IN_PLACE);
 
 impl Default for Builder {
@@ -110,11 +110,11 @@ impl Builder {
         Self { first_size: MIN_SIZE, maximum: None, name: None, learn: true, settings: DEFAULT }
     }
 
-    /// How many bytes of stack a coroutine whose stack moves has to begin with: a power of two from
-    /// [`MIN_SIZE`] to [`MAX_SIZE`]. Memory is only used as it is touched.
+    /// The stack size at the start, for a stack that moves: a power of two from
+    /// [`MIN_SIZE`] to [`MAX_SIZE`]. Memory is used only as it is touched.
     ///
-    /// One whose stack grows in place has all of its [`maximum`](Self::maximum) from the start; for it this size is merely
-    /// the least that the maximum may be.
+    /// A stack that grows in place has its whole [`maximum`](Self::maximum)
+    /// from the start: the maximum just may not be smaller than this size.
     ///
     /// ```
     /// // SAFETY: nothing is kept outside the stack.
@@ -128,10 +128,9 @@ impl Builder {
         self
     }
 
-    /// How many bytes of stack the coroutine may come to have: a power of two up to [`MAX_SIZE`].
-    /// A coroutine that needs more ends the process with a report.
+    /// The largest stack size: a power of two up to [`MAX_SIZE`]. A coroutine that needs more ends the process with a report.
     ///
-    /// By default [`DEFAULT_MAXIMUM_IN_PLACE`] or [`DEFAULT_MAXIMUM_RELOCATE`], or the first size if that is larger.
+    /// The default is [`DEFAULT_MAXIMUM_IN_PLACE`] or [`DEFAULT_MAXIMUM_RELOCATE`], or the first size if that is larger.
     ///
     /// ```
     /// use regrow::{Builder, Error, Yielder, reserve};
@@ -145,11 +144,11 @@ impl Builder {
         self
     }
 
-    /// When the stack becomes smaller by itself, or, if it grows in place, gives memory back. Looked at when a coroutine is
-    /// resumed that is watched; costs the others nothing. [`Shrink`] says which are.
+    /// When the stack shrinks by itself, or gives memory back if it grows in place. Resumes of watched
+    /// coroutines check this; it costs the others nothing. [`Shrink`] says which coroutines are watched.
     ///
-    /// So one that is parked for long keeps what it has come to. [`Coroutine::shrink`] gives that back at any time, and so does
-    /// freezing, by hand or by a [`Pool`](crate::Pool), in whose budget it counts.
+    /// A coroutine that stays parked is not resumed, so it keeps its memory. [`Coroutine::shrink`] gives it back at
+    /// any time. So does freezing, by hand or by a [`Pool`](crate::Pool), which counts this memory in its budget.
     ///
     /// ```
     /// use regrow::{Builder, Shrink, Yielder};
@@ -177,8 +176,8 @@ impl Builder {
         self
     }
 
-    /// What a stack that moves must know about its frames. By default every frame needs unwind data, and words that
-    /// no stack map speaks for are judged by their value.
+    /// What must be known about the frames of a stack that moves. By default every frame
+    /// needs unwind data, and words that no stack map describes are judged by their value.
     ///
     /// ```
     /// use regrow::{Builder, Maps, Yielder, current_stats};
@@ -192,7 +191,7 @@ impl Builder {
     ///     deeper();
     ///     current_stats().unwrap()
     /// });
-    /// // Nobody has recorded the pointers of this code: its stack grows, but in place.
+    /// // rustc records no pointers for this code: the stack grows, but in place.
     /// let stats = coroutine.resume(()).returned().unwrap();
     /// assert!(stats.growths > 0 && stats.bytes_copied == 0);
     /// ```
@@ -202,8 +201,8 @@ impl Builder {
         self
     }
 
-    /// Whether coroutines made by the same code start with the size that earlier ones of them came to need, if that is more
-    /// than the first size. By default they do. [`spawn_sites`](crate::spawn_sites) reads what was learned.
+    /// Whether a coroutine starts with the size that earlier ones made by the same code needed, if that is
+    /// more than the first size. On by default. [`spawn_sites`](crate::spawn_sites) shows what was learned.
     ///
     /// ```
     /// use regrow::{Builder, Yielder};
@@ -230,11 +229,11 @@ impl Builder {
         self
     }
 
-    /// Whether a stack that moves first uses the slack of the slot it is in, and moves when that is not enough: from 2 KiB to
-    /// 32 KiB it then grows without moving. Without effect on stacks that grow in place.
+    /// Whether a stack that moves first uses the slack of its slot: from 2 KiB to
+    /// 32 KiB it then grows without moving. No effect on stacks that grow in place.
     ///
-    /// By default it does not: what breaks the promise of [`relocating`](Self::relocating) shows at the first growth, and not
-    /// in the one run that needs 40 KiB. Code that is known to keep it grows faster this way (docs/benchmarks.md).
+    /// Off by default: then code that breaks the promise of [`relocating`](Self::relocating) fails at the first growth, and not
+    /// only in the rare run that needs 40 KiB. Code that is known to keep the promise grows faster with it (docs/benchmarks.md).
     ///
     /// ```
     /// use regrow::{Builder, Yielder, current_stats, reserve};
@@ -270,29 +269,29 @@ impl Builder {
 
     /// Lets stacks grow by moving: [`Growth::Relocate`].
     ///
-    /// When the stack runs into its guard page it is copied to a slot twice the size, and every word in it and in
-    /// the registers whose value lies in the old slot is rewritten. So a coroutine starts in one page
-    /// and can grow without address space being set aside for it.
+    /// A stack that runs into its guard page is copied to a slot twice the size. Every word in it and in the registers whose
+    /// value lies in the old slot is rewritten. So a coroutine starts in one page and can grow without reserved address space.
     ///
     /// # Safety
-    /// Of every coroutine spawned from this builder: **no pointer into its stack may be kept outside it.** Not on
-    /// the heap (a `Vec<&T>` of locals, a `Box<dyn Iterator>` over a local), in a static or thread-local, on another
-    /// stack (a nested coroutine's closure that borrows a local), by another thread (`std::thread::scope`
-    /// borrowing locals), by the kernel (a buffer in a pending asynchronous operation). Nor inside it in a form that
-    /// is not a plain aligned word: compressed, tagged beyond the slot, xored, or packed.
-    /// And no word that no map speaks for may look like a pointer into the used part of the stack and be expected to keep
-    /// its value. That includes words of several values: a small value stored over part of a dead pointer leaves one that
-    /// looks like a pointer still, if it equals the part it replaces. No flag, small integer or ASCII character does, and
-    /// what lies in the lower 16 bits is not changed by moves; for other values it is a matter of odds (README.md).
-    /// [`Maps::Precise`] leaves nothing to odds, and `regrow::torture` shows what your code does.
+    /// For every coroutine spawned from this builder: **no pointer into its stack may be kept outside it.** Not
+    /// on the heap (a `Vec<&T>` of locals, a `Box<dyn Iterator>` over a local), in a static or thread-local, on
+    /// another stack (a nested coroutine's closure that borrows a local), by another thread (`std::thread::scope`
+    /// borrowing locals), or by the kernel (a buffer in a pending asynchronous operation). Inside the stack,
+    /// pointers into it must be plain aligned words: not compressed, tagged beyond the slot, xored, or packed.
     ///
-    /// Optimising compilers keep parts of addresses across calls (`total - base`, `a - 4 * lo`): a move does not change these, and
-    /// the result is wrong. Nothing shows yet which compiled code is free of them; a compiler that records its pointers is
-    /// ([`Maps::Precise`]).
+    /// A word that no map describes must not have to keep its value if it looks like a pointer into the used part
+    /// of the stack. This includes words that hold several values: a small value stored over part of a dead pointer
+    /// leaves a word that still looks like a pointer if it equals the part it replaces. No flag, small integer or
+    /// ASCII character does, and moves do not change the lower 16 bits. For other values it is a matter of odds
+    /// (README.md). [`Maps::Precise`] leaves nothing to odds, and `regrow::torture` shows what your code does.
     ///
-    /// References in frames and registers, pointers from one frame to another, references passed down the stack
-    /// (as nearly all Rust code does) are all right. A broken promise is noticed when the stale pointer is
-    /// used: the old slot is inaccessible, the process ends with a report.
+    /// Optimising compilers keep parts of addresses across calls (`total - base`, `a - 4 * lo`).
+    /// A move does not change these, so the result is wrong. No tool shows yet which compiled
+    /// code is free of them, unless its compiler records its pointers ([`Maps::Precise`]).
+    ///
+    /// Allowed are references in frames and registers, pointers from one frame to another, and
+    /// references passed down the stack, as in nearly all Rust code. A broken promise is noticed when
+    /// the stale pointer is used: the old slot is inaccessible, and the process ends with a report.
     ///
     /// ```
     /// use regrow::{Builder, Growth, Yielder};
@@ -338,7 +337,7 @@ impl Builder {
     /// As [`spawn`](Self::spawn), returning what went wrong.
     ///
     /// # Errors
-    /// If a size is no power of two or out of range, or the system refuses memory, mappings, or the fault handler.
+    /// If a size is not a power of two or out of range, or if the system refuses memory, mappings, or the fault handler.
     ///
     /// ```
     /// let too_small = regrow::Builder::new().maximum(1024);
@@ -357,9 +356,9 @@ impl Builder {
 
     /// Makes a coroutine that runs `function` when it is first resumed, with no frame of Rust code below it.
     ///
-    /// For compilers: the stack holds the frames of their code, and of what that calls, and nothing else, so that with
-    /// [`Maps::Precise`] and maps for all of their code it moves without a guess. `function` gets the coroutine's
-    /// yielder, to be passed to functions that suspend, and the first resume's value; it returns the last one.
+    /// This is for compilers. The stack holds only the frames of their code and of the functions that it calls. With
+    /// [`Maps::Precise`] and maps for all of their code, it moves without guessing. `function` gets the coroutine's
+    /// yielder, which it passes to functions that suspend, and the first resume's value. It returns the last value.
     ///
     /// ```
     /// use regrow::{Builder, CoroutineResult, Yielder};
@@ -378,8 +377,8 @@ impl Builder {
     /// As [`try_spawn`](Self::try_spawn).
     ///
     /// # Safety
-    /// `function` does not unwind: a panic that leaves it ends the process. When the coroutine is dropped while it is
-    /// suspended nothing is unwound, its frames are forgotten: nothing outside may still refer to them.
+    /// `function` does not unwind: a panic that leaves it ends the process. Dropping the suspended
+    /// coroutine forgets its frames without unwinding them, so nothing outside may still refer to them.
     pub unsafe fn spawn_raw(&self, function: RawFunction) -> Result<Coroutine<usize, usize, usize>, Error> {
         let mut settings = self.checked()?;
         settings.raw = true;
@@ -419,8 +418,8 @@ impl Builder {
 }
 
 impl<In, Out, Ret> Coroutine<In, Out, Ret> {
-    /// Makes a coroutine that runs `f` when it is first resumed: 2 KiB of stack, growing in place up to
-    /// [`DEFAULT_MAXIMUM_IN_PLACE`](crate::DEFAULT_MAXIMUM_IN_PLACE).
+    /// Makes a coroutine that runs `f` when it is first resumed. Its stack of 2 KiB grows
+    /// in place, up to [`DEFAULT_MAXIMUM_IN_PLACE`](crate::DEFAULT_MAXIMUM_IN_PLACE).
     ///
     /// # Panics
     /// Where [`try_new`](Self::try_new) returns an error.
@@ -499,7 +498,7 @@ where
         Shrink::Default => scout || learn && site.is_spiky(),
     };
     if settings.growth == Growth::InPlace && watched {
-        // SAFETY: the slot is the coroutine's, which nobody else knows yet.
+        // SAFETY: the slot is the coroutine's, and no other code knows it yet.
         unsafe { (*record).scout = scout };
         coroutine.watch();
     }
@@ -568,8 +567,8 @@ where
         // SAFETY: the slot was taken for these settings, and the entry function takes an `F`, which fits.
         Coroutine::from_handle(unsafe { fill(record, f, entry, settings, name) })
     }
-    // SAFETY: the slot was taken for these settings. A closure too large for the head goes to the heap, and its box, which
-    // fits, into the head.
+    // SAFETY: the slot was taken for these settings. A closure too
+    // large for the head goes to the heap; its box fits into the head.
     unsafe {
         if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
             return fill_as_it_is(record, f, settings, name);
@@ -587,8 +586,8 @@ where
 /// Writes the head of a slot that was just taken.
 ///
 /// # Safety
-/// The slot of `record` is the caller's and was taken for these settings. `F` is what `entry` expects to find, at most
-/// [`INLINE_CLOSURE`] bytes large and aligned to 16 at most.
+/// The caller owns the slot of `record`, taken for these settings. `F` is what `entry`
+/// expects to find, at most [`INLINE_CLOSURE`] bytes large and aligned to at most 16.
 #[inline(always)]
 unsafe fn fill<F>(
     record: *mut Record,
@@ -599,8 +598,8 @@ unsafe fn fill<F>(
 ) -> Handle {
     let place = Record::closure(record, size_of::<F>());
     let base = Record::base(record, size_of::<F>());
-    // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. What is written
-    // over was left behind by an earlier owner and needs no drop: `release` takes the name out.
+    // SAFETY: record, closure and base lie in the head, do not overlap, and are accessible. Values
+    // of an earlier owner are overwritten and need no drop: `release` has taken its name out.
     unsafe {
         Record::clear(record);
         (*record).settings = settings;

@@ -23,34 +23,34 @@ use crate::stats::Stats;
 use crate::switch::{self, Base, Handle, PANICKED, RED_ZONE, RESUME, RETURNED, UNWIND, Word, YIELDED};
 use crate::thread;
 
-/// A stackful coroutine: a function with a stack of its own that can stop anywhere and go on later.
+/// A stackful coroutine: a function with its own stack that can stop anywhere and go on later.
 ///
-/// Each [`resume`](Self::resume) passes an `In` to it and runs it until it suspends with an `Out` or returns a `Ret`.
-/// The first `In` is the closure's argument, each later one is what [`Yielder::suspend`] returns.
+/// Each [`resume`](Self::resume) passes an `In` and runs the coroutine until it suspends with an `Out` or
+/// returns a `Ret`. The first `In` is the closure's argument; [`Yielder::suspend`] returns the later ones.
 ///
-/// The stack starts at 2 KiB and grows by itself ([`Builder`](crate::Builder) says how far, and how). A coroutine takes one page of
-/// memory and nothing else; this value is two words.
+/// The stack starts at 2 KiB and grows by itself ([`Builder`](crate::Builder) says how, and
+/// how far). A coroutine takes one page of memory and nothing else; this value is two words.
 ///
-/// A panic in the coroutine comes out of `resume`. Dropping a suspended coroutine unwinds its frames, so their
-/// destructors run; [`mem::forget`](core::mem::forget) leaks its stack and what is on it, no worse. In a program compiled with
-/// `panic = "abort"` nothing can unwind: there a suspended coroutine that is dropped is leaked.
+/// A panic in the coroutine comes out of `resume`. Dropping a suspended coroutine unwinds its frames,
+/// so their destructors run. [`mem::forget`](core::mem::forget) leaks the stack and the values on it.
+/// With `panic = "abort"` nothing can unwind, so a suspended coroutine that is dropped is leaked.
 ///
-/// One that runs, or waits for a coroutine that it has resumed, can only be dropped by a destructor that `exit` runs inside: that
-/// of a thread-local that owns it. It is leaked, too, and can be asked what any other can; resuming it there is a mistake that
-/// nothing notices.
+/// A coroutine that runs, or waits for one that it has resumed, can be dropped in one way only: a
+/// thread-local owns it and `exit`, called inside it, runs the destructor. Such a coroutine is leaked.
+/// That destructor may query it like any other, but must not resume it: nothing detects that mistake.
 ///
-/// Unwinding on drop aborts the process if a frame does not let it through: an `extern "C"` function, a `noexcept` one, a C++
-/// `catch (...)` that does not throw again. Resume such a coroutine to its end, or leak it.
+/// Unwinding on drop aborts the process if a frame stops it: an `extern "C"` function, a `noexcept`
+/// function, or a C++ `catch (...)` that does not rethrow. Resume such a coroutine to its end, or leak it.
 ///
 /// # Thread-locals
-/// A thread-local may end, with its thread, before a coroutine that borrows it. A coroutine that is itself kept in a
-/// thread-local can so read freed memory. End or drop such coroutines before the thread ends.
+/// When a thread ends, a thread-local may be destroyed before a coroutine that borrows it. So a coroutine
+/// that is kept in a thread-local can read freed memory. End or drop such coroutines before the thread ends.
 ///
 /// # Libraries that ask the thread for its stack
-/// They get the bounds of the thread's own stack, not of the coroutine's. So `stacker::remaining_stack` is 0 in a coroutine, or far
-/// too much where its stack lies above the thread's: `stacker::maybe_grow` then always takes a segment at its outermost call, or
-/// never does. There is no way to tell it the bounds. Call `stacker::grow` where a recursion begins: within it, all of this is
-/// right. But do not suspend there: the bounds belong to the thread, and the resumer would get those of the segment.
+/// They get the bounds of the thread's stack, not of the coroutine's. In a coroutine `stacker::remaining_stack` is 0, or far
+/// too large where the coroutine's stack lies above the thread's. So an outermost `stacker::maybe_grow` always takes a segment,
+/// or never does. The bounds cannot be set from outside. Call `stacker::grow` where a recursion begins: inside it the bounds
+/// are right. But do not suspend inside it: the bounds belong to the thread, and the resumer would see those of the segment.
 ///
 /// # Threads
 /// A coroutine is not `Send`:
@@ -59,10 +59,10 @@ use crate::thread;
 /// std::thread::spawn(move || drop(coroutine));
 /// ```
 /// To move one to another thread regardless (in an `unsafe` wrapper) you must know that
-/// 1. everything alive on its stack may be sent to another thread (locks held by their guards may not),
+/// 1. everything alive on its stack may be sent to another thread (guards of locks may not),
 /// 2. no address of a thread-local variable is kept across a suspend, by you or by the compiler,
-/// 3. the other thread has called [`prepare_thread`](crate::prepare_thread). On one that has no alternate signal stack, an overflow
-///    of a stack that moves ends the process by SIGSEGV, without a report.
+/// 3. the other thread has called [`prepare_thread`](crate::prepare_thread). Without an alternate
+///    signal stack, an overflow of a stack that moves ends the process by SIGSEGV, without a report.
 ///
 /// # Example
 /// ```
@@ -133,7 +133,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         Self { handle, types: PhantomData, not_send: PhantomData }
     }
 
-    /// Has each of its resumes look whether its stack has unused memory.
+    /// Makes each resume check whether the stack has unused memory.
     pub(crate) fn watch(&mut self) {
         self.handle.sp |= switch::WATCHED;
     }
@@ -141,7 +141,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// Runs the coroutine until it suspends or returns.
     ///
     /// # Panics
-    /// If the coroutine has ended. If it panics, with its payload; it has ended then.
+    /// If the coroutine has ended. If it panics: with the same payload, and the coroutine has ended.
     ///
     /// ```
     /// let mut coroutine = regrow::Coroutine::<(), u32, ()>::new(|yielder, ()| {
@@ -152,8 +152,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// assert_eq!(coroutine.resume(()).yielded(), Some(0));
     /// assert_eq!(coroutine.resume(()).yielded(), Some(1));
     /// ```
-    // Always: as a function of its own it would push a return address that the return of a coroutine's callee then
-    // finds on the processor's return stack, and be four times as slow with such coroutines.
+    // Always: a call to this function would push a return address. A return in the coroutine would then
+    // be mispredicted by the processor's return stack, which makes such coroutines four times as slow.
     #[inline(always)]
     #[track_caller]
     pub fn resume(&mut self, input: In) -> CoroutineResult<Out, Ret> {
@@ -161,8 +161,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         let (word, outcome) = if self.handle.is_special() {
             self.resume_specially(input)
         } else {
-            // SAFETY: a coroutine that is nothing special is suspended (running, it is borrowed by its resume), and takes
-            // an `In` with `RESUME`, in its first frame as at every suspend.
+            // SAFETY: a handle without flag bits is that of a suspended coroutine (a running one is borrowed
+            // by its resume). With `RESUME` it takes an `In`, in its first frame and at every suspend.
             unsafe { switch::resume(&mut self.handle, input.word(), RESUME) }
         };
         if outcome == YIELDED {
@@ -177,7 +177,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     }
 
     /// As [`switch::resume`], for a coroutine that has ended, is frozen, or whose stack has grown and is watched.
-    // What comes of it is not read here: where the value is large, that would be one more copy for all others.
+    // The caller reads the result: reading it here would cost every resume one more copy of a large value.
     #[cold]
     #[inline(never)]
     #[track_caller]
@@ -193,7 +193,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.handle.sp &= !switch::WATCHED;
         // SAFETY: it has not ended and is not frozen, so it is suspended, and takes an `In` with `RESUME`.
         let reply = unsafe {
-            // On another stack its stack pointer does not show how much of its own is in use.
+            // On another stack, the stack pointer does not show how much of the coroutine's own stack is in use.
             if Record::holds((*self.handle.base).record(), self.handle.sp) {
                 shrink::before_resume(&mut Suspended::new(&mut self.handle));
             }
@@ -205,7 +205,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         reply
     }
 
-    /// Marks the handle of a coroutine that has suspended, if there is something to watch.
+    /// Marks the handle of a coroutine that has suspended, if it is to be watched.
     fn watch_again(&mut self) {
         // SAFETY: a suspended coroutine's base and record are accessible.
         if shrink::is_watched(unsafe { &*(*self.handle.base).record() }) {
@@ -213,14 +213,14 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
     }
 
-    /// Takes the result of a coroutine that has ended off its stack, and gives the stack back.
+    /// Reads the result of a coroutine that has ended from its stack, and gives the stack back.
     ///
     /// # Safety
     /// The latest resume gave this word and outcome, which is not `YIELDED`.
     #[inline(always)]
     unsafe fn end(&mut self, word: Word, outcome: usize) -> Result<Ret, Box<dyn Any + Send>> {
-        // SAFETY: with `RETURNED` comes a `Ret`, otherwise the address of a panic's payload on the
-        // coroutine's stack. Nothing of the stack is needed once it is read.
+        // SAFETY: with `RETURNED` comes a `Ret`, otherwise the address of a panic's payload
+        // on the coroutine's stack. Nothing on the stack is needed after that value is read.
         unsafe {
             let result =
                 if outcome == RETURNED { Ok(Transfer::read(word)) } else { Err(Transfer::read(word)) };
@@ -256,15 +256,15 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         match self.state() {
             // SAFETY: it is suspended there.
             State::Suspended(sp) => !unsafe { switch::is_fresh(sp) },
-            _ => true, // what was never resumed is on its own stack, and is not frozen
+            _ => true, // a coroutine that was never resumed is on its own stack, and not frozen
         }
     }
 
-    /// Has the processor fetch what a resume of this coroutine touches first: where it goes on, and its outermost frame.
+    /// Prefetches the memory that a resume of this coroutine touches first: where it goes on, and its outermost frame.
     ///
-    /// For whoever resumes so many in turn that their stacks are in no cache: called for the one some resumes ahead
-    /// (8, say), the fetch is done by the time its turn has come. It takes a few cycles, changes nothing, and may be
-    /// called for a coroutine that has ended.
+    /// This helps a caller that resumes so many coroutines in turn that their stacks are in
+    /// no cache. Call it for the coroutine that is some resumes ahead (8, say). It takes a
+    /// few cycles, changes nothing, and may be called for a coroutine that has ended.
     ///
     /// ```
     /// use regrow::Coroutine;
@@ -285,7 +285,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.handle.prefetch();
     }
 
-    /// How its stack grows. After the end: how it grew is no longer known, [`Growth::InPlace`].
+    /// How its stack grows; [`Growth::InPlace`] after its end, when that is no longer known.
     ///
     /// ```
     /// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
@@ -297,7 +297,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             .unwrap_or(Growth::InPlace)
     }
 
-    /// Its name, while it has not ended.
+    /// Its name; `None` after its end.
     ///
     /// ```
     /// assert_eq!(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).name(), None);
@@ -306,11 +306,11 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     pub fn name(&self) -> Option<&str> {
         let of_block = |frozen: &Frozen| frozen.name().map(ptr::from_ref);
         let name = self.ask(of_block, |record| record.name.as_deref().map(ptr::from_ref)).flatten();
-        // SAFETY: the name is on the heap and belongs to the coroutine, which is borrowed, wherever its record is.
+        // SAFETY: the name is on the heap and belongs to the coroutine, which is borrowed, wherever the record is.
         name.map(|name| unsafe { &*name })
     }
 
-    /// Its counters. All zero after its end, when its stack may be somebody else's.
+    /// Its counters; all zero after its end, when another coroutine may have the stack.
     ///
     /// ```
     /// let coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
@@ -321,17 +321,17 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.ask(Frozen::stats, Record::stats).unwrap_or(Stats::NONE)
     }
 
-    /// Gives back what the stack has more than the suspended coroutine needs. True if there was something.
+    /// Gives back the memory that the suspended coroutine's stack does not need. True if there was some.
     ///
-    /// One that grows in place gives back the memory of all pages below its stack pointer. One that moves becomes as small as it
-    /// can be with as much room as is used now, and no smaller than it was at first; memory below that goes back to the kernel.
+    /// A stack that grows in place gives back all pages below its stack pointer. A stack that moves becomes as small as
+    /// its used part allows, but not smaller than its first size; memory below the used part goes back to the kernel.
     ///
-    /// A stack that is [pinned](crate::pin()) does not move: it stays as it is, or gives back slack that was opened for it. Nor is
-    /// there anything to be had from a coroutine that suspended while its code was on another stack (as `stacker::grow` has it):
-    /// how much of its own is in use cannot be seen then.
+    /// A [pinned](crate::pin()) stack does not move; it can only give back slack that was
+    /// opened for it. A coroutine that suspended while its code was on another stack (as
+    /// with `stacker::grow`) gives back nothing: the used part of its own stack is unknown.
     ///
     /// # Errors
-    /// If the kernel has no memory for the smaller slot; nothing has changed then.
+    /// If the kernel has no memory for the smaller slot. Nothing has changed then.
     ///
     /// ```
     /// #[inline(never)]
@@ -355,27 +355,25 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         outcome
     }
 
-    /// Puts the coroutine's used bytes into a block of just their size and gives its stack to others. `true` if it is frozen
-    /// now; it thaws by itself when it is resumed or dropped.
+    /// Moves the coroutine's used bytes into a block of their size and gives the
+    /// stack to others. `true` if it is now frozen. A resume or drop thaws it.
     ///
-    /// For coroutines that are parked for long: one that holds almost nothing takes some hundred bytes. It is not frozen
-    /// if something keeps its stack where it is: a [pin](crate::pin()), or, if it grows by moving, a frame that may not
-    /// move (see [`last_not_moved`](Self::last_not_moved)). One that never ran, has ended, or suspended while its code was on
-    /// another stack, stays as it is.
+    /// This is for coroutines that are parked for long: one that holds almost nothing takes some
+    /// hundred bytes. A [pin](crate::pin()) prevents freezing, and so does a frame that may not move
+    /// if the stack grows by moving (see [`last_not_moved`](Self::last_not_moved)). Nothing happens
+    /// to a coroutine that never ran, has ended, or suspended while its code was on another stack.
     ///
-    /// A stack that grows in place keeps its address, and its slot. It may be touched while it is frozen, by any code on any
-    /// thread that has not blocked SIGSEGV: the fault handler thaws it then. A thread that has blocked it ends the process by such a
-    /// touch, without a report. A system call that is given memory on a frozen stack fails with
-    /// `EFAULT`. What the kernel does to such memory on its own, like completing a read that another thread
-    /// or an `io_uring` has begun, is lost: pin the stack for as long.
+    /// A stack that grows in place keeps its address and its slot. Code on any thread may touch it while it is frozen: the
+    /// fault handler thaws it. A thread that has blocked SIGSEGV ends the process by such a touch, without a report. A
+    /// system call that gets memory on a frozen stack fails with `EFAULT`. What the kernel writes there by itself is lost,
+    /// for example when it completes a read that another thread or an `io_uring` has begun: pin the stack until then.
     ///
-    /// Freezing and thawing a stack that grows in place takes some microseconds where the process has one thread, and four
-    /// times as much among several. There it takes `/proc/self/mem`, and before Linux 6.15 one or two
-    /// mappings for each stack that is frozen.
+    /// Freezing and thawing a stack that grows in place takes some microseconds in a
+    /// process with one thread, and four times as much with several. With several it needs
+    /// `/proc/self/mem`, and before Linux 6.15 one or two mappings for each frozen stack.
     ///
     /// # Errors
-    /// If there is no memory for the block, or for the mappings, or no `/proc/self/mem` where it is needed; nothing has
-    /// changed then.
+    /// If there is no memory for the block or the mappings, or no `/proc/self/mem` where it is needed. Nothing has changed then.
     ///
     /// ```
     /// // SAFETY: nothing is kept outside the stack.
@@ -397,25 +395,25 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     /// # Ok::<(), regrow::Error>(())
     /// ```
     pub fn freeze(&mut self) -> Result<bool, Error> {
-        // SAFETY: that list lives forever.
+        // SAFETY: the list of `NOBODY` lives forever.
         unsafe { self.freeze_telling(Told::NOBODY) }
     }
 
-    /// As [`freeze`](Self::freeze), saying whom to tell when the stack is touched.
+    /// As [`freeze`](Self::freeze); `told` learns when the stack is touched.
     ///
     /// # Safety
-    /// The list in `told` lives as long as the coroutine is frozen, or until [`tell`](Self::tell) names another.
+    /// `told`'s list lives as long as the coroutine is frozen, or until [`tell`](Self::tell) names another.
     pub(crate) unsafe fn freeze_telling(&mut self, told: Told) -> Result<bool, Error> {
         if self.is_frozen() {
-            return Ok(true); // until somebody touches it
+            return Ok(true); // until some code touches it
         }
         let Some(suspended) = self.on_its_own_stack() else { return Ok(false) };
-        // SAFETY: the list lives as long as the caller says.
+        // SAFETY: the caller guarantees that the list lives long enough.
         unsafe { freeze::freeze(suspended, told) }
     }
 
-    /// The coroutine, if it is suspended on its own stack, where it can be shrunk and frozen. Counts a stack that may move, and
-    /// cannot because its code has gone over to another one.
+    /// The coroutine, if it is suspended on its own stack: then it can be shrunk and frozen.
+    /// If its code is on another stack, a stack that may move is counted as not moved.
     fn on_its_own_stack(&mut self) -> Option<Suspended<'_>> {
         match self.state() {
             State::Suspended(sp) => {
@@ -436,7 +434,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
     }
 
-    /// Says whom to tell when the stack is touched, if it is frozen in place now.
+    /// Names the list that learns when the stack is touched, if it is now frozen in place.
     ///
     /// # Safety
     /// As for [`freeze_telling`](Self::freeze_telling).
@@ -445,10 +443,10 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         unsafe { freeze::tell(&self.handle, told) };
     }
 
-    /// Brings a frozen coroutine back onto a stack now; a resume does it, too.
+    /// Brings a frozen coroutine back onto a stack now. A resume does this, too.
     ///
     /// # Errors
-    /// If there is no memory for a stack; it is still frozen then.
+    /// If there is no memory for a stack. The coroutine is still frozen then.
     ///
     /// ```
     /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
@@ -459,7 +457,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         if self.handle.sp & switch::FROZEN == 0 {
             return Ok(());
         }
-        // SAFETY: it is frozen, as far as the handle knows; without an error it is suspended then.
+        // SAFETY: the handle says that it is frozen. If thawing succeeds it is suspended.
         unsafe { freeze::thaw(&mut self.handle, thread::prepare)? };
         self.watch_again();
         Ok(())
@@ -475,9 +473,9 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.state().is_frozen()
     }
 
-    /// Bytes of memory that the coroutine's stack and record take: of its block if it is frozen; of the pages of its slot that
-    /// have memory if it grows in place, about which the kernel is asked; else of the accessible pages of its slot, which are
-    /// used only as far as they were touched. 0 after its end.
+    /// Bytes of memory that the coroutine's stack and record take. For a frozen coroutine, those of its block. For
+    /// a stack that grows in place, those of the slot's pages that have memory, which the kernel is asked for.
+    /// Otherwise those of the slot's accessible pages, although untouched ones take no memory. 0 after its end.
     ///
     /// ```
     /// assert_eq!(regrow::Coroutine::<(), (), ()>::new(|_, ()| ()).bytes(), 4096);
@@ -487,8 +485,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.ask(Frozen::bytes, Record::bytes).unwrap_or(0)
     }
 
-    /// As [`bytes`](Self::bytes), without asking the kernel: of a stack that grows in place, those of the pages from its stack
-    /// pointer up.
+    /// As [`bytes`](Self::bytes), without asking the kernel: a stack
+    /// that grows in place counts its pages from the stack pointer up.
     pub(crate) fn parked_bytes(&self) -> usize {
         let of_record = |record: &Record| {
             let used = Record::end(record).wrapping_sub(self.handle.sp).wrapping_add(RED_ZONE);
@@ -500,8 +498,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.ask(Frozen::bytes, of_record).unwrap_or(0)
     }
 
-    /// Why its stack stayed where it was when that last happened although it may move: it grew in place, did not shrink, or was
-    /// not frozen. `None` if that never happened.
+    /// Why the stack stayed where it was, the latest time that it could not move: it
+    /// grew in place, did not shrink, or was not frozen. `None` if that never happened.
     ///
     /// ```
     /// #[inline(never)]
@@ -524,8 +522,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         self.ask(Frozen::not_moved, |record| record.not_moved).flatten()
     }
 
-    /// The frames on its stack, to look at: a table when printed, plain data otherwise. Reads unwind tables and the
-    /// program's symbols: slow.
+    /// The frames on its stack: a table when printed, plain data otherwise. Slow: it reads unwind tables and symbols.
     ///
     /// ```
     /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
@@ -547,12 +544,12 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
         }
     }
 
-    /// Where it is.
+    /// Its state.
     fn state(&self) -> State {
         State::of(&self.handle)
     }
 
-    /// Asks the block of a coroutine that is frozen, or the record of one that is not; nobody after its end.
+    /// Asks the block of a frozen coroutine, or the record of another one. `None` after its end.
     fn ask<R>(&self, of_block: impl FnOnce(&Frozen) -> R, of_record: impl FnOnce(&Record) -> R) -> Option<R> {
         freeze::peek(&self.handle, of_block).or_else(|| self.record().map(of_record))
     }
@@ -564,8 +561,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             // SAFETY: it is suspended, so its base is where the handle says.
             State::Suspended(_) | State::Elsewhere(_) => unsafe { (*self.handle.base).record() },
         };
-        // SAFETY: the record of a coroutine that has neither ended nor is frozen is accessible. It is written only by this
-        // thread: while the coroutine runs, and through its handle, which is borrowed.
+        // SAFETY: the record is accessible, since the coroutine has not ended and is not frozen. Only
+        // this thread writes it: while the coroutine runs, and through its handle, which is borrowed.
         Some(unsafe { &*record })
     }
 
@@ -574,8 +571,8 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     fn unwind(&mut self) {
         /// How often a coroutine may catch its unwinding and suspend again.
         const PATIENCE: usize = 100;
-        // Std may have taken the thread's signal stack away, in the destructors of thread-locals. Without one
-        // the stack cannot grow; there is nobody to tell, and it may not need to.
+        // During the destructors of thread-locals, std may have removed the thread's signal stack, without which
+        // the stack cannot grow. An error is ignored: it cannot be returned, and the stack may not need to grow.
         let _ = thread::prepare();
         for _ in 0..PATIENCE {
             self.handle.sp &= !switch::WATCHED;
@@ -609,16 +606,16 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     #[cold]
     fn drop_unfinished(&mut self) {
         if self.thaw().is_err() {
-            // SAFETY: that list lives forever.
+            // SAFETY: the list of `NOBODY` lives forever.
             unsafe { self.tell(Told::NOBODY) };
-            return; // without memory to unwind it on it is leaked, like a coroutine that is forgotten
+            return; // leaked: there is no memory for a stack to unwind it on
         }
         if let State::Running(_) = self.state() {
-            return; // by a destructor that `exit` runs inside: its frames are in use, and are leaked
+            return; // dropped inside `exit`: its frames are in use, and are leaked
         }
         self.handle.sp &= !switch::WATCHED;
         if self.started() {
-            // SAFETY: it has not ended; whoever made a raw coroutine said that its frames may be forgotten.
+            // SAFETY: it has not ended, and its maker promised that the frames of a raw coroutine may be forgotten.
             unsafe {
                 let record = (*self.handle.base).record();
                 if (*record).settings.raw {
@@ -631,7 +628,7 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
             }
             return;
         }
-        // SAFETY: it never ran, so its closure is where the builder put it, and nothing else is on its stack.
+        // SAFETY: it never ran, so its closure is where the builder put it, and its stack is empty otherwise.
         unsafe {
             let record = (*self.handle.base).record();
             self.handle.sp = switch::ENDED;
@@ -655,7 +652,7 @@ impl<In, Out, Ret> core::fmt::Debug for Coroutine<In, Out, Ret> {
     }
 }
 
-/// Inside a coroutine, the way out: suspends it with a value for its resumer.
+/// Suspends a coroutine, from inside, with a value for its resumer.
 ///
 /// ```
 /// use regrow::{Coroutine, Yielder};
@@ -682,16 +679,18 @@ impl<In, Out> Yielder<In, Out> {
     /// Suspends the coroutine with `value` for its resumer, and returns what it is resumed with.
     ///
     /// # What belongs to the thread
-    /// The count of panics belongs to the thread, not to the coroutine. So do not suspend in a destructor that runs because of
-    /// a panic or a C++ exception: until it is resumed, other code on the thread seems to panic. It poisons the mutexes that it
-    /// unlocks, and a panic in it may abort the process. Nor should a borrow of a thread-local, or a context that a library
-    /// keeps in one, be held across a suspend: the resumer sees it, and what it enters itself is left in the wrong order. The guards
-    /// of `tracing::Span::enter` and of `tokio::runtime::Handle::enter` are such contexts, and so is all that runs in
-    /// `tracing::subscriber::with_default` or `tokio::task::LocalKey::sync_scope`.
+    /// The count of panics belongs to the thread, not to the coroutine. So do not suspend in a destructor that
+    /// runs because of a panic or a C++ exception. Until the coroutine is resumed, other code on the thread
+    /// seems to panic: it poisons the mutexes that it unlocks, and a panic in it may abort the process.
+    ///
+    /// Do not hold a borrow of a thread-local, or a context that a library keeps in one, across a
+    /// suspend. The resumer sees that context, and leaves its own contexts in the wrong order.
+    /// Examples are the guards of `tracing::Span::enter` and `tokio::runtime::Handle::enter`, and
+    /// the closures of `tracing::subscriber::with_default` and `tokio::task::LocalKey::sync_scope`.
     ///
     /// # Panics
-    /// If it is called while another coroutine runs: a nested one that got hold of an outer one's yielder.
-    /// And when the suspended coroutine is dropped: this is how its frames unwind.
+    /// If another coroutine runs, that is, a nested one uses an outer one's yielder.
+    /// Also when the suspended coroutine is dropped: this unwinds its frames.
     ///
     /// ```
     /// let mut echo = regrow::Coroutine::<u32, u32, ()>::new(|yielder, mut value| loop {
@@ -722,7 +721,7 @@ impl<In, Out> core::fmt::Debug for Yielder<In, Out> {
     }
 }
 
-/// What runs in a new coroutine, on its stack, with its first input.
+/// The first function on a new coroutine's stack. It gets the first input.
 pub(crate) unsafe extern "C" fn entry<In, Out, Ret, F>(word: Word, _command: usize, base: &Base) -> !
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret,
@@ -759,8 +758,8 @@ pub(crate) unsafe fn drop_closure<F>(record: *mut u8) {
     unsafe { Record::closure(record.cast(), size_of::<F>()).cast::<F>().drop_in_place() }
 }
 
-/// A value on its way through a switch: in the word itself if it fits, else the word is its address, and the
-/// other side reads it from this side's stack, which stays as it is until then.
+/// A value on its way through a switch. A value that fits is in the word itself. Otherwise the word
+/// is its address on this side's stack, which does not change before the other side has read it.
 struct Transfer<T>(ManuallyDrop<T>);
 
 impl<T> Transfer<T> {
@@ -792,7 +791,7 @@ impl<T> Transfer<T> {
     /// not run since.
     #[inline(always)]
     unsafe fn read(word: Word) -> T {
-        // SAFETY: the word holds the bytes of a `T`, or its address on a stack that has not run since; it is read once.
+        // SAFETY: the word holds the bytes of a `T`, or the address of one on a stack that has not run since. It is read once.
         unsafe {
             if Self::FITS {
                 word.as_ptr().cast::<T>().read_unaligned()

@@ -1,4 +1,4 @@
-//! The frames of a suspended coroutine, to look at: a table when printed, plain data for programs.
+//! The frames of a suspended coroutine: a table when printed, plain data for programs.
 //!
 //! ```text
 //!   base ┌───────────────┐ depth 0
@@ -10,8 +10,8 @@
 //!   sp   └───────────────┘ depth = used
 //! ```
 //!
-//! The frames lie end to end: their sizes add up to what is used. Their words are judged as the relocator would
-//! judge them (src/grow/obey.rs). Nothing here runs in the fault handler.
+//! The frames lie end to end: their sizes add up to the used bytes. Their words are judged
+//! as a move would judge them (src/grow/obey.rs). Nothing here runs in the fault handler.
 
 use core::fmt;
 use core::ops::Add;
@@ -30,8 +30,7 @@ const WORD: usize = size_of::<usize>();
 
 /// The stack of a coroutine, frame by frame; see [`Coroutine::frames`](crate::Coroutine::frames).
 ///
-/// Printed, it is a table with a line for each frame, innermost first; with `{:#}`, functions that were inlined have
-/// lines of their own.
+/// Printed, it is a table with a line for each frame, innermost first. With `{:#}`, inlined functions have their own lines.
 ///
 /// ```
 /// use regrow::frames::State;
@@ -56,24 +55,24 @@ const WORD: usize = size_of::<usize>();
 pub struct Frames {
     /// The coroutine's name.
     pub name: Option<String>,
-    /// Where in its life it is.
+    /// Its state.
     pub state: State,
     /// How its stack grows.
     pub growth: Growth,
-    /// Bytes its stack has.
+    /// The size of its stack in bytes.
     pub size: usize,
     /// Bytes in use: from where the coroutine suspended up to the base.
     pub used: usize,
     /// The frames, innermost first.
     pub frames: Vec<Frame>,
-    /// Where the walk ended: at the base, or at a frame that it could not get through. That one and those further
-    /// out are not among [`frames`](Self::frames).
+    /// Where the walk ended: at the base, or at a frame that it could not get past.
+    /// That frame and those further out are not among [`frames`](Self::frames).
     pub end: End,
-    /// The functions at the program counter where the walk is stuck, as in [`Frame::functions`].
+    /// The functions at the program counter where the walk stopped early, as in [`Frame::functions`].
     pub stuck_in: Vec<Function>,
 }
 
-/// Where in its life a coroutine is.
+/// The state of a coroutine.
 ///
 /// ```
 /// use regrow::frames::State;
@@ -91,15 +90,15 @@ pub enum State {
     NotStarted,
     /// It has frames.
     Suspended,
-    /// It has frames, in a block: thaw it to see them.
+    /// It has frames, in a block. Thaw it to see them.
     Frozen,
-    /// Its code has gone over to another stack (as `stacker::grow` does) and suspended there. It has frames on both, which cannot
-    /// be told apart from outside.
+    /// Its code switched to another stack (as `stacker::grow` does) and suspended
+    /// there. It has frames on both, which cannot be told apart from outside.
     OnAnotherStack,
-    /// It runs, or waits for a coroutine that it has resumed. Only destructors see it so, of thread-locals, which `exit` runs when
-    /// it is called inside.
+    /// It runs, or waits for a coroutine that it has resumed. Only destructors of
+    /// thread-locals see this state, when `exit` is called inside the coroutine and runs them.
     Running,
-    /// It has ended: its stack has been given back.
+    /// It has ended and has no stack.
     Finished,
 }
 
@@ -125,20 +124,20 @@ pub enum State {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Frame {
-    /// Bytes from the base down to the frame's lowest: how much of the stack was in use when it was the innermost.
+    /// Bytes from the base down to the frame's lowest: the used part of the stack when this was the innermost frame.
     pub depth: usize,
-    /// Bytes it takes.
+    /// Its size in bytes.
     pub size: usize,
-    /// Where its code goes on.
+    /// Where its code continues.
     pub pc: usize,
-    /// Inside the instruction that is to run or the call that has not returned: one less than `pc`, or the same.
+    /// An address inside the instruction that runs next, or inside the call that has not returned: `pc` or one less.
     pub code: usize,
-    /// The functions that its code is of: the last is the one that was called, those before it were inlined into it,
-    /// innermost first. One at most without the feature `backtrace`; none if nothing is known.
+    /// The functions that its code belongs to. The last is the one that was called; those before it were inlined
+    /// into it, innermost first. At most one without the feature `backtrace`; empty if nothing is known.
     pub functions: Vec<Function>,
     /// Its words, lowest first.
     pub cells: Vec<Cell>,
-    /// Who recorded what is known about its words.
+    /// Who recorded the facts about its words.
     pub source: Source,
 }
 
@@ -192,20 +191,20 @@ pub struct Function {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cell {
-    /// Whose it is, and the verdict on it.
+    /// The word's owner, and the verdict on the word.
     pub word: Word,
-    /// Its value, taken for an address, lies in this stack or its guard.
+    /// Its value, as an address, lies in this stack or its guard.
     pub inside: bool,
 }
 
-/// How many words there are of each kind.
+/// The number of words of each kind.
 ///
 /// ```
 /// use regrow::frames::Words;
 /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
 /// coroutine.resume(());
 /// let frames = coroutine.frames();
-/// // Compilers' unwind tables know where registers and return addresses are, and nothing of the rest.
+/// // Compilers' unwind tables show where registers and return addresses are, and nothing about the other words.
 /// let Words { pointers, ambiguous, return_addresses, .. } = frames.words();
 /// assert_eq!(return_addresses, frames.frames.len());
 /// assert!(ambiguous > pointers);
@@ -216,17 +215,17 @@ pub struct Words {
     pub pointers: usize,
     /// Data, by their map.
     pub data: usize,
-    /// Those that no map speaks for.
+    /// Words that no map describes.
     pub ambiguous: usize,
     /// Registers kept for callers.
     pub saved: usize,
     /// Return addresses.
     pub return_addresses: usize,
-    /// Of all those, how many hold a value that lies in the stack.
+    /// How many of all these words hold a value that lies in the stack.
     pub inside: usize,
 }
 
-/// Counts of parts are added up with `+`.
+/// `+` adds the counts of parts.
 ///
 /// ```
 /// use regrow::frames::{Frame, Words};
@@ -266,7 +265,7 @@ impl Words {
         words
     }
 
-    /// How many words that is.
+    /// The number of these words.
     ///
     /// ```
     /// let words = regrow::frames::Words { data: 2, saved: 1, inside: 1, ..Default::default() };
@@ -307,13 +306,13 @@ impl Add for Words {
 /// }
 /// ```
 impl Frame {
-    /// The function whose frame it is. What was inlined into it lies in the same frame.
+    /// The function whose frame it is. Functions inlined into it share the frame.
     ///
     /// ```
     /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));
     /// coroutine.resume(());
     /// let frames = coroutine.frames();
-    /// // Whatever was inlined, the outermost frame is the one that every coroutine begins with.
+    /// // Even with inlining, the outermost frame is the one that every coroutine begins with.
     /// let outermost = frames.frames.last().and_then(|frame| frame.function()).unwrap();
     /// assert!(outermost.name.ends_with("entry"), "{outermost}");
     /// ```
@@ -359,7 +358,7 @@ impl Frames {
         self.frames.iter().map(Frame::words).fold(Words::default(), Words::add)
     }
 
-    /// Of a coroutine that has ended. Nothing more is known about it.
+    /// The frames of a coroutine that has ended. Nothing more is known about it.
     pub(crate) fn finished() -> Self {
         Self {
             name: None,
@@ -373,17 +372,17 @@ impl Frames {
         }
     }
 
-    /// Of one that has frames which are not shown.
+    /// The frames of a coroutine that has some but cannot show them.
     pub(crate) fn hidden(state: State, name: Option<&str>, growth: Growth, stats: &Stats) -> Self {
         Self { name: name.map(str::to_owned), state, growth, size: stats.size, ..Self::finished() }
     }
 
-    /// Of the coroutine suspended at `sp`.
+    /// The frames of the coroutine suspended at `sp`.
     ///
     /// # Safety
     /// It is suspended there, on its own stack, or was never resumed, and `base` is its base.
     pub(crate) unsafe fn of_suspended(sp: usize, base: *const Base) -> Self {
-        // SAFETY: the coroutine is suspended, so its base and its record are accessible, and nobody writes them.
+        // SAFETY: the coroutine is suspended, so its base and its record are accessible, and no code writes them.
         let (record, fresh) = unsafe { (&*(*base).record(), switch::is_fresh(sp)) };
         let mut all = Self {
             name: record.name.as_deref().map(str::to_owned),
@@ -401,7 +400,7 @@ impl Frames {
         let walked = || unsafe { walk(sp, base) };
         (all.frames, all.end) = walked();
         if let End::Stuck { why: Stuck::NoMap, .. } = all.end {
-            map::record_loaded_objects(); // its code may have been loaded since
+            map::record_loaded_objects(); // its code may have been loaded since then
             (all.frames, all.end) = walked();
         }
         all.resolve();
@@ -430,10 +429,10 @@ unsafe fn walk(sp: usize, base: *const Base) -> (Vec<Frame>, End) {
     let base_address = base as usize;
     let memory = |address: usize| {
         let readable = address >= lowest && address <= base_address + size_of::<Base>() - WORD;
-        // SAFETY: it is suspended: between what a suspend has written and the end of the base all is accessible.
+        // SAFETY: the coroutine is suspended, so all bytes from what its suspend wrote to the end of its base are accessible.
         readable.then(|| unsafe { (address as *const usize).read_unaligned() })
     };
-    // SAFETY: it is suspended at `sp`, where its suspend has left its registers, and its base is accessible.
+    // SAFETY: the coroutine is suspended at `sp`, so its suspend has left its registers there, and its base is accessible.
     let (start, record) = unsafe { (switch::registers_of(sp), (*base).record()) };
     let window = Record::slot(record).map_or(lowest..Record::end(record), |slot| slot.start()..slot.end());
 
@@ -446,7 +445,7 @@ unsafe fn walk(sp: usize, base: *const Base) -> (Vec<Frame>, End) {
         }
         let range = frame.range();
         if range.end > base_address {
-            // Its map puts its end outside the stack, where nothing may be read.
+            // The frame's map puts its end outside the stack, where nothing may be read.
             return (frames, End::Stuck { pc: frame.pc(), why: Stuck::Memory(range.end) });
         }
         let cell = |address| Cell {
@@ -470,7 +469,7 @@ unsafe fn walk(sp: usize, base: *const Base) -> (Vec<Frame>, End) {
 #[cfg(feature = "backtrace")]
 fn functions(code: usize) -> Vec<Function> {
     let mut found = Vec::new();
-    // It takes what it gets for a return address.
+    // The function takes its argument for a return address.
     backtrace::resolve((code + 1) as *mut core::ffi::c_void, |symbol| {
         found.extend(symbol.name().map(|name| Function {
             name: format!("{name:#}"),
@@ -479,7 +478,7 @@ fn functions(code: usize) -> Vec<Function> {
         }));
     });
     match (found.last_mut(), function(code).pop()) {
-        // Line tables alone name functions without their paths.
+        // Without other debug information, line tables name functions without their paths.
         (Some(outermost), Some(symbol)) => outermost.name = symbol.name,
         (None, symbol) => found.extend(symbol),
         (Some(_), None) => {}
@@ -490,7 +489,7 @@ fn functions(code: usize) -> Vec<Function> {
 #[cfg(not(feature = "backtrace"))]
 use function as functions;
 
-/// The function that the instruction at `code` belongs to, by the symbol tables.
+/// The function that the instruction at `code` belongs to, from the symbol tables.
 fn function(code: usize) -> Vec<Function> {
     symbol::name(code).map(|name| Function { name, file: None, line: None }).into_iter().collect()
 }
@@ -513,7 +512,7 @@ const TITLES: [&str; 11] =
 const NUMBERS: usize = 9;
 const INDENT: &str = "  ";
 
-/// The texts of a line of the table, and what goes above it.
+/// The texts of one line of the table, and the lines above it.
 struct Line([String; TITLES.len()], Vec<String>);
 
 impl Line {
@@ -578,7 +577,7 @@ impl fmt::Display for Frames {
     }
 }
 
-/// Printed, they are a table.
+/// Printed, they form a table.
 ///
 /// ```
 /// let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|yielder, ()| yielder.suspend(()));

@@ -13,39 +13,43 @@
 //!
 //! # The life of a stack
 //!
-//! A [`Coroutine`] is a page of memory: at its top a record and the closure, below them 2 KiB of stack.
-//! [`resume`](Coroutine::resume) and [`suspend`](Yielder::suspend) exchange stack pointers, a few inlined instructions.
-//! How the stack gets more room is the coroutine's [`Growth`]:
+//! A [`Coroutine`] takes one page of memory: a record and the closure at the top, 2 KiB of
+//! stack below them. [`resume`](Coroutine::resume) and [`suspend`](Yielder::suspend) exchange
+//! stack pointers in a few inlined instructions. [`Growth`] says how the stack gets more room:
 //!
-//! - [`Growth::InPlace`], the default: a window of address space is reserved for this stack, all of it accessible. The kernel
-//!   gives it memory page by page as it is touched, by code or by the kernel itself. A builder's
-//!   [`maximum`](Builder::maximum) sets the window; it is [256 KiB](DEFAULT_MAXIMUM_IN_PLACE) otherwise. Below it is a guard.
-//! - [`Growth::Relocate`]: below the 2 KiB is a guard. A call too deep touches it: SIGSEGV, handled on a stack of the thread's
-//!   own. The handler copies the stack to a slot twice the size, rewrites every word in frames and
-//!   registers that pointed into the old one, and makes the old one inaccessible. Then the interrupted instruction runs again
-//!   and never knows. Nothing needs to be reserved for the [maximum](DEFAULT_MAXIMUM_RELOCATE). [`Builder::relocating`] is
-//!   unsafe: it takes a promise that nothing outside the stack points into it.
+//! - [`Growth::InPlace`], the default: the stack has a window of reserved address space, all of it
+//!   accessible, with a guard below. The kernel adds memory page by page as code or a system call touches
+//!   it. [`Builder::maximum`] sets the size of the window, [256 KiB](DEFAULT_MAXIMUM_IN_PLACE) by default.
+//! - [`Growth::Relocate`]: a guard lies right below the 2 KiB. A call that goes too deep touches it and raises
+//!   SIGSEGV. The handler, on a signal stack of the thread, copies the stack to a slot twice the size. It rewrites
+//!   every word in frames and registers that pointed into the old slot, and makes the old slot inaccessible. Then the
+//!   interrupted instruction runs again. No address space is reserved for the [maximum](DEFAULT_MAXIMUM_RELOCATE).
+//!   [`Builder::relocating`] is unsafe: the caller promises that nothing outside the stack points into it.
 //!
-//! When the coroutine ends its slot is reused by
-//! the next one on the same thread; [`trim`] gives what is kept for that back to the kernel.
+//! The slot of a coroutine that has ended is reused by the next one on
+//! the same thread. [`trim`] gives unused slots back to the kernel.
 //!
 //! # What it takes from the process
 //!
-//! The first coroutine installs a handler for SIGSEGV and SIGBUS, once; the first of each thread replaces the thread's alternate
-//! signal stack, where that handler runs ([`prepare_thread`]). The handler allocates nothing and takes no lock. A library that holds this
-//! crate is never unloaded from then on. The first coroutine
-//! that may move adds `SA_ONSTACK` to the handlers that exist ([`keep_signals_off_coroutine_stacks`]), reads the unwind tables of all that is loaded ([`map::record_loaded_objects`]), and opens a descriptor of
-//! `userfaultfd`, which stays open: by it moving stacks take their pages along. Without it they are copied.
+//! The first coroutine installs a handler for SIGSEGV and SIGBUS. The handler runs on an alternate signal
+//! stack, which the first coroutine of each thread sets up ([`prepare_thread`]). It allocates nothing and
+//! takes no lock. A library that contains this crate is never unloaded once the handler is installed.
 //!
-//! For a filter of system calls (seccomp): `mmap`, `munmap`, `mprotect`, `madvise`, `rt_sigaction`, `rt_sigprocmask`, `sigaltstack`,
-//! `sched_yield` and `clock_gettime` are needed; `process_madvise`, `userfaultfd` with its `ioctl`s, `process_vm_readv`, and
-//! `openat`, `pread64` and `pwrite64` of `/proc/self/mem`, may be refused with an error, but not kill the process.
+//! The first coroutine that may move does three more things. It adds `SA_ONSTACK` to the
+//! existing handlers ([`keep_signals_off_coroutine_stacks`]). It reads the unwind tables of all
+//! loaded code ([`map::record_loaded_objects`]). And it opens a `userfaultfd` descriptor for the
+//! rest of the process: with it, moving stacks take their pages along, instead of being copied.
+//!
+//! A filter of system calls (seccomp) must allow `mmap`, `munmap`, `mprotect`, `madvise`,
+//! `rt_sigaction`, `rt_sigprocmask`, `sigaltstack`, `sched_yield` and `clock_gettime`. It may
+//! refuse, with an error but not by killing the process, `process_madvise`, `userfaultfd` with
+//! its `ioctl`s, `process_vm_readv`, and `openat`, `pread64` and `pwrite64` of `/proc/self/mem`.
 //!
 //! # When something goes wrong
 //!
-//! [`Error`] says what to do when a coroutine cannot be created. A stack at its maximum, and a pointer to where
-//! a stack no longer is, end the process with a report on standard error. Any other fault goes to
-//! the handler that was there before. A panic comes out of [`resume`](Coroutine::resume).
+//! [`Error`] says what to do when a coroutine cannot be created. The process ends with a report on standard
+//! error when a stack exceeds its maximum, or when a pointer to a place that a stack has left is used. Other
+//! faults go to the handler that was installed before. A panic comes out of [`resume`](Coroutine::resume).
 //!
 //! # Where to look
 //!

@@ -1,4 +1,4 @@
-//! Why a stack that may move did not: what is known of the latest time, and how often each reason came up.
+//! Why a stack that may move did not: the latest time, and how often for each reason.
 #![forbid(unsafe_code)]
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -31,22 +31,22 @@ use crate::symbol;
 #[repr(u8)]
 #[non_exhaustive]
 pub enum Reason {
-    /// The instruction was no push, call or access based on `rsp`: registers may hold differences of
-    /// pointers there. The stack moves at the next such instruction that finds it too small.
+    /// The instruction was no push, call or access based on `rsp`, so registers may hold
+    /// differences of pointers. The stack moves when such an instruction next overflows it.
     NotAGrowthPoint,
     /// A [`Pinned`](crate::Pinned) guard is alive.
     Pinned,
     /// A frame of pinned code is on the stack.
     PinnedCode,
-    /// Nothing is known of a frame: code without unwind information (made at run time, or hand-written).
+    /// A frame has no unwind information: its code was made at run time or hand-written.
     NoMap,
-    /// A frame's map leaves words ambiguous, and the coroutine wants [`Maps::Precise`](crate::Maps::Precise).
+    /// A frame's map leaves words ambiguous, and the coroutine has [`Maps::Precise`](crate::Maps::Precise).
     Imprecise,
     /// A frame's map contradicts the stack: a pointer word points elsewhere, or a frame has no end.
     Inconsistent,
     /// The kernel gave no memory for a larger slot.
     NoMemory,
-    /// The coroutine has suspended while its code was on another stack than its own: its frames cannot be walked.
+    /// The coroutine suspended while its code was on another stack: its frames cannot be walked.
     OnAnotherStack,
 }
 
@@ -62,7 +62,7 @@ const REASONS: [Reason; 8] = [
     Reason::OnAnotherStack,
 ];
 
-/// A time a stack did not move; see [`Coroutine::last_not_moved`](crate::Coroutine::last_not_moved).
+/// One time that a stack did not move; see [`Coroutine::last_not_moved`](crate::Coroutine::last_not_moved).
 ///
 /// ```
 /// # #[inline(never)]
@@ -84,14 +84,14 @@ const REASONS: [Reason; 8] = [
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NotMoved {
-    /// Why.
+    /// The reason.
     pub reason: Reason,
-    /// The program counter of the frame that was the reason; of the interrupted one if no other was.
+    /// The program counter of the frame that was the reason; of the interrupted frame if no frame was.
     pub frame: usize,
 }
 
 impl NotMoved {
-    /// The frame's function, offset and file, as far as they can be found. Reads the program's symbol table: slow.
+    /// The frame's function, offset and file, if they can be found. Slow: it reads the program's symbol table.
     ///
     /// ```
     /// # let mut coroutine = regrow::Coroutine::<(), (), ()>::new(|_, ()| ());
@@ -108,13 +108,13 @@ impl NotMoved {
 }
 
 impl NotMoved {
-    /// Because of the frame that has this program counter.
+    /// The reason is the frame that has this program counter.
     pub(crate) const fn at(reason: Reason, frame: usize) -> Self {
         Self { reason, frame }
     }
 }
 
-/// As [`NotMoved`], from where it arises to whoever notes or reports it.
+/// As [`NotMoved`], on its way to the code that notes or reports it.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub why: NotMoved,
@@ -137,8 +137,8 @@ impl From<NotMoved> for Refusal {
 
 static COUNTS: [AtomicU64; REASONS.len()] = [const { AtomicU64::new(0) }; REASONS.len()];
 
-/// How often stacks of this process that may move did not, by reason: to grow, to shrink, or to be frozen. Cheap enough to
-/// leave on: counted when it happens.
+/// How often stacks of this process that may move did not grow, shrink or freeze by
+/// moving, for each reason. Each event is counted when it happens, which is cheap.
 ///
 /// ```
 /// for (reason, count) in regrow::not_moved() {
@@ -149,10 +149,10 @@ pub fn not_moved() -> impl Iterator<Item = (Reason, u64)> {
     REASONS.into_iter().zip(&COUNTS).map(|(reason, count)| (reason, count.load(Ordering::Relaxed)))
 }
 
-/// Code without a map was met, or nothing has been recorded yet: look at the loaded objects before the next spawn.
+/// Code without a map was found, or nothing was recorded yet: read the loaded objects before the next spawn.
 static UNKNOWN_CODE: AtomicBool = AtomicBool::new(true);
 
-/// Records the unwind tables of loaded objects if some code was unknown since the last time. Not for the handler.
+/// Records the unwind tables of loaded objects if unknown code was found since the last time. Not for the handler.
 pub(crate) fn record_unknown_code() {
     if UNKNOWN_CODE.load(Ordering::Acquire) {
         map::record_loaded_objects(); // one thread at a time; the others wait here
@@ -160,13 +160,12 @@ pub(crate) fn record_unknown_code() {
     }
 }
 
-/// True if the code that kept a stack in place was unknown, and more is known since now: then it may be tried again.
-/// Not for the handler.
+/// True if unknown code kept a stack in place, and more code is known now: the move may be tried again. Not for the handler.
 pub(crate) fn knows_more(reason: Reason) -> bool {
     reason == Reason::NoMap && !map::record_loaded_objects().added.is_empty()
 }
 
-/// Counts one.
+/// Counts one more.
 pub(crate) fn count(reason: Reason) {
     if reason == Reason::NoMap {
         UNKNOWN_CODE.store(true, Ordering::Relaxed);

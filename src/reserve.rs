@@ -1,4 +1,4 @@
-//! Growing on request: without a fault, for a fraction of its price.
+//! Growth on request, which avoids the cost of a fault.
 
 use crate::error::Error;
 use crate::grow::growth::{self, Begun};
@@ -11,13 +11,12 @@ use crate::stack::suspended::Suspended;
 use crate::switch::{self, Handle, RED_ZONE, Running};
 use crate::thread;
 
-/// Sees that the running coroutine has at least `bytes` of stack left, growing it now if it has not. Outside coroutines
-/// it does nothing, nor on another stack that a coroutine's code has gone over to: that one is not the coroutine's to grow.
+/// Makes sure that the running coroutine has at least `bytes` of stack left: if not, its stack grows now. This
+/// function does nothing outside coroutines, and on another stack that a coroutine's code has switched to.
 ///
-/// A stack that grows in place has all of its maximum from the start: of one the answer says whether that is enough. For one
-/// that moves it is of use for two things: deep recursion that is known beforehand, since a growth by fault costs the kernel's
-/// price for a signal; and buffers on the stack that are handed to the kernel, which answers `EFAULT` where code would have
-/// faulted.
+/// A stack that grows in place has its whole maximum from the start: the result says whether that is enough. For a stack that
+/// moves, `reserve` has two uses. Before a recursion of known depth, it saves the kernel's cost of signals. And it makes room
+/// for buffers that are handed to the kernel, which fails with `EFAULT` where code would fault and grow the stack.
 ///
 /// ```
 /// #[inline(never)]
@@ -38,8 +37,8 @@ use crate::thread;
 /// ```
 ///
 /// # Errors
-/// [`Error::Room`] if that would exceed the coroutine's maximum, or if its stack may not move now and has not that much
-/// slack; [`Error::Memory`] if the kernel has none. Nothing has changed then.
+/// [`Error::Room`] if that would exceed the coroutine's maximum, or if its stack may not move now and its
+/// slot has too little slack. [`Error::Memory`] if the kernel has no memory. Nothing has changed then.
 #[inline(never)]
 pub fn reserve(bytes: usize) -> Result<(), Error> {
     let mark = 0u8;
@@ -60,13 +59,13 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
         return Err(room);
     }
     if let Some(open) = slack {
-        // SAFETY: the bytes are within the window, and what is below those that are open is not used.
+        // SAFETY: the bytes are within the window, and nothing below the open ones is in use.
         return unsafe { open_now(running, open) };
     }
     let Some(size) = size::grown(size, need, maximum) else { return Err(room) };
     if let Some(stack) = thread::signal_stack_end() {
-        // SAFETY: nothing else runs on the signal stack as long as no signal is handled, and one that comes meanwhile is
-        // handled further down on it. The function moves this stack as that of a suspended coroutine is moved.
+        // SAFETY: the signal stack is free as long as no signal is handled, and a signal that comes meanwhile
+        // is handled further down on it. The function moves this stack as it moves a suspended coroutine's.
         unsafe { switch::hop(size, move_running, stack) };
     }
     let (open, window) = running.with_record(|record| (record.open, record.class.window()));
@@ -74,7 +73,7 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     if need <= open {
         Ok(())
     } else if slack <= window && size::size_of_open(slack) <= maximum {
-        // SAFETY: just checked.
+        // SAFETY: the slot has this much slack, as just checked.
         unsafe { open_now(running, slack) }
     } else {
         Err(room)
@@ -85,14 +84,14 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
 /// `open` bytes are within the window of the running coroutine's slot, and nothing below them is needed.
 unsafe fn open_now(running: Running, open: usize) -> Result<(), Error> {
     let begun = running.with_record(|record| Begun::now(record));
-    // SAFETY: the slot has so many bytes, as the caller says.
+    // SAFETY: the caller guarantees that the slot has so many bytes.
     let done = unsafe { growth::open(running, open)? };
     begun.finish(running, done);
     Ok(())
 }
 
-/// On another stack: moves the stack of the running coroutine, which `rsp` was on, to a slot of `size` bytes if
-/// it may; returns what `rsp` is now.
+/// Runs on another stack: moves the stack of the running coroutine, which `rsp`
+/// was on, to a slot of `size` bytes if it may move. Returns what `rsp` is now.
 unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
     let Some(running) = switch::running() else { return rsp };
     let mut handle = Handle { sp: rsp, base: running.base() };
@@ -100,13 +99,13 @@ unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
     let outcome = if pinned {
         Err(NotMoved::at(Reason::Pinned, reserve as *const () as usize).into())
     } else {
-        // SAFETY: the coroutine has put itself into the state of a suspended one, with such a handle. Whoever asked for
-        // `Growth::Relocate` made the promise about pointers.
+        // SAFETY: the coroutine is in the state of a suspended one, with such a
+        // handle. The promise about pointers was made with `Growth::Relocate`.
         unsafe { relocate::relocate_suspended(&mut Suspended::new(&mut handle), size) }
     };
     match outcome {
         Ok(moved) => {
-            // SAFETY: the stack has moved, and this is where its base is.
+            // SAFETY: the stack has moved, and its base is at this address.
             unsafe { running.set_base(handle.base) };
             begun.finish(running, moved.done());
         }

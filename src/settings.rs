@@ -1,9 +1,9 @@
-//! What a coroutine is made with: how its stack grows, when it shrinks, which words of it may be judged.
+//! The settings of a coroutine: how its stack grows, when it shrinks, which of its words may be judged by value.
 #![forbid(unsafe_code)]
 
 use crate::size::{Class, MIN_SIZE};
 
-/// How a stack comes to have more room.
+/// How a stack gets more room.
 ///
 /// ```
 /// use regrow::{Builder, Growth, Yielder};
@@ -17,14 +17,14 @@ use crate::size::{Class, MIN_SIZE};
 #[repr(u8)]
 #[non_exhaustive]
 pub enum Growth {
-    /// All of its maximum is accessible from the start, and the kernel gives it memory page by page as it is touched. It
-    /// never moves.
+    /// The whole maximum is accessible from the start, and the kernel
+    /// adds memory page by page as it is touched. The stack never moves.
     InPlace,
-    /// It moves to a slot twice the size, and every pointer into it is rewritten.
+    /// The stack moves to a slot twice the size, and every pointer into it is rewritten.
     Relocate,
 }
 
-/// When a stack becomes smaller by itself; see [`Builder::shrink`](crate::Builder::shrink).
+/// When a stack shrinks by itself; see [`Builder::shrink`](crate::Builder::shrink).
 ///
 /// ```
 /// # #[inline(never)]
@@ -57,13 +57,13 @@ pub enum Growth {
 pub enum Shrink {
     /// Only when asked to ([`Coroutine::shrink`](crate::Coroutine::shrink)).
     Off,
-    /// When less than a quarter has been used over 32 resumes; over twice as many each time it was in vain. A stack that
-    /// grows in place: when it has been used below the page it is suspended in, and then not over 32 resumes. Of those only
-    /// some are looked at: one in 64 that is made in new memory, and all that are made where one of these had such a spike.
+    /// A stack that moves: when less than a quarter was used over 32 resumes; each attempt in vain doubles that number. A stack
+    /// that grows in place: when it was used below the page it is suspended in, and then not for 32 resumes. Of these only some
+    /// are watched: one in 64 that is made in new memory, and all from a spawn site where one of those had such a spike.
     #[default]
     Default,
-    /// At the first resume that finds less than a quarter used since the one before. A stack that grows in place: that finds
-    /// nothing used below its page since the one before. Each resume of such a coroutine takes a few nanoseconds longer.
+    /// A stack that moves: at a resume that finds less than a quarter used since the one before. A stack that grows in place:
+    /// at a resume that finds nothing used below its page since the one before. Each resume takes a few nanoseconds longer.
     Eager,
 }
 
@@ -83,7 +83,7 @@ pub enum Shrink {
 ///     yielder.suspend(());
 /// });
 /// coroutine.resume(());
-/// // rustc records no pointers: its frames do not move then, and their stack has grown in place.
+/// // rustc records no pointers, so its frames do not move: the stack has grown in place.
 /// assert_eq!(coroutine.last_not_moved().unwrap().reason, Reason::Imprecise);
 /// assert!(coroutine.stats().growths > 0);
 /// ```
@@ -91,36 +91,36 @@ pub enum Shrink {
 #[repr(u8)]
 #[non_exhaustive]
 pub enum Maps {
-    /// Those that no map speaks for. Every frame needs unwind data, as compilers emit it (`.eh_frame`);
-    /// a stack with a frame that has none grows in place.
+    /// Words that no map describes. Every frame needs unwind data, which compilers
+    /// emit (`.eh_frame`). A stack with a frame without unwind data grows in place.
     #[default]
     Ambiguous,
-    /// None in its frames: a stack with a word that no map speaks for grows in place. For compilers that record
-    /// all of their frames, and start their code with [`Builder::spawn_raw`](crate::Builder::spawn_raw). The
-    /// registers of the interrupted function, which no compiler's map describes, are judged by value.
+    /// No word in frames: a stack with a word that no map describes grows in place. This is for compilers that
+    /// record all of their frames, and start their code with [`Builder::spawn_raw`](crate::Builder::spawn_raw).
+    /// The registers of the interrupted function, which no compiler's map describes, are judged by value.
     Precise,
-    /// All of them: no map is looked at, and no frame needs any.
+    /// All words: no map is read, and no frame needs one.
     Off,
 }
 
-/// All of it, checked: the same value in a builder, in a coroutine's record, and in the block of a frozen one.
+/// All settings, checked. A builder, a coroutine's record and the block of a frozen coroutine each have a copy.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
     pub growth: Growth,
     pub shrink: Shrink,
     pub maps: Maps,
-    /// Its slot's slack is used up before it moves.
+    /// It uses up the slack of its slot before it moves.
     pub slack_first: bool,
-    /// No Rust frames lie below: nothing is unwound when it is dropped.
+    /// No Rust frames lie below: dropping it unwinds nothing.
     pub raw: bool,
-    /// log2 of the size it has at first, below which it does not shrink.
+    /// log2 of the first size, below which it does not shrink.
     first_log: u8,
-    /// log2 of the largest size that it may reach.
+    /// log2 of the largest size.
     maximum_log: u8,
 }
 
 impl Settings {
-    /// Those of a stack that grows in place, up to `maximum` bytes, a power of two.
+    /// The settings of a stack that grows in place, up to `maximum` bytes, a power of two.
     pub(crate) const fn in_place(maximum: usize) -> Self {
         Self {
             growth: Growth::InPlace,

@@ -1,7 +1,7 @@
-//! The one door to the assembly: resume, suspend, finish, and the first frame they rely on.
+//! The only interface to the assembly: resume, suspend, finish, and the first frame that they rely on.
 //!
-//! Both sides of a switch leave the same thing below their stack pointer, the shape of a call
-//! that has not returned. `rsp` itself does not change, so it lies in the red zone:
+//! Both sides of a switch leave the same words below their stack pointer, in the shape of a
+//! call that has not returned. `rsp` itself does not change, so the words lie in the red zone:
 //!
 //! ```text
 //!            resumer (R = its rsp)              suspended coroutine (S = its rsp)
@@ -13,7 +13,7 @@
 //!   R - 48   where regrow_watch goes on, if the stack has grown since
 //! ```
 //!
-//! A coroutine that never ran looks suspended in its first frame, at the base of its stack:
+//! A coroutine that never ran looks as if it had suspended in its first frame, at the base of its stack:
 //!
 //! ```text
 //!   base + 24  record         address of the stack's record (src/stack/record.rs)
@@ -24,13 +24,12 @@
 //!   base - 24  entry function /
 //! ```
 //!
-//! A handle names a coroutine from outside by two addresses, and is not touched while it runs. When the fault handler
-//! moves the stack it corrects the base at `R - 40`. The handle is corrected when the coroutine suspends, which it then
-//! does at another address than before.
+//! A handle names a coroutine from outside by two addresses. It is not touched while the
+//! coroutine runs. When the fault handler moves the stack it corrects the base at `R - 40`.
+//! The coroutine then suspends at another address than before, and the handle is corrected.
 //!
-//! The floating-point control state (mxcsr, x87 control word) is not switched: it belongs to the
-//! thread, like in corosensei and Boost.Context's default. Code that changes rounding or exception masks
-//! restores them before it suspends or resumes.
+//! The floating-point control state (mxcsr, x87 control word) is not switched: it belongs to the thread, as in corosensei and
+//! in Boost.Context by default. Code that changes rounding or exception masks must restore them before it suspends or resumes.
 
 use core::arch::asm;
 use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -40,7 +39,8 @@ use core::mem::MaybeUninit;
 
 use crate::map::{Register, Registers};
 
-/// How far below a stack pointer lies what, as drawn above. The assembly has these numbers from here, or is held against them.
+/// How far below a stack pointer each word lies, as drawn above. The inlined assembly takes
+/// these numbers as operands; asm/switch.S states them again, and a test compares them.
 mod below {
     pub(super) const LANDING: usize = 8;
     pub(super) const RBP: usize = 16;
@@ -56,11 +56,11 @@ pub(crate) const PARKED: [(Register, usize); 2] = [(Register::RBP, below::RBP), 
 /// Bytes that a suspend saves below its stack pointer.
 pub(crate) const SAVED: usize = below::RBX;
 
-/// What the owner of a coroutine keeps of it: two words.
+/// A coroutine, as its owner holds it: two words.
 #[repr(C)]
 pub(crate) struct Handle {
-    /// The coroutine's stack pointer while it is suspended, a multiple of 16. [`ENDED`] once it has ended;
-    /// with [`WATCHED`] added if something is to be done before it is resumed.
+    /// The coroutine's stack pointer while it is suspended, a multiple of 16; [`ENDED`]
+    /// once it has ended. [`WATCHED`] is added if its next resume has more to do.
     pub sp: usize,
     /// The outermost frame, at the top of its stack.
     pub base: *mut Base,
@@ -75,7 +75,7 @@ pub(crate) const WATCHED: usize = 2;
 pub(crate) const FROZEN: usize = 4;
 
 impl Handle {
-    /// True if the coroutine cannot just be resumed.
+    /// True if a plain resume is not enough.
     #[inline(always)]
     pub fn is_special(&self) -> bool {
         self.sp & 15 != 0
@@ -86,12 +86,12 @@ impl Handle {
         self.sp & ENDED != 0
     }
 
-    /// Fetches the lines that a resume touches first: those around its stack pointer, where a suspend has saved its
-    /// registers, and the base.
+    /// Prefetches the lines that a resume touches first: those around the
+    /// stack pointer, where a suspend has saved its registers, and the base.
     #[inline(always)]
     pub fn prefetch(&self) {
         for address in [self.sp.wrapping_sub(SAVED), self.sp.wrapping_add(40), self.base as usize] {
-            // SAFETY: a hint; it is no access, whatever the address.
+            // SAFETY: a prefetch is a hint and accesses nothing, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
         }
     }
@@ -100,19 +100,19 @@ impl Handle {
 /// The outermost frame of a coroutine. A `Yielder` is a reference to it.
 #[repr(C, align(16))]
 pub(crate) struct Base {
-    /// `R - 16` of the latest resume: rbp of the resumer is stored there, its return address above.
+    /// `R - 16` of the latest resume, where the resumer's rbp is stored, with its return address above.
     pub link: Cell<usize>,
     /// A fixed address inside `regrow_entry`.
     pub return_address: usize,
-    /// Where the stack's record lies (src/stack/record.rs); rewritten like any other word when the stack moves.
+    /// The address of the stack's record (src/stack/record.rs); rewritten like any other word when the stack moves.
     pub owner: *mut c_void,
 }
 
-/// What a switch carries: a value, or the address of one on the other side's stack. Possibly
-/// not initialised, since the value may have padding or be `()`.
+/// A value that a switch carries, or its address on the other side's stack.
+/// It may be uninitialised, since the value may have padding or be `()`.
 pub(crate) type Word = MaybeUninit<usize>;
 
-/// The compiler may keep data there; the ABI promises that nobody below `rsp` touches it.
+/// The compiler may keep data in this zone: the ABI guarantees that no other code writes it.
 pub(crate) const RED_ZONE: usize = 128;
 
 /// Commands to a coroutine.
@@ -124,26 +124,25 @@ pub(crate) const YIELDED: usize = 0;
 pub(crate) const RETURNED: usize = 1;
 pub(crate) const PANICKED: usize = 2;
 
-/// A coroutine's main function: never returns, ends in [`finish`].
+/// A coroutine's main function. It never returns, but ends in [`finish`].
 pub(crate) type Entry = unsafe extern "C" fn(word: Word, command: usize, base: &Base) -> !;
 
 unsafe extern "C" {
     fn regrow_entry();
     fn regrow_entry_return();
     fn regrow_watch_landing();
-    /// The entry function of a raw coroutine: it calls the function whose address is where a closure would be.
+    /// The entry function of a raw coroutine. It calls the function whose address is in the place of a closure.
     pub(crate) fn regrow_raw(word: Word, command: usize, base: &Base) -> !;
 }
 
 /// Writes the first frame of a coroutine below and into `base`, and returns its handle.
 ///
 /// # Safety
-/// `base` and 24 bytes below it are writable and nobody else's; `owner` is the
-/// record of that stack.
+/// `base` and 24 bytes below it are writable and the caller's alone; `owner` is the record of that stack.
 #[inline(always)]
 pub(crate) unsafe fn prepare(base: *mut Base, owner: *mut c_void, entry: Entry) -> Handle {
     let word = base.cast::<usize>();
-    // SAFETY: all five words are in the range the caller vouches for; `base` is 16-byte aligned.
+    // SAFETY: the caller guarantees the range that all five words are in; `base` is 16-byte aligned.
     unsafe {
         restore_base(base, owner);
         word.byte_sub(below::LANDING).write(regrow_entry as *const () as usize);
@@ -152,12 +151,12 @@ pub(crate) unsafe fn prepare(base: *mut Base, owner: *mut c_void, entry: Entry) 
     Handle { sp: base as usize, base }
 }
 
-/// Writes the base of a stack anew, but for the link, which the next resume writes.
+/// Writes the base of a stack again, except the link, which the next resume writes.
 ///
 /// # Safety
-/// `base` is writable and nobody else's; `owner` is the record of that stack.
+/// `base` is writable and the caller's alone; `owner` is the record of that stack.
 pub(crate) unsafe fn restore_base(base: *mut Base, owner: *mut c_void) {
-    // SAFETY: the base is writable and nobody else's.
+    // SAFETY: the base is writable and the caller's alone.
     unsafe {
         (*base).return_address = regrow_entry_return as *const () as usize;
         (*base).owner = owner;
@@ -169,11 +168,11 @@ pub(crate) unsafe fn restore_base(base: *mut Base, owner: *mut c_void) {
 /// # Safety
 /// `sp` is the stack pointer of a suspended coroutine.
 pub(crate) unsafe fn is_fresh(sp: usize) -> bool {
-    // SAFETY: a suspended stack keeps where it continues right below its stack pointer.
+    // SAFETY: a suspended stack holds the address where it continues right below its stack pointer.
     unsafe { ((sp - below::LANDING) as *const usize).read() == regrow_entry as *const () as usize }
 }
 
-/// The registers that the coroutine suspended at `sp` goes on with: what its suspend left, as drawn above.
+/// The registers that the coroutine suspended at `sp` continues with: its suspend left them there, as drawn above.
 ///
 /// # Safety
 /// `sp` is the stack pointer of a suspended coroutine.
@@ -185,15 +184,15 @@ pub(crate) unsafe fn registers_of(sp: usize) -> Registers {
         .with(Register::RBX, left(below::RBX))
 }
 
-/// Resumes the coroutine of `handle`; returns its word and the outcome, and leaves in the handle where it has suspended.
+/// Resumes the coroutine of `handle`. Returns its word and the outcome, and updates the handle.
 ///
 /// # Safety
-/// The coroutine is suspended, `word` and `command` are what it waits for at its suspend.
+/// The coroutine is suspended, and waits for this `word` and `command`.
 #[inline(always)]
 pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> (Word, usize) {
     let (sp, base, reply, outcome): (usize, *mut Base, Word, usize);
-    // SAFETY: the coroutine is suspended, and takes this word and command; the operands are those that
-    // asm/resume.s names, and all registers it does not keep are declared clobbered.
+    // SAFETY: the coroutine is suspended, and takes this word and command. The operands are those
+    // that asm/resume.s names, and all registers that it does not keep are declared clobbered.
     unsafe {
         asm!(
             include_str!("../asm/resume.s"),
@@ -210,8 +209,8 @@ pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> 
             clobber_abi("sysv64"),
         );
     }
-    // At the same address as the last time, in most programs: nothing has moved then, and nothing ended. Volatile, lest the
-    // compiler keep the address from before the switch: of two registers that live through it one would be taken.
+    // Usually the coroutine suspends where it did before, so there is nothing to update. The read is volatile:
+    // otherwise the compiler keeps the old address in one of the two registers that live through the switch.
     // SAFETY: a reference is readable.
     if sp != unsafe { (&raw const handle.sp).read_volatile() } {
         *handle = Handle { sp, base };
@@ -222,15 +221,15 @@ pub(crate) unsafe fn resume(handle: &mut Handle, word: Word, command: usize) -> 
     (reply, YIELDED)
 }
 
-/// Suspends the running coroutine, giving `word` to its resumer; returns the next word and command.
+/// Suspends the running coroutine and gives `word` to its resumer. Returns the next word and command.
 ///
 /// # Safety
-/// `base` is that of the coroutine that runs, which is `running`; its resumer expects this word with `YIELDED`.
+/// `base` is that of the running coroutine, which is `running`; its resumer expects this word with `YIELDED`.
 #[inline(always)]
 pub(crate) unsafe fn suspend(running: Running, base: &Base, word: Word) -> (Word, usize) {
     let (reply, command);
-    // SAFETY: the resumer waits in asm/resume.s; the operands are those that asm/suspend.s
-    // names, and all registers it does not keep are declared clobbered.
+    // SAFETY: the resumer waits in asm/resume.s. The operands are those that asm/suspend.s
+    // names, and all registers that it does not keep are declared clobbered.
     unsafe {
         asm!(
             include_str!("../asm/suspend.s"),
@@ -248,14 +247,14 @@ pub(crate) unsafe fn suspend(running: Running, base: &Base, word: Word) -> (Word
     (reply, command)
 }
 
-/// Leaves the running coroutine for good.
+/// Leaves the running coroutine for the last time.
 ///
 /// # Safety
-/// The coroutine of `base` runs; its resumer expects this word with this outcome; nothing on this stack is
-/// needed after the resumer has read what `word` points to.
+/// The coroutine of `base` runs; its resumer expects this word with this outcome; nothing
+/// on this stack is needed after the resumer has read the value that `word` points to.
 #[inline(always)]
 pub(crate) unsafe fn finish(base: &Base, word: Word, outcome: usize) -> ! {
-    // SAFETY: the resumer waits in asm/resume.s; the operands are those that asm/finish.s names, and control does not come back.
+    // SAFETY: the resumer waits in asm/resume.s; the operands are those that asm/finish.s names, and control does not return.
     unsafe {
         asm!(
             include_str!("../asm/finish.s"),
@@ -270,16 +269,16 @@ pub(crate) unsafe fn finish(base: &Base, word: Word, outcome: usize) -> ! {
     }
 }
 
-/// Calls `function` with `argument` and this stack's `rsp`, on the stack that ends at `end`, and goes on with the `rsp` that
-/// it returns: the function may move this stack, which looks like a suspended coroutine's to it.
+/// Calls `function` with `argument` and this stack's `rsp`, on the stack that ends at `end`.
+/// Continues with the `rsp` that the function returns: it may move this stack, which looks suspended.
 ///
 /// # Safety
-/// The other stack is accessible, its end a multiple of 16, and nobody's meanwhile. The function returns where this
-/// stack's `rsp` is, and does not unwind.
+/// The other stack is accessible, its end is a multiple of 16, and no other code uses
+/// it meanwhile. The function returns where this stack's `rsp` is, and does not unwind.
 #[inline(always)]
 pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, usize) -> usize, end: usize) {
-    // SAFETY: the operands are those that asm/hop.s names; the function keeps what calls keep, and the rest is
-    // declared clobbered.
+    // SAFETY: the operands are those that asm/hop.s names. The function keeps
+    // the registers that calls keep, and all others are declared clobbered.
     unsafe {
         asm!(
             include_str!("../asm/hop.s"),
@@ -295,9 +294,9 @@ pub(crate) unsafe fn hop(argument: usize, function: unsafe extern "C" fn(usize, 
     }
 }
 
-/// The stack pointer of whoever resumed the coroutine that runs on this thread; 0 if none runs.
+/// The stack pointer of the resumer of the coroutine that runs on this thread; 0 if none runs.
 ///
-/// Not a pure function: it changes at every switch, and with the thread, so it is read anew each time.
+/// This is not a pure function: the value changes at every switch, and with the thread, so it is read anew each time.
 #[inline(always)]
 fn resumer() -> usize {
     let sp;
@@ -313,8 +312,8 @@ fn resumer() -> usize {
     sp
 }
 
-/// The coroutine that runs on this thread, as its resumer knows it: by the resumer's stack pointer.
-/// Asked only as long as that coroutine runs, or waits for one that it has resumed.
+/// The coroutine that runs on this thread, identified by its resumer's stack pointer.
+/// Valid as long as the coroutine runs, or waits for one that it has resumed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Running(usize);
 
@@ -328,7 +327,7 @@ pub(crate) fn running() -> Option<Running> {
 }
 
 impl Running {
-    /// The word of its resumer, who waits, so many bytes below the resumer's stack pointer: as drawn above.
+    /// The word at `below` bytes under the stack pointer of its resumer, which waits: as drawn above.
     #[inline(always)]
     fn word(self, below: usize) -> *mut usize {
         (self.0 - below) as *mut usize
@@ -337,23 +336,24 @@ impl Running {
     /// Its base, which is accessible.
     #[inline(always)]
     pub fn base(self) -> *mut Base {
-        // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored the base there.
+        // SAFETY: the coroutine runs, so its resumer waits in asm/resume.s, which stored the base there.
         unsafe { *self.word(below::RUNNING) as *mut Base }
     }
 
-    /// Says where its base is now. Its handle is corrected when it suspends.
+    /// Sets where its base is now. Its handle is corrected when it suspends.
     ///
     /// # Safety
-    /// Its stack has moved, and its base is there.
+    /// Its stack has moved, and its base is at this address.
     pub unsafe fn set_base(self, base: *mut Base) {
-        // SAFETY: it runs, so its resumer waits in asm/resume.s, which keeps that word for the base.
+        // SAFETY: the coroutine runs, so its resumer waits in asm/resume.s, which keeps that word for the base.
         unsafe { *self.word(below::RUNNING) = base as usize };
     }
 
-    /// Lets its next suspend set [`WATCHED`] in its handle.
+    /// Makes its next suspend set [`WATCHED`] in its handle.
     pub fn watch(self) {
         let watch = regrow_watch_landing as *const () as usize;
-        // SAFETY: its resumer waits in asm/resume.s; these are the two words of its red zone that are for this.
+        // SAFETY: the coroutine runs, so its resumer waits in asm/resume.s;
+        // these two words of its red zone are reserved for this.
         unsafe {
             if *self.word(below::LANDING) != watch {
                 *self.word(below::WATCHED_LANDING) = *self.word(below::LANDING);
@@ -362,19 +362,19 @@ impl Running {
         }
     }
 
-    /// The coroutine that its resumer is, if it is one.
+    /// The coroutine that resumed it, if a coroutine did.
     pub fn resumed_by(self) -> Option<Self> {
-        // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored its own resumer there.
+        // SAFETY: the coroutine runs, so its resumer waits in asm/resume.s, which stored its own resumer there.
         match unsafe { *self.word(below::RESUMER) } {
             0 => None,
             sp => Some(Self(sp)),
         }
     }
 
-    /// What a suspend enters its resumer with: where it lands, and its stack pointer.
+    /// What a suspend passes to its resumer: where it lands, and its stack pointer.
     #[cfg(feature = "torture")]
     pub fn landing(self) -> (usize, usize) {
-        // SAFETY: it runs, so its resumer waits in asm/resume.s, which stored there where a suspend lands.
+        // SAFETY: the coroutine runs, so its resumer waits in asm/resume.s, which stored there where a suspend lands.
         (unsafe { *self.word(below::LANDING) }, self.0)
     }
 }
@@ -385,7 +385,7 @@ mod tests {
 
     use super::*;
 
-    /// The inlined assembly has its numbers as operands; the file that is compiled beside it states them again.
+    /// The inlined assembly takes its numbers as operands. asm/switch.S, compiled separately, states them again.
     #[test]
     fn the_assembly_states_the_same_numbers() {
         let stated = |name: &str| {

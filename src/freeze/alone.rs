@@ -1,17 +1,17 @@
-//! Whether this thread is the only one of its process: then nobody else can touch a stack that it freezes or thaws.
+//! Whether this thread is the only one of its process: then no other thread can touch a stack that it freezes or thaws.
 //!
-//! glibc (2.32 and later) knows it for its own locks: `__libc_single_threaded`. Elsewhere the answer is no. A thread that
-//! was made without the C library breaks `malloc` in the same way.
+//! glibc (2.32 and later) has a flag for its own locks: `__libc_single_threaded`. Without the flag the answer
+//! is no. A thread that was made without the C library makes the flag wrong, which breaks `malloc` as well.
 
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, Ordering};
 
-/// glibc's flag; null if it has not been looked for, [`NO_FLAG`] if there is none.
+/// The address of glibc's flag; null before it was looked up, [`NO_FLAG`] if there is none.
 static FLAG: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
 
 static NO_FLAG: u8 = 0;
 
-/// Looks for the flag. Before the first stack is frozen, not in the handler.
+/// Looks up the flag, before the first stack is frozen. Not for the handler.
 pub(super) fn look_for_flag() {
     if FLAG.load(Ordering::Relaxed).is_null() {
         // SAFETY: a constant name.
@@ -21,10 +21,9 @@ pub(super) fn look_for_flag() {
     }
 }
 
-/// True if there is certainly no other thread; only the caller can change that.
+/// True if there is certainly no other thread. Only the calling thread can change that.
 pub(super) fn alone() -> bool {
     let flag = FLAG.load(Ordering::Relaxed);
-    // SAFETY: a `char` of the C library, or ours. Other threads may set it to 0 together with us, if there are any: then
-    // it is 0 already.
+    // SAFETY: the flag is a `char` of the C library, or `NO_FLAG`. If other threads exist, it is 0 already.
     !flag.is_null() && unsafe { flag.read_volatile() } != 0
 }

@@ -1,4 +1,4 @@
-//! The block of a frozen stack: its used bytes, and what of its record is not as in a new one.
+//! The block of a frozen stack: its used bytes, and the parts of its record that differ from a new one.
 //!
 //! ```text
 //!      slot                                  block
@@ -31,30 +31,30 @@ pub(crate) const WORD: usize = size_of::<usize>();
 /// The head of a block, before its words.
 #[repr(C, align(16))]
 pub(crate) struct Frozen {
-    /// The bytes of the record, if there is more to it than the following. To be moved out, not dropped.
+    /// The bytes of the record, if the fields below do not suffice. They are moved out, not dropped.
     record: Option<Box<MaybeUninit<Record>>>,
-    /// In place only; with the entry: whom to tell when the stack is touched.
+    /// In place only; together with `entry`: the list that learns when the stack is touched.
     chain: Chain,
     site: Option<&'static Site>,
-    /// Words that follow: from what the suspend saved to the first word of the base.
+    /// How many words follow: from those that the suspend saved up to the first word of the base.
     words: u32,
     entry: u32,
-    /// In place only: the most pages that were seen to have memory.
+    /// In place only: the largest number of pages that had memory.
     highest: u32,
     base_offset: u16,
     settings: Settings,
-    /// In place only: its pages are without access, not guarded.
+    /// In place only: its pages are without access instead of guarded.
     pub(crate) forbidden: bool,
 }
 
 const _: () = assert!(size_of::<Frozen>() == 48);
 
-/// What links a block to others.
+/// The link of a block to others.
 #[derive(Clone, Copy)]
 union Chain {
-    /// While the stack is frozen: the list to which its block goes when it is touched.
+    /// While the stack is frozen: the list that its block goes to when it is touched.
     told: *const (),
-    /// On the list: the next block.
+    /// While the block is on the list: the next block.
     next: *mut Frozen,
 }
 
@@ -63,12 +63,12 @@ impl Frozen {
         Layout::from_size_align(size_of::<Self>() + words * WORD, align_of::<Self>()).ok()
     }
 
-    /// Bytes of the block.
+    /// The size of the block in bytes.
     pub(crate) fn bytes(&self) -> usize {
         size_of::<Self>() + self.words as usize * WORD
     }
 
-    /// The bytes of a slot from the stack pointer's side of these words up.
+    /// The size in bytes of the slot's used part, from these words up.
     pub(crate) fn used(&self) -> usize {
         self.words() * WORD + usize::from(self.base_offset)
     }
@@ -78,29 +78,29 @@ impl Frozen {
         usize::from(self.base_offset)
     }
 
-    /// Words of the stack that are in the block.
+    /// How many words of the stack are in the block.
     pub(crate) fn words(&self) -> usize {
         self.words as usize
     }
 
-    /// Says whom to tell when the stack, frozen in place, is touched.
+    /// Names the list that learns when the stack, frozen in place, is touched.
     ///
-    /// `list` is the address of a list (src/freeze/touched.rs), `entry` which of its owner's the stack is.
+    /// `list` is the address of a list (src/freeze/touched.rs), `entry` the stack's number there.
     pub(crate) fn tell(&mut self, list: *const (), entry: u32) {
         self.chain = Chain { told: list };
         self.entry = entry;
     }
 
-    /// The list that was told.
+    /// The list that [`tell`](Self::tell) named.
     ///
     /// # Safety
-    /// The block is of a stack that is frozen in place, and not on a list.
+    /// The block is that of a stack that is frozen in place, and is not on a list.
     pub(crate) unsafe fn told(&self) -> *const () {
-        // SAFETY: the caller says that the stack is frozen and not on a list, so `tell` was the last to write it.
+        // SAFETY: the caller guarantees that the stack is frozen and not on a list, so `tell` wrote the chain last.
         unsafe { self.chain.told }
     }
 
-    /// Which of its owner's the stack is.
+    /// The stack's number for the owner of its list.
     pub(crate) fn entry(&self) -> u32 {
         self.entry
     }
@@ -112,16 +112,16 @@ impl Frozen {
 
     /// The next block on the list.
     ///
-    /// # Safety
+    /// The block is on a list, or was taken off together with all others.
     /// The block is on a list, or taken off with the whole of it.
     pub(crate) unsafe fn next(&self) -> *mut Self {
-        // SAFETY: the caller says that the block was put on a list, so `link_to` was the last to write it.
+        // SAFETY: the caller guarantees that the block was put on a list, so `link_to` wrote the chain last.
         unsafe { self.chain.next }
     }
 
-    /// The record, if it is kept as a whole.
+    /// The record, if the whole of it is kept.
     fn record(&self) -> Option<&Record> {
-        // SAFETY: the bytes of a record, which nobody moves out before the block is gone.
+        // SAFETY: these are the bytes of a record, which are not moved out before the block is freed.
         self.record.as_ref().map(|record| unsafe { record.assume_init_ref() })
     }
 
@@ -150,7 +150,7 @@ impl Frozen {
         Stats { size, highest: highest.max(size), ..counters }
     }
 
-    /// The most bytes that a stack ever had about which there is no more to say.
+    /// The most bytes that the stack had, if no record is kept.
     fn first_highest(&self) -> usize {
         match self.settings.growth {
             Growth::InPlace => self.highest as usize * PAGE,
@@ -159,7 +159,7 @@ impl Frozen {
     }
 
     /// # Safety
-    /// A block that [`freeze`] made.
+    /// `block` was made by [`freeze`].
     pub(crate) unsafe fn words_of(block: NonNull<Self>) -> *mut usize {
         // SAFETY: the words follow the head.
         unsafe { block.as_ptr().add(1).cast() }
@@ -167,7 +167,7 @@ impl Frozen {
 }
 
 impl Frozen {
-    /// A block for so many words, not initialised.
+    /// Allocates a block for so many words, uninitialised.
     pub(crate) fn allocate(words: usize) -> Result<NonNull<Self>, Error> {
         let layout = Self::layout(words);
         // SAFETY: the layout is not empty.
@@ -180,7 +180,7 @@ impl Frozen {
     }
 
     /// # Safety
-    /// A block from [`allocate`](Self::allocate) for so many words, not used afterwards.
+    /// The block came from [`allocate`](Self::allocate) for so many words, and is not used afterwards.
     pub(crate) unsafe fn deallocate(block: NonNull<Self>, words: usize) {
         if let Some(layout) = Self::layout(words) {
             // SAFETY: the block was allocated with this layout, and is not used afterwards.
@@ -189,9 +189,9 @@ impl Frozen {
     }
 
     /// # Safety
-    /// A block whose head is initialised, not used afterwards, and whose record has been moved out or is still in its slot.
+    /// The block's head is initialised, it is not used afterwards, and its record has been moved out or is still in its slot.
     pub(crate) unsafe fn free(block: NonNull<Self>) {
-        // SAFETY: the head of the block is initialised, and nobody uses it afterwards.
+        // SAFETY: the caller guarantees that the head is initialised and the block not used afterwards.
         unsafe {
             let words = block.as_ref().words as usize;
             ptr::drop_in_place(block.as_ptr());
@@ -199,15 +199,15 @@ impl Frozen {
         }
     }
 
-    /// The head of the block of a suspended coroutine that takes so many words. A record that is kept is moved back later, or
-    /// forgotten: what it owns has two owners until then, and this one does not use it.
+    /// The head of the block of a suspended coroutine with so many words. A kept record is moved back
+    /// later, or forgotten. Until then its contents have two owners, and this one does not use them.
     pub(crate) fn of(record: &mut Record, words: usize) -> Self {
-        record.scout = false; // what a scout's pages would tell is lost
+        record.scout = false; // the count of a scout's pages is lost
         let more = record.tidy
             || record.open != record.class.first_open()
             || record.shrinks != 0
             || record.not_moved.is_some();
-        // SAFETY: a record's bytes, as bytes.
+        // SAFETY: the record is copied as bytes. They are used as a record only after they were moved back.
         let kept = || unsafe { Box::new(ptr::from_ref(record).cast::<MaybeUninit<Record>>().read()) };
         Self {
             record: more.then(kept),
@@ -222,13 +222,12 @@ impl Frozen {
         }
     }
 
-    /// Writes what the record of the stack was that was frozen in place; returns where its words belong, and how many bytes
-    /// they are.
+    /// Writes the record of a stack that was frozen in place. Returns where its words belong, and how many bytes they are.
     ///
     /// # Safety
-    /// `record` is writable; what is there needs no drop. The slot is the one of that stack.
+    /// `record` is writable, and its contents need no drop. The slot is that of the stack.
     pub(crate) unsafe fn place_in_place(&self, slot: Slot, record: *mut Record) -> (usize, usize) {
-        // SAFETY: the record is writable, and what is there needs no drop.
+        // SAFETY: the record is writable, and its contents need no drop.
         unsafe {
             self.restore_record(record, 0);
             if self.record.is_none() {
@@ -241,12 +240,12 @@ impl Frozen {
         (slot.end() - usize::from(self.base_offset) + size_of::<Base>() - bytes, bytes)
     }
 
-    /// Writes the record that was kept, or one in which nothing has happened yet.
+    /// Writes the kept record, or else one to which nothing has happened yet.
     ///
     /// # Safety
-    /// `record` is writable, what is there needs no drop, and a kept record is restored once.
+    /// `record` is writable, its contents need no drop, and a kept record is restored only once.
     pub(crate) unsafe fn restore_record(&self, record: *mut Record, size: usize) {
-        // SAFETY: the record is writable, and what is there needs no drop. A kept record is moved out once.
+        // SAFETY: the record is writable, and its contents need no drop. A kept record is moved out once.
         unsafe {
             if let Some(kept) = &self.record {
                 return record.cast::<MaybeUninit<Record>>().copy_from_nonoverlapping(&raw const **kept, 1);

@@ -1,11 +1,11 @@
-//! Freezing a stack that stays where it is: its pages go back to the kernel, its slot and address remain its own.
+//! Freezing a stack that stays in place: its pages go back to the kernel, but it keeps its slot and address.
 //!
-//! Of its window only the pages from its stack pointer up are frozen. Those below it hold nothing that anybody needs: their
-//! memory is given back, and they stay accessible.
+//! Only the pages from its stack pointer up are frozen. The pages below hold
+//! nothing that is needed: their memory is given back, and they stay accessible.
 //!
-//! Any code may hold pointers into such a stack, on any thread, and use them at any time. So a frozen stack is guarded, and
-//! whoever touches it faults, and the handler thaws it. No access falls between two steps. In a process with one thread
-//! there is nobody who could make one:
+//! Any code on any thread may hold pointers into such a stack, and use them at any time. So a
+//! frozen stack is guarded: code that touches it faults, and the handler thaws it. No access may
+//! come between two steps. In a process with one thread there is no other code that could make one:
 //!
 //! ```text
 //!             meta.frozen    pages                (src/stack/custody.rs)
@@ -15,8 +15,8 @@
 //!  frozen     the block      ▼ back, guard    ▼                           │ guard removed
 //! ```
 //!
-//! With other threads the pages are without access around each change, and their bytes are read and written through
-//! `/proc/self/mem`, which asks for none:
+//! With other threads, the pages are made inaccessible around each change. Their
+//! bytes are read and written through `/proc/self/mem`, which ignores that:
 //!
 //! ```text
 //!  suspended  0              accessible
@@ -25,17 +25,19 @@
 //!  frozen     the block      guard            ▼                           │
 //! ```
 //!
-//! That costs four times as much, nearly all of it in `mprotect`, which cuts the pages out of their mapping and puts them in
-//! again, twice. It cannot be left out: `MADV_GUARD_INSTALL` on a page in use first frees it and then guards it, and
-//! removing a guard leaves a page of zeros; a thread that comes between would read zeros, or write what is lost. Nor is
-//! there another way to take a page from all threads at once: moving it (`mremap`) leaves a hole that any `mmap` may fill,
-//! or (`MREMAP_DONTUNMAP`, `UFFDIO_MOVE`) a page of zeros again; `UFFDIO_WRITEPROTECT` stops writers only.
+//! This costs four times as much, nearly all of it in `mprotect`: twice, it cuts the pages out of their mapping and
+//! merges them again. It cannot be left out. `MADV_GUARD_INSTALL` on a page in use first frees it and then guards it,
+//! and removing a guard leaves a page of zeros: a thread that comes between would read zeros, or its write would be
+//! lost. No other way takes a page from all threads at once. Moving it leaves a hole that any `mmap` may fill
+//! (`mremap`), or a page of zeros again (`MREMAP_DONTUNMAP`, `UFFDIO_MOVE`). `UFFDIO_WRITEPROTECT` stops only writers.
 //!
-//! The first [`FEW`] that are frozen among threads stay without access instead, which saves half of that for two mappings
-//! each; so do all where guards cannot be installed without access (before Linux 6.15, or with guards by page protection).
+//! The first [`FEW`] stacks that are frozen among threads stay inaccessible instead of guarded. This
+//! saves half of the time, for two mappings each. Where guards cannot be installed in inaccessible
+//! pages (before Linux 6.15, or with guards by page protection), all frozen stacks stay so.
 //!
-//! Whoever faults while it is `BUSY` waits. So the thread that made it so must come to the end of it: meanwhile its signals
-//! are blocked, it has room on its stack, and no process is forked in between (src/freeze/forks.rs). The handler does not free blocks: it hangs them on a list.
+//! A thread that faults while the stack is `BUSY` waits for the thread that made it so. That thread
+//! must therefore finish: meanwhile its signals are blocked, it has room on its stack, and the process
+//! does not fork (src/freeze/forks.rs). The handler does not free blocks: it puts them on a list.
 
 use core::ffi::c_int;
 use core::mem::MaybeUninit;
@@ -60,19 +62,19 @@ use crate::switch::{self, Base, Handle, SAVED};
 use crate::trace::{self, Event, Name};
 use crate::words::words;
 
-/// How many frozen stacks may be mappings of their own: few beside the 65,530 that a process may have.
+/// How many frozen stacks may be mappings of their own: few compared to the 65,530 that a process may have.
 const FEW: usize = 1000;
 
-/// How many are.
+/// How many are now.
 static FORBIDDEN: AtomicUsize = AtomicUsize::new(0);
 
-/// How often a stack was frozen or thawed.
+/// How often a stack was frozen or thawed so far.
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
 
 /// Freezes a suspended coroutine that grows in place, and has run. After an error nothing has changed.
 ///
 /// # Safety
-/// The list in `told` lives as long as it is frozen.
+/// The list in `told` lives as long as the coroutine is frozen.
 pub(super) unsafe fn freeze(suspended: &mut Suspended<'_>, told: Told) -> Result<bool, Error> {
     TOUCHED.free();
     look_for_flag();
@@ -85,7 +87,7 @@ pub(super) unsafe fn freeze(suspended: &mut Suspended<'_>, told: Told) -> Result
     let record = suspended.record_mut();
     record.highest = record.highest.max(pages * PAGE + unused);
     let mut block = Frozen::allocate(words)?;
-    // SAFETY: the block is nobody else's until it is in the slot's entry.
+    // SAFETY: no other code knows the block until it is in the slot's entry.
     unsafe {
         block.write(Frozen::of(record, words));
         block.as_mut().tell(told.list.cast(), told.entry);
@@ -95,13 +97,13 @@ pub(super) unsafe fn freeze(suspended: &mut Suspended<'_>, told: Told) -> Result
     let outcome = undisturbed(|| {
         meta.frozen.begin();
         CHANGES.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: the stack is suspended, and `BUSY`; the block is for it.
+        // SAFETY: the stack is suspended and `BUSY`, and the block was made for it.
         let outcome = unsafe { put_away(slot, lowest, block) };
         meta.frozen.put(outcome.is_ok().then_some(block.cast()));
         outcome
     });
     if let Err(error) = outcome {
-        // SAFETY: it was not put into the slot's entry.
+        // SAFETY: the block was not put into the slot's entry.
         unsafe { Frozen::free(block) };
         return Err(error);
     }
@@ -111,8 +113,8 @@ pub(super) unsafe fn freeze(suspended: &mut Suspended<'_>, told: Told) -> Result
     Ok(true)
 }
 
-/// How much memory is below the page at `bottom` of a stack whose window begins at `start`. Where there is none in the next page
-/// there is hardly any further down: only frames without probes step over a page. That the kernel tells six times as fast.
+/// How much memory lies below the page at `bottom`, in a stack whose window begins at `start`. If the next page has
+/// none, the answer is 0: only frames without probes skip a page. The kernel answers this question six times as fast.
 fn resident_below(bottom: usize, start: usize) -> usize {
     let next = bottom.saturating_sub(PAGE).max(start)..bottom;
     if resident(next) == 0 { 0 } else { resident(start..bottom) }
@@ -126,7 +128,7 @@ pub(crate) fn thaw(handle: &mut Handle) -> Result<bool, Error> {
         undisturbed(|| thaw_slot(slot, |block| left = Some(block)))?;
         thawed = left.is_some();
         if let Some(block) = left {
-            // SAFETY: its stack is thawed: nobody knows of the block any more.
+            // SAFETY: the stack is thawed, and no other code knows the block any more.
             unsafe { Frozen::free(block) };
         }
     }
@@ -140,14 +142,14 @@ pub(crate) fn peek<R>(base: *const Base, look: impl FnOnce(&mut Frozen) -> R) ->
     let slot = Slot::containing(base as usize)?;
     undisturbed(|| {
         let mut block: NonNull<Frozen> = slot.meta().frozen.take()?.cast();
-        // SAFETY: whoever has taken the block has it alone.
+        // SAFETY: taking the block gives exclusive access to it.
         let seen = look(unsafe { block.as_mut() });
         slot.meta().frozen.put(Some(block.cast()));
         Some(seen)
     })
 }
 
-/// In the handler: true if the fault was at a frozen stack, which is thawed now.
+/// In the handler: true if the fault was at a frozen stack, which is now thawed.
 pub(crate) fn serve(slot: Slot, address: usize) -> bool {
     if !slot.meta().frozen.is_frozen_or_busy() || !was_open(slot, address) {
         return false;
@@ -169,18 +171,18 @@ pub(crate) fn serve(slot: Slot, address: usize) -> bool {
     true
 }
 
-/// True if the address is in the pages of the slot that are frozen.
+/// True if the address is in the frozen pages of the slot.
 fn was_open(slot: Slot, address: usize) -> bool {
     address >= slot.end() - open_bytes(slot)
 }
 
-/// Bytes of the slot that are frozen: whole pages, from where the stack pointer was up.
+/// The size of the slot's frozen part: whole pages, from that of the stack pointer up.
 fn open_bytes(slot: Slot) -> usize {
     slot.meta().open_pages.load(Ordering::Relaxed) as usize * PAGE
 }
 
-/// In the handler, of a fault that nothing explains: true if a stack was frozen or thawed since this thread last asked about
-/// the address. Then the instruction may just have come too early, and is to be tried again.
+/// In the handler, for an unexplained fault: true if a stack was frozen or thawed since this thread last asked
+/// about the address. Then the fault may belong to an earlier state, and the instruction is to be tried again.
 pub(crate) fn came_too_early(slot: Slot, address: usize) -> bool {
     let changes = CHANGES.load(Ordering::SeqCst);
     changes != 0
@@ -188,9 +190,9 @@ pub(crate) fn came_too_early(slot: Slot, address: usize) -> bool {
         && words().missed.replace([address, changes]) != [address, changes]
 }
 
-/// Does something during which a slot is `BUSY`, outside the handler. Signals are blocked: a handler of the program's that
-/// touched the stack would wait for the thread that it interrupted. Those that tell of what this thread itself does are not,
-/// since its own stack may have to grow; but not now, when growing might have to wait for the same slot, so there is room.
+/// Does work during which a slot is `BUSY`, outside the handler. Signals are blocked: a handler of the program that
+/// touched the stack would wait for the thread that it interrupted. Signals for faults of this thread are not blocked,
+/// since its own stack may have to grow. But growing now might have to wait for the same slot, so room is made first.
 fn undisturbed<R>(work: impl FnOnce() -> R) -> R {
     const OWN_DOING: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGTRAP, libc::SIGILL, libc::SIGFPE];
     make_room();
@@ -209,7 +211,7 @@ fn undisturbed<R>(work: impl FnOnce() -> R) -> R {
     }
 }
 
-/// Touches the stack as far down as what is done undisturbed needs it.
+/// Touches as much stack as undisturbed work needs.
 #[inline(never)]
 fn make_room() {
     let mut room = MaybeUninit::<[u8; 4096]>::uninit();
@@ -217,25 +219,25 @@ fn make_room() {
     unsafe { room.as_mut_ptr().cast::<u8>().write_volatile(0) };
 }
 
-/// Thaws a stack. `leave` gets its block, which is no longer needed, before anyone sees that the stack is thawed: from
-/// then on the owner of the list that the block names may be gone. After an error it is still frozen.
+/// Thaws a stack. `leave` gets its block, which is no longer needed, before other threads see that the stack
+/// is thawed: after that, the owner of the block's list may be gone. After an error the stack is still frozen.
 fn thaw_slot(slot: Slot, leave: impl FnOnce(NonNull<Frozen>)) -> Result<(), Error> {
     let bring_back = |block: NonNull<Block>| {
         CHANGES.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: whoever has taken the block has block and stack alone.
+        // SAFETY: taking the block gives exclusive access to block and stack.
         unsafe { bring_back(slot, block.cast()) }
     };
     slot.meta().frozen.thaw(bring_back, |block| leave(block.cast()))
 }
 
-/// Copies a stack from `lowest` on into its block, gives its pages back and guards them. After an error nothing has changed.
+/// Copies a stack from `lowest` on into its block, gives back its pages and guards them. After an error nothing has changed.
 ///
 /// # Safety
-/// A suspended stack, `BUSY` by the caller; the block is for it, its head initialised.
+/// The stack is suspended, and the caller has made it `BUSY`. The block was made for it, and its head is initialised.
 unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Result<(), Error> {
     let open = open_bytes(slot);
     let start = slot.end() - open;
-    // SAFETY: the slot is `BUSY` by this thread, so nobody else uses the stack, but for those that have no access to it, or do not exist.
+    // SAFETY: this thread has made the slot `BUSY`. Other threads have no access to the stack, or do not exist.
     unsafe {
         let words = Frozen::words_of(block);
         let frozen = block.as_mut();
@@ -247,7 +249,8 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
                 set_forbidden(frozen, true);
                 return Ok(());
             }
-            // Part of it may be gone after an error. If it cannot be brought back it is frozen, without gain.
+            // An error may have freed a part of the stack. If that cannot
+            // be brought back, the stack counts as frozen, without gain.
             return match guard::close(start, open) {
                 Err(error) if bring_back(slot, block).is_ok() => Err(error),
                 _ => Ok(()),
@@ -256,7 +259,7 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         let memory = OwnMemory::open()?;
         guard::forbid(start, open)?;
         if let Err(error) = memory.read(lowest, words.cast(), frozen.words() * size_of::<usize>()) {
-            // The mapping becomes what it was: if the kernel lacks memory for that it is short of it for a moment.
+            // The mapping must be restored. If the kernel lacks memory for that, it does so only for a moment.
             while guard::allow(start, open).is_err() {
                 libc::sched_yield();
             }
@@ -265,7 +268,7 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
         let guarded = guard::by_madvise()
             && FORBIDDEN.load(Ordering::Relaxed) >= FEW
             && guard::mark(start, open).is_ok()
-            // With access they are one mapping with their neighbours.
+            // Once accessible, they are one mapping with their neighbours.
             && guard::allow(start, open).is_ok();
         if !guarded {
             guard::discard(start, open);
@@ -275,14 +278,14 @@ unsafe fn put_away(slot: Slot, lowest: usize, mut block: NonNull<Frozen>) -> Res
     }
 }
 
-/// Writes a stack back from its block and makes it accessible. After an error nothing of it is accessible.
+/// Writes a stack back from its block and makes it accessible. After an error it is inaccessible.
 ///
 /// # Safety
-/// The slot's stack was put away into this block, and is `BUSY` by the caller.
+/// The slot's stack was put away into this block, and the caller has made it `BUSY`.
 unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error> {
     let open = open_bytes(slot);
     let start = slot.end() - open;
-    // SAFETY: the slot is `BUSY` by this thread, so nobody else uses the stack, but for those that have no access to it, or do not exist.
+    // SAFETY: this thread has made the slot `BUSY`. Other threads have no access to the stack, or do not exist.
     unsafe {
         let words = Frozen::words_of(block);
         let frozen = block.as_mut();
@@ -314,7 +317,7 @@ unsafe fn bring_back(slot: Slot, mut block: NonNull<Frozen>) -> Result<(), Error
     }
 }
 
-/// Notes whether the pages of a stack are without access; counts those that are.
+/// Notes whether the pages of a stack are inaccessible, and counts such stacks.
 fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
     frozen.forbidden = forbidden;
     if forbidden {
@@ -324,7 +327,7 @@ fn set_forbidden(frozen: &mut Frozen, forbidden: bool) {
     }
 }
 
-/// Removes guard markers, if that is what guards are, and leaves the protection.
+/// Removes guard markers, if guards are markers, and leaves the protection.
 ///
 /// # Safety
 /// As for [`guard::open`].

@@ -1,7 +1,7 @@
-//! Freezing: the used bytes of a suspended coroutine go into a [`block`] of just their size, its memory to others.
+//! Freezing: the used bytes of a suspended coroutine go into a [`block`] of their size, and its memory to others.
 //!
-//! A stack that moves gives its slot away ([`moving`]). One that grows in place keeps slot and address, and whoever touches it
-//! thaws it ([`in_place`]): whose block that is, is decided in src/stack/custody.rs, and who is told of it in [`touched`].
+//! A stack that moves gives its slot away ([`moving`]). A stack that grows in place keeps slot and address, and is thawed when it
+//! is touched ([`in_place`]). src/stack/custody.rs decides which thread has its block; [`touched`] is the list of thawed ones.
 
 mod alone;
 pub(crate) mod block;
@@ -23,7 +23,7 @@ use crate::stack::suspended::Suspended;
 use crate::switch::Handle;
 use crate::trace::{self, Event, Name};
 
-/// Lets `look` see the block of the coroutine, if it is frozen. One that is frozen in place may have thawed meanwhile.
+/// Lets `look` see the block of the coroutine, if it is frozen. If it is frozen in place it may have thawed meanwhile.
 pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Option<R> {
     match State::of(handle) {
         // SAFETY: a block without a slot is the coroutine's as long as the handle says so.
@@ -33,21 +33,21 @@ pub(crate) fn peek<R>(handle: &Handle, look: impl FnOnce(&Frozen) -> R) -> Optio
     }
 }
 
-/// Says whom to tell when the stack is touched, if it is frozen in place.
+/// Names the list that learns when the stack is touched, if it is frozen in place.
 ///
 /// # Safety
-/// The list lives as long as it is frozen.
+/// The list lives as long as the coroutine is frozen.
 pub(crate) unsafe fn tell(handle: &Handle, told: Told) {
     if let State::FrozenHere = State::of(handle) {
         in_place::peek(handle.base, |frozen| frozen.tell(told.list.cast(), told.entry));
     }
 }
 
-/// Puts a suspended coroutine into a block, and gives its slot or its pages back. `false` if it must stay as it is: it
-/// never ran, is pinned, or a frame cannot be moved.
+/// Puts a suspended coroutine into a block, and gives back its slot or its pages. `false`
+/// if it must stay as it is: it never ran, is pinned, or has a frame that cannot be moved.
 ///
 /// # Safety
-/// The list in `told` lives as long as it is frozen.
+/// The list in `told` lives as long as the coroutine is frozen.
 pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<bool, Error> {
     let record = suspended.record();
     let (growth, pinned) = (record.settings.growth, record.is_pinned());
@@ -57,7 +57,7 @@ pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<
         _ if suspended.is_fresh() => Ok(false),
         Growth::Relocate => moving::freeze(&mut suspended),
         Growth::InPlace if pinned => Ok(false),
-        // SAFETY: the list lives as long as it is frozen, as the caller says.
+        // SAFETY: the caller guarantees that the list lives as long as the coroutine is frozen.
         Growth::InPlace => unsafe { in_place::freeze(&mut suspended, told) },
     };
     if !matches!(outcome, Ok(true)) {
@@ -73,7 +73,7 @@ pub(crate) unsafe fn freeze(mut suspended: Suspended<'_>, told: Told) -> Result<
 /// Brings a frozen coroutine back onto a stack. After an error it is still frozen.
 ///
 /// # Safety
-/// The handle is that of a frozen coroutine; if in place, it may have thawed without the handle knowing.
+/// The handle is that of a frozen coroutine. If it is frozen in place it may have thawed without the handle knowing.
 pub(crate) unsafe fn thaw(handle: &mut Handle, prepare: Prepare) -> Result<(), Error> {
     let thawed = match State::of(handle) {
         State::FrozenElsewhere(block) => {

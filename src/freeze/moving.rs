@@ -1,9 +1,10 @@
 //! Freezing a stack that moves: its slot is given to others.
 //!
-//! Its frames are walked and judged once, when it is frozen: words that point into the stack are moved to [`NOWHERE`], a
-//! stretch of addresses that no processor has. So thawing, into whatever slot is free, is a scan for these.
+//! Its frames are walked and judged once, when it is frozen. Words that point into the stack are moved to [`NOWHERE`],
+//! a range of addresses that no processor has. Thawing, into any free slot, is then a scan for such words.
 //!
-//! A stale pointer into a frozen stack cannot be caught: its slot is somebody else's. That is the price of giving it away.
+//! A stale pointer into a frozen stack is not caught, because its slot
+//! belongs to another stack. That is the price of giving the slot away.
 
 use core::ptr::{self, NonNull};
 use core::slice;
@@ -26,11 +27,11 @@ use crate::stack::stock::{self, Prepare};
 use crate::stack::suspended::Suspended;
 use crate::switch::{self, Base, Handle, SAVED};
 
-/// One past the window that pointers into frozen stacks are moved to: not canonical, so no address is in it.
+/// The end of the window that pointers into frozen stacks are moved to. It is not canonical, so nothing has such an address.
 const NOWHERE: usize = 0x5245_4752_0000_0000;
 
-/// Puts a suspended coroutine into a block, and gives its slot to others. `false` if it must stay as it is: it is pinned, or a
-/// frame cannot be moved.
+/// Puts a suspended coroutine into a block, and gives its slot to others. `false`
+/// if it must stay as it is: it is pinned, or has a frame that cannot be moved.
 pub(super) fn freeze(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
     if suspended.record().is_pinned() {
         let frame = suspended.registers().pc();
@@ -44,19 +45,19 @@ pub(super) fn freeze(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
         judged => judged,
     };
     if let Err(why) = judged {
-        // SAFETY: allocated above, for so many words, and nobody else knows of it.
+        // SAFETY: the block was allocated above for so many words, and no other code knows it.
         unsafe { Frozen::deallocate(block, count) };
         suspended.record_mut().note(why);
         return Ok(false);
     }
     let record = suspended.record_mut();
-    // Whoever follows an old slot to where its stack is finds that it is nowhere.
+    // Code that follows an old slot to the stack now finds that there is none.
     point_old_slots(record, 0);
-    // SAFETY: all that the slot holds of the coroutine is in the block then, so that nothing in the slot is needed.
+    // SAFETY: the block now has all that the slot holds of the coroutine, so nothing in the slot is needed.
     unsafe {
         block.write(Frozen::of(record, count));
         if record.open > record.class.first_open() {
-            let _ = stock::resize(record, record.class.first_open()); // if that fails the slot is merely larger
+            let _ = stock::resize(record, record.class.first_open()); // if this fails, the slot just stays larger
         }
         stock::put(record);
     }
@@ -65,12 +66,12 @@ pub(super) fn freeze(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
     Ok(true)
 }
 
-/// Copies a stack into the words of a block, where what points into it points to [`NOWHERE`]. After an error the words are no
-/// good. The block was allocated for `count` words, those from what the suspend saved up to the first of the base.
+/// Copies a stack into the words of a block, with pointers into it moved to [`NOWHERE`]. After an error the words are
+/// invalid. The block was allocated for `count` words: from those that the suspend saved up to the first of the base.
 fn copy_to_nowhere(suspended: &Suspended<'_>, block: NonNull<Frozen>, count: usize) -> Result<(), NotMoved> {
     let lowest = suspended.sp() - SAVED;
     let (start, parked) = registers_and_places(suspended);
-    // SAFETY: the stack is suspended, so its words are accessible and do not change; those of the block are nobody else's yet.
+    // SAFETY: the stack is suspended, so its words are accessible and do not change. No other code uses the block yet.
     let (old, new) = unsafe {
         let words = Frozen::words_of(block);
         ptr::copy_nonoverlapping(lowest as *const usize, words, count);
@@ -83,13 +84,13 @@ fn copy_to_nowhere(suspended: &Suspended<'_>, block: NonNull<Frozen>, count: usi
 /// Brings a coroutine back from its block onto a stack. After an error it is still frozen.
 ///
 /// # Safety
-/// The handle is that of a coroutine that is frozen in this block, which [`freeze`] made.
+/// The handle is that of a coroutine that is frozen in this block, which was made by [`freeze`].
 pub(super) unsafe fn thaw(
     handle: &mut Handle,
     block: NonNull<Frozen>,
     prepare: Prepare,
 ) -> Result<(), Error> {
-    // SAFETY: the block is the coroutine's, and nobody else's.
+    // SAFETY: the block belongs to the coroutine alone.
     let (frozen, words) = unsafe { (block.as_ref(), Frozen::words_of(block)) };
     let (settings, count, used) = (frozen.settings(), frozen.words(), frozen.used());
     let size = shrink::fitting(used + used / 2, settings.first_size()).min(settings.maximum());
@@ -98,7 +99,7 @@ pub(super) unsafe fn thaw(
     let end = Record::end(record);
     let base = end - frozen.base_offset();
     let lowest = base + WORD - count * WORD;
-    // SAFETY: the slot was taken for so many bytes, and nothing is in it. What was left in its record needs no drop.
+    // SAFETY: the slot was taken for so many bytes, and is empty. The old contents of its record need no drop.
     unsafe {
         ptr::copy_nonoverlapping(words, lowest as *mut usize, count);
         let window = Window::new(NOWHERE - (end - lowest)..NOWHERE, end);
@@ -117,7 +118,7 @@ pub(super) unsafe fn thaw(
     Ok(())
 }
 
-/// Says where the stack is that has left its old slots; 0: nowhere.
+/// Tells a stack's old slots where it is now; 0: nowhere.
 fn point_old_slots(record: &Record, to: Link) {
     if let Some(newest) = Slot::from_link(record.old) {
         newest.meta().moved_to.store(to, Ordering::Release);

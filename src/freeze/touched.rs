@@ -1,11 +1,11 @@
-//! Stacks that were frozen in place, and thawed by the handler because somebody touched them: their blocks, left on a list.
+//! Stacks that were frozen in place and touched, so that the handler thawed them: a list of their blocks.
 //!
 //! ```text
 //!   Touched ──► block ──next──► block ──next──► null       the newest first
 //! ```
 //!
-//! There the blocks wait to be freed, which the handler may not do, and there a [`Pool`](crate::Pool) finds which of its
-//! coroutines are frozen no longer.
+//! The blocks wait on the list to be freed, which the handler may not do. From it
+//! a [`Pool`](crate::Pool) learns which of its coroutines are no longer frozen.
 
 use core::ptr::{self, NonNull};
 
@@ -16,12 +16,12 @@ use crate::sync::{AtomicPtr, Ordering};
 #[derive(Debug)]
 pub(crate) struct Touched(AtomicPtr<Frozen>);
 
-/// The list of those that belong to nobody.
+/// The list of blocks without an owner.
 pub(crate) static TOUCHED: Touched = Touched::new();
 
-/// Whom the handler tells that it has thawed a stack: a list, and which of the list's owner's it is.
+/// Where the handler reports that it has thawed a stack: a list, and the stack's number for the owner of the list.
 ///
-/// Whoever makes one sees that the list lives as long as a stack is frozen with it.
+/// Code that makes one must keep the list alive as long as a stack is frozen with it.
 #[derive(Clone, Copy)]
 pub(crate) struct Told {
     pub list: *const Touched,
@@ -37,12 +37,12 @@ impl Touched {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// In the handler: leaves the block of a stack that is thawed on the list that it names.
+    /// In the handler: puts the block of a thawed stack on the list that the block names.
     ///
     /// # Safety
-    /// The block is the caller's, and that list lives.
+    /// The caller owns the block, and the list lives.
     pub(crate) unsafe fn leave(mut block: NonNull<Frozen>) {
-        // SAFETY: the list lives, as the caller says, and the block is this thread's until it is on the list.
+        // SAFETY: the caller guarantees that the list lives. The block is this thread's until it is on the list.
         unsafe {
             let list = &(*block.as_ref().told().cast::<Self>()).0;
             let mut head = list.load(Ordering::Relaxed);
@@ -61,12 +61,12 @@ impl Touched {
         drop(self.take());
     }
 
-    /// True if there are none.
+    /// True if the list is empty.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.load(Ordering::Relaxed).is_null()
     }
 
-    /// Takes the blocks off the list: which of the owner's they were of. They are freed.
+    /// Takes the blocks off the list, and returns their numbers for the owner. The blocks are freed.
     pub(crate) fn take(&self) -> Taken {
         if self.is_empty() {
             return Taken(ptr::null_mut());
@@ -74,11 +74,11 @@ impl Touched {
         Taken(self.0.swap(ptr::null_mut(), Ordering::Acquire))
     }
 
-    /// Which of the owner's the blocks on the list are of. Nobody may [`take`](Self::take) them meanwhile.
+    /// The numbers of the blocks on the list. No thread may [`take`](Self::take) them meanwhile.
     pub(crate) fn entries(&self) -> impl Iterator<Item = u32> {
         let mut next = self.0.load(Ordering::Acquire);
         core::iter::from_fn(move || {
-            // SAFETY: a block on the list changes no more, until somebody takes it.
+            // SAFETY: a block on the list does not change until it is taken.
             let block = unsafe { next.as_ref()? };
             // SAFETY: a block on a list links to the next one.
             next = unsafe { block.next() };
@@ -101,7 +101,7 @@ impl Iterator for Taken {
 
     fn next(&mut self) -> Option<u32> {
         let block = NonNull::new(self.0)?;
-        // SAFETY: the list, taken whole, is this thread's; a block on a list links to the next one.
+        // SAFETY: the whole list was taken and is this thread's; a block on a list links to the next one.
         unsafe {
             self.0 = block.as_ref().next();
             let entry = block.as_ref().entry();

@@ -1,4 +1,4 @@
-//! What all growths have in common, by fault or on request: opening pages, and counting.
+//! The common part of all growths, by fault or on request: opening pages, and counting.
 
 use crate::error::Error;
 use crate::settings::{Growth, Shrink};
@@ -9,17 +9,17 @@ use crate::stats::{self, LastGrowth};
 use crate::switch::Running;
 use crate::trace::{self, Event, Name};
 
-/// A growth that is under way.
+/// A growth that has begun.
 pub(crate) struct Begun {
-    /// The stack's size before, in bytes.
+    /// The stack's size before the growth, in bytes.
     from: usize,
     /// The end of its slot before.
     end: usize,
-    /// By the clock of [`now`].
+    /// When it began, by the clock of [`now`].
     at: u64,
 }
 
-/// What a growth did.
+/// The result of a growth.
 pub(crate) struct Done {
     pub growth: Growth,
     pub bytes: usize,
@@ -27,12 +27,12 @@ pub(crate) struct Done {
 }
 
 impl Begun {
-    /// The stack of this record is to become larger.
+    /// Begins a growth of the stack of this record.
     pub(crate) fn now(record: &Record) -> Self {
         Self { from: record.size(), end: Record::end(record), at: now() }
     }
 
-    /// It has: counts it, in its record and for the process.
+    /// Ends the growth: counts it, in the record and for the process.
     pub(crate) fn finish(self, running: Running, done: Done) {
         running.with_record(|record| self.count(record, done, running));
     }
@@ -59,8 +59,7 @@ impl Begun {
     }
 }
 
-/// How many bytes to open of a stack that is not to move before its slack is used up; `None` if the slack does not hold what is
-/// needed.
+/// How many bytes to open of a stack that uses its slack before it moves. `None` if the slack is too small for `need`.
 pub(crate) fn slack_first(record: &Record, need: usize) -> Option<usize> {
     let (size, maximum) = (record.size(), record.settings.maximum());
     let in_window = |size| Some(size::open_bytes(size)).filter(|&open| open <= record.class.window());
@@ -68,18 +67,18 @@ pub(crate) fn slack_first(record: &Record, need: usize) -> Option<usize> {
     sizes.into_iter().flatten().find_map(in_window).filter(|_| record.settings.slack_first)
 }
 
-/// Makes `open` bytes of the running coroutine's slot accessible: its slack, in place of a move.
+/// Grows the running coroutine's stack without a move: makes `open` bytes of its slot accessible.
 ///
 /// # Safety
 /// The bytes are within the slot's window, more than are open, and nothing below those that are open is needed.
 pub(crate) unsafe fn open(running: Running, open: usize) -> Result<Done, Error> {
     let record = running.record();
-    // SAFETY: the running coroutine's own slot. On its own stack this may have faulted, and made it larger already.
+    // SAFETY: the slot is the running coroutine's. On its own stack this code may have faulted, and opened more already.
     unsafe { stock::resize(record, open.max((*record).open))? };
     Ok(Done { growth: Growth::InPlace, bytes: 0, words: 0 })
 }
 
-/// Nanoseconds of a clock that only runs forward; read without a system call.
+/// Nanoseconds of a monotonic clock, read without a system call.
 fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes `time`.

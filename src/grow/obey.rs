@@ -1,4 +1,4 @@
-//! Rewriting the words of a copied stack as its frame maps say.
+//! Rewriting the words of a copied stack according to its frame maps.
 //!
 //! ```text
 //!   lowest                                                        base
@@ -14,7 +14,7 @@
 //! | return address | stays |
 //! | a caller's register, saved in a frame | the verdict of the frame that uses it, further out |
 //!
-//! Safe code on two slices, the old words and the new: it can be tried on made-up stacks.
+//! This is safe code on two slices, the old words and the new, so it can be tested on made-up stacks.
 #![forbid(unsafe_code)]
 
 use super::rewrite::Window;
@@ -27,29 +27,29 @@ use crate::stats::WordsByMap;
 const WORD: usize = size_of::<usize>();
 const SAVED: usize = Register::CALLEE_SAVED.len();
 
-/// A stack that was copied and not rewritten yet.
+/// A stack that was copied and is not rewritten yet.
 pub(crate) struct Copied<'a> {
     /// The old address of the first word.
     pub lowest: usize,
     pub old: &'a [usize],
     pub new: &'a mut [usize],
     pub window: Window,
-    /// Where a suspended coroutine has put callee-saved registers, by their place in `Register::CALLEE_SAVED`.
+    /// Where a suspended coroutine has put callee-saved registers, in the order of `Register::CALLEE_SAVED`.
     pub parked: [Option<usize>; SAVED],
 }
 
-/// What was done, by verdict.
+/// The number of words, by verdict.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Words {
-    /// Changed.
+    /// Words that were changed.
     pub rewritten: usize,
-    /// Looked at.
+    /// Words that were judged.
     pub by_map: WordsByMap,
     /// Callee-saved registers that are data in the frame that uses them: the context keeps them.
     pub keep: [bool; SAVED],
 }
 
-/// Rewrites all frames from the context `start` up to the base. After an error the new words are no good.
+/// Rewrites all frames from the context `start` up to the base. After an error the new words are invalid.
 pub(crate) fn rewrite(
     reader: &Reader<'_>,
     start: &Registers,
@@ -65,8 +65,8 @@ pub(crate) fn rewrite(
     let old = stack.old;
     let lowest = stack.lowest;
     let mut walk = Walk::new(reader, start, |address| old.get(address.wrapping_sub(lowest) / WORD).copied());
-    let mut below = lowest; // the frames up to here have been seen
-    let mut ambiguous = None; // where a stretch of frames begins whose words go by value, which is done at its end
+    let mut below = lowest; // the frames up to here have been judged
+    let mut ambiguous = None; // start of a stretch of frames whose words go by value, which are rewritten at its end
     let top = lowest + old.len() * WORD;
     while let Some(frame) = walk.advance() {
         if frame.kind() == Kind::Base {
@@ -79,12 +79,12 @@ pub(crate) fn rewrite(
             return Err(NotMoved::at(Reason::Imprecise, frame.pc()));
         }
         let range = frame.range();
-        // The innermost frame may begin in the guard, where nothing has been written yet.
+        // The innermost frame may begin in the guard, where nothing was written yet.
         if range.start < below && below != lowest || range.end < below || range.end > top {
             return Err(NotMoved::at(Reason::Inconsistent, frame.pc()));
         }
         if frame.map().is_ambiguous() {
-            ambiguous.get_or_insert(below); // if it is the innermost frame, with the red zone under it
+            ambiguous.get_or_insert(below); // for the innermost frame this includes the red zone
         } else {
             if let Some(from) = ambiguous.take() {
                 stack.by_value(from, range.start, &mut words);
@@ -123,7 +123,7 @@ impl Copied<'_> {
     fn by_map(&mut self, frame: &Frame<'_>, words: &mut Words) {
         for address in frame.range().step_by(WORD) {
             match frame.word(address) {
-                // A register of a caller's: by value until the frame that uses it says otherwise.
+                // A caller's register: judged by value, unless the frame that uses it has another verdict.
                 Word::Saved(_) => {
                     let window = self.window;
                     if let Some(word) = self.word(address) {
@@ -148,8 +148,8 @@ impl Copied<'_> {
         *word = moved;
     }
 
-    /// The registers that `frame` uses take its verdict, wherever frames further in have put them, which
-    /// have judged them by their value.
+    /// Gives the registers that `frame` uses its verdict, wherever frames
+    /// further in have saved them. Those frames have judged them by value.
     fn claim_registers(&mut self, frame: &Frame<'_>, words: &mut Words) {
         for index in 0..SAVED {
             if !frame.owns(index) || frame.map().register(index) != Verdict::Data {
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn each_word_goes_by_its_map() {
         let (words, changed) = run(Maps::Ambiguous, Verdict::Ambiguous);
-        assert_eq!(changed, [2, 4, 6, 8]); // pointers, saved rbx, and the ambiguous one; no data, no return address
+        assert_eq!(changed, [2, 4, 6, 8]); // pointers, saved rbx, the ambiguous one; not data and return addresses
         let words = words.unwrap().by_map;
         assert_eq!(words, WordsByMap { pointers: 2, elsewhere: 0, data: 2, ambiguous: 1 });
     }

@@ -1,4 +1,5 @@
-//! A stack that moves has run into its guard page: it moves to a larger slot, or, where it may not, opens its slack.
+//! The growth of a stack that moves and ran into its guard page: it
+//! moves to a larger slot, or opens its slack if it may not move.
 //!
 //! ```text
 //!   slack first, and it holds what is needed? ─ yes ─► open it
@@ -22,7 +23,7 @@ use crate::size::{self, PAGE};
 use crate::stack::record::Record;
 use crate::switch::RED_ZONE;
 
-/// Makes the stack larger, or reports that it cannot and aborts.
+/// Makes the stack larger, or ends the process with a report.
 ///
 /// # Safety
 /// `fault` is a fault of the running coroutine at the guard of its own stack, `context` the interrupted context.
@@ -30,7 +31,7 @@ pub(crate) unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     let running = fault.running;
     let (growth, begun) = running.with_record(|record| (record.settings.growth, Begun::now(record)));
     let outcome = match growth {
-        // SAFETY: the caller says what kind of fault it is and of whom.
+        // SAFETY: the caller guarantees that this fault is the running coroutine's, at the guard of its own stack.
         Growth::Relocate => unsafe { make_room(context, fault) },
         Growth::InPlace => Err(Fatal::Maximum),
     };
@@ -40,7 +41,7 @@ pub(crate) unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     }
 }
 
-/// Moves the stack to a slot that holds what is needed; opens its slack if it may not move now, or is not to yet.
+/// Moves the stack to a slot that is large enough. Opens its slack instead if it may not move now, or uses its slack first.
 ///
 /// # Safety
 /// As for [`grow`].
@@ -56,20 +57,19 @@ unsafe fn make_room(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Fa
     let refusal = match refusal {
         Some(reason) => NotMoved::at(reason, context.rip()).into(),
         None => {
-            // SAFETY: the fault is at a growth point, and whoever asked for `Growth::Relocate` made the promise about
-            // pointers.
+            // SAFETY: the fault is at a growth point, and the promise about pointers was made with `Growth::Relocate`.
             match unsafe { relocate::relocate(context, fault, larger.ok_or(Fatal::Maximum)?) } {
                 Ok(done) => return Ok(done),
                 Err(refusal) => refusal,
             }
         }
     };
-    // It is where it was.
+    // The stack has not moved.
     fault.running.with_record(|record| record.note(refusal.why));
     open_slack(fault).map_err(|fatal| refusal.error.map_or(fatal, Fatal::Kernel))
 }
 
-/// What speaks against moving now, looking at the instruction and the coroutine only.
+/// Checks whether the instruction and the coroutine allow a move now.
 pub(crate) fn may_move(record: &Record, fault: &Fault) -> Result<(), Reason> {
     if !fault.growth_point {
         Err(Reason::NotAGrowthPoint)
@@ -80,7 +80,7 @@ pub(crate) fn may_move(record: &Record, fault: &Fault) -> Result<(), Reason> {
     }
 }
 
-/// Opens the pages down to the fault, in a slot whose stack may move, but not now.
+/// Opens the pages down to the fault, in the slot of a stack that may not move now.
 fn open_slack(fault: &Fault) -> Result<Done, Fatal> {
     let open = fault.slot.end() - fault.address / PAGE * PAGE;
     if size::size_of_open(open) > fault.running.with_record(|record| record.settings.maximum()) {

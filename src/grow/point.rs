@@ -1,42 +1,41 @@
 //! Growth points: instructions at which a stack may overflow and may be moved.
 //!
-//! A push, a call, or an instruction whose memory operand is based on `rsp` (prologue probes among
-//! them): compilers emit these where every pointer is whole. Elsewhere a register may hold the difference
-//! of two pointers (glibc's memcpy does that), which no rewriting of values can see.
+//! A growth point is a push, a call, or an instruction whose memory operand is based on `rsp` (prologue
+//! probes among them). Compilers emit these where every pointer is whole. At other instructions a register
+//! may hold the difference of two pointers (as in glibc's memcpy), which cannot be found by its value.
 //!
-//! This reads only as far into an instruction as it must to answer, never past its end.
-//! The encoding is that of the Intel 64 manual, volume 2, chapter 2 and appendix A. The tests
-//! compare it with iced-x86 on random instructions.
+//! This code reads only those bytes of an instruction that decide, and never past its end. The encoding is that of the
+//! Intel 64 manual, volume 2, chapter 2 and appendix A. The tests compare it with iced-x86 on random instructions.
 
 //!
-//! One kind of growth point has a companion. The prologue of a frame of many pages touches each of them in
-//! a loop, and keeps the end of it in a register, an address as far below `rsp` as the frame is large:
+//! Some growth points use another register, too. The prologue of a frame of many pages touches each page
+//! in a loop. A register holds the loop's end: an address as far below `rsp` as the frame is large.
 //!
 //! ```text
-//!       lea  r11, [rsp - 0x18000]      far outside the slot of a small stack: no window catches it
+//!       lea  r11, [rsp - 0x18000]      far outside the slot of a small stack, so outside any window
 //!   1:  sub  rsp, 0x1000
 //!       mov  qword ptr [rsp], 0        the growth point
-//!       cmp  rsp, r11                  that r11 is on the scale of rsp can only be read off here
+//!       cmp  rsp, r11                  only this shows that r11 moves with rsp
 //!       jne  1b
 //! ```
 #![forbid(unsafe_code)]
 
-/// What an instruction says about moving at it.
+/// The verdict on moving at an instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Point {
-    /// A growth point.
+    /// It is a growth point.
     Yes,
-    /// Its memory operand is based on `rbp`: a growth point in a function whose frame `rbp` points to, which
-    /// only its unwind data can say.
+    /// Its memory operand is based on `rbp`: a growth point if `rbp`
+    /// points to the function's frame, which only its unwind data shows.
     IfFramePointer,
-    /// Nothing is known of the registers.
+    /// It may not move here: registers may hold anything.
     No,
 }
 
 /// Whether the instruction whose bytes `byte` returns is a growth point.
 pub(crate) fn growth_point(byte: impl Fn(usize) -> u8) -> Point {
     let mut at = 0;
-    let mut base_extended = false; // REX.B or its like: base number 4 then means r12, not rsp
+    let mut base_extended = false; // REX.B or an equivalent: base number 4 then means r12, not rsp
     let opcode = loop {
         match byte(at) {
             rex @ 0x40..=0x4f => base_extended = rex & 1 != 0,
@@ -54,7 +53,7 @@ pub(crate) fn growth_point(byte: impl Fn(usize) -> u8) -> Point {
             0x38 | 0x3a => Some(at + 3),
             second => has_modrm_0f(second).then_some(at + 2),
         },
-        // VEX and EVEX: B is inverted. All of them have a ModRM byte but vzeroupper and vzeroall.
+        // VEX and EVEX: B is inverted. All have a ModRM byte except vzeroupper and vzeroall.
         0xc5 => (byte(at + 2) != 0x77).then_some(at + 3),
         0xc4 => {
             base_extended = byte(at + 1) & 0x20 == 0;
@@ -75,7 +74,7 @@ pub(crate) fn growth_point(byte: impl Fn(usize) -> u8) -> Point {
     }
 }
 
-/// For a call, how many bytes it has; 0 for anything else.
+/// The length of a call in bytes; 0 for any other instruction.
 pub(crate) fn call_length(byte: impl Fn(usize) -> u8) -> usize {
     let rex = usize::from(matches!(byte(0), 0x40..=0x4f));
     match byte(rex) {
@@ -85,7 +84,7 @@ pub(crate) fn call_length(byte: impl Fn(usize) -> u8) -> usize {
     }
 }
 
-/// The bytes of an operand that follow its ModRM byte.
+/// How many bytes of an operand follow its ModRM byte.
 fn operand_length(modrm: u8, sib: impl Fn() -> u8) -> usize {
     let has_sib = modrm >> 6 != 3 && modrm & 7 == 4;
     let displacement = match modrm >> 6 {
@@ -97,8 +96,8 @@ fn operand_length(modrm: u8, sib: impl Fn() -> u8) -> usize {
     usize::from(has_sib) + displacement
 }
 
-/// For a growth point inside a probe loop, the number of the register that holds the end of the loop.
-/// The loops of LLVM, GCC (frames and variable-length arrays) and Cranelift are known.
+/// The number of the register that holds the end of a probe loop, for a growth point inside
+/// one. The loops of LLVM, GCC (frames and variable-length arrays) and Cranelift are known.
 pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
     let rex = usize::from(matches!(byte(0), 0x48 | 0x4c));
     let immediate = match byte(rex) {
@@ -113,7 +112,7 @@ pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
     }
     let displacement = [0, 1, 4][usize::from(modrm >> 6)];
     let next = rex + 3 + displacement + immediate;
-    // One byte after the other: the next instruction may be short, and the last of its page.
+    // The bytes are read one by one: the next instruction may be short, and the last one of its page.
     let rex = byte(next);
     if rex & 0xf8 != 0x48 || !matches!(byte(next + 1), 0x39 | 0x3b) {
         return None;
@@ -130,7 +129,7 @@ pub(crate) fn probe_loop_end(byte: impl Fn(usize) -> u8) -> Option<usize> {
     }
 }
 
-/// The number of `rsp` among the general registers, as instructions have it.
+/// The number of `rsp` among the general registers, in the encoding of instructions.
 const RSP: usize = 4;
 const RBP: usize = 5;
 
@@ -138,8 +137,8 @@ fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
 }
 
-/// True for a memory operand whose base is `rsp` or `rbp`. `rsp` always comes in a SIB byte; without a displacement the
-/// encoding of `rbp` means something else.
+/// True for a memory operand whose base is `rsp` or `rbp`. `rsp` always comes in
+/// a SIB byte. Without a displacement the encoding of `rbp` has another meaning.
 fn is_based_on(base: usize, modrm: u8, sib: impl Fn() -> u8) -> bool {
     let mode = modrm >> 6;
     let number = match modrm & 7 {
@@ -197,10 +196,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 200_000, max_global_rejects: u32::MAX, ..Default::default() })]
 
-        /// Whatever iced-x86 can decode is judged as iced-x86 sees it, reading no byte past its end.
+        /// Every instruction that iced-x86 can decode is judged as by iced-x86, and no byte past its end is read.
         #[test]
         fn agrees_with_iced_on_random_bytes(mut bytes in prop::array::uniform16(any::<u8>()), shape in 0..8u8) {
-            // Half of the cases are steered to rsp-based operands, which random bytes seldom hit.
+            // Half of the cases are steered to rsp-based operands, which are rare among random bytes.
             match shape {
                 0 => bytes[2] = 0x24,
                 1 => bytes[3] = 0x24,
@@ -211,7 +210,7 @@ mod tests {
             let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE);
             let instruction = decoder.decode();
             prop_assume!(!instruction.is_invalid());
-            // 32-bit addressing and the exotic lea of a segment register aside, which no compiler emits.
+            // Except 32-bit addressing and the exotic lea of a segment register, which no compiler emits.
             prop_assume!(![Register::ESP, Register::EBP].contains(&instruction.memory_base()));
             let found = growth_point(|at| {
                 assert!(at < instruction.len(), "read byte {at} of {instruction} ({bytes:02x?})");

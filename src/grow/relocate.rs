@@ -14,9 +14,9 @@
 //!
 //! A stack that goes to memory which was never used takes its pages along (src/grow/scratch.rs).
 //!
-//! Then the registers of the interrupted context, the vector registers among them, and the base that the resumer keeps.
-//! The old slot becomes inaccessible at once and stays so until the coroutine has ended: a pointer to it
-//! that was kept where none of this looks is a fault at its first use, not silent corruption.
+//! The registers of the interrupted context are rewritten too, including vector registers, and the base
+//! that the resumer keeps. The old slot becomes inaccessible at once and stays so until the coroutine
+//! ends. So a pointer to it that was missed faults at its first use, instead of corrupting data silently.
 
 use core::ops::Range;
 use core::ptr;
@@ -44,43 +44,42 @@ use crate::stack::{guard, stock};
 use crate::stats;
 use crate::switch::{self, Base, Handle, RED_ZONE, Running};
 
-/// A fault that a larger stack will cure.
+/// A fault that a larger stack resolves.
 pub(crate) struct Fault {
     pub running: Running,
     pub slot: Slot,
     pub address: usize,
-    /// The lowest address that will be used soon, as far as is known: at most `address`.
+    /// The lowest address that will be used soon, if known; at most `address`.
     pub lowest: usize,
     pub growth_point: bool,
-    /// In a probe loop, which general register holds its end.
+    /// In a probe loop, the number of the general register that holds its end.
     pub loop_end: Option<usize>,
-    /// Of a call, how many bytes it has.
+    /// The length of the instruction if it is a call.
     pub call_length: usize,
 }
 
-/// A stack that has been moved, but for the registers.
+/// A stack that has been moved; the registers have not been rewritten yet.
 pub(crate) struct Moved {
     pub window: Window,
-    /// Where the record is now.
+    /// The record's new address.
     pub record: *mut Record,
     pub bytes: usize,
     pub words: Words,
 }
 
-/// Moves the stack that `context` was interrupted on to a slot of `size` bytes. After an error
-/// nothing has changed.
+/// Moves the stack that `context` was interrupted on to a slot of `size` bytes. After an error nothing has changed.
 ///
 /// # Safety
-/// `fault` is at a growth point, in the coroutine that `context` interrupted, whose owner promised that
-/// pointers into its stack are only in it and in registers.
+/// `fault` is at a growth point, in the coroutine that `context` interrupted. Its
+/// owner promised that only its stack and registers hold pointers into its stack.
 pub(crate) unsafe fn relocate(
     context: &mut Context<'_>,
     fault: &Fault,
     size: usize,
 ) -> Result<Done, Refusal> {
     let start = interrupted(context, fault.call_length);
-    // SAFETY: the context was interrupted at a growth point on the stack in this slot, which runs nowhere else; its base moves
-    // with it.
+    // SAFETY: the context was interrupted at a growth point on the stack in
+    // this slot, and the stack is in use nowhere else. Its base moves with it.
     let moved = unsafe {
         let moved = Move::make(fault.slot, &start, size, [None; 6])?;
         fault.running.set_base(moved.base(fault.running.base()));
@@ -105,7 +104,7 @@ pub(crate) unsafe fn relocate(
     Ok(Done { words: words.rewritten + registers, ..moved.done() })
 }
 
-/// Whether the instruction at `pc`, whose bytes are those that `byte` returns, is a growth point.
+/// Whether the instruction at `pc`, whose bytes `byte` returns, is a growth point.
 pub(crate) fn is_growth_point(pc: usize, byte: impl Fn(usize) -> u8) -> bool {
     match growth_point(byte) {
         Point::Yes => true,
@@ -114,7 +113,7 @@ pub(crate) fn is_growth_point(pc: usize, byte: impl Fn(usize) -> u8) -> bool {
     }
 }
 
-/// True if `rbp` points to the frame of the function at `pc`, there: its unwind data counts from it.
+/// True if `rbp` points to the frame of the function at `pc`: its unwind data counts from `rbp` there.
 fn has_frame_pointer(pc: usize) -> bool {
     let reader = map::process().read();
     let rules = reader.find(pc).and_then(|map| map.rules());
@@ -122,7 +121,7 @@ fn has_frame_pointer(pc: usize) -> bool {
 }
 
 /// The registers that a walk from an interrupted context starts with. A call that could not push its return address is
-/// looked up by its last byte, as if it had: what it calls for lies in the map for its return address.
+/// looked up by its last byte, as if it had pushed it: the map of a call is the one for its return address.
 fn interrupted(context: &mut Context<'_>, call_length: usize) -> Registers {
     let pc = context.rip() + call_length.saturating_sub(1);
     let mut registers = Registers::new(pc, context.rsp());
@@ -135,8 +134,8 @@ fn interrupted(context: &mut Context<'_>, call_length: usize) -> Registers {
     registers
 }
 
-/// Moves the stack of a suspended coroutine to a slot of `size` bytes, which is enough for what is used of it. After an error
-/// nothing has changed.
+/// Moves the stack of a suspended coroutine to a slot of `size` bytes,
+/// enough for its used part. After an error nothing has changed.
 ///
 /// # Safety
 /// The coroutine's owner made the promise about pointers.
@@ -147,8 +146,8 @@ pub(crate) unsafe fn relocate_suspended(
     let (start, parked) = registers_and_places(suspended);
     let slot = Record::slot(suspended.record());
     let slot = slot.ok_or_else(|| Refusal::no_memory(Error::Arenas, start.pc()))?;
-    // SAFETY: it is suspended, and goes on with these registers, some of which lie on its stack; the caller vouches for the
-    // promise. Its base moves with the stack.
+    // SAFETY: the coroutine is suspended, and continues with these registers, some of which lie on
+    // its stack. The caller guarantees the promise about pointers. The base moves with the stack.
     unsafe {
         let moved = Move::make(slot, &start, size, parked)?;
         let (sp, base) = (moved.window.moved(suspended.sp()), moved.base(suspended.base()));
@@ -157,12 +156,12 @@ pub(crate) unsafe fn relocate_suspended(
     }
 }
 
-/// As [`relocate_suspended`], where there is time to look for code that was loaded since its unwind tables were read.
+/// As [`relocate_suspended`], but reads the unwind tables of code that was loaded since they were last read.
 ///
 /// # Safety
 /// The coroutine's owner made the promise about pointers.
 pub(crate) unsafe fn relocate_parked(suspended: &mut Suspended<'_>, size: usize) -> Result<Moved, Refusal> {
-    // SAFETY: whoever asked for a stack that moves made the promise; after a refusal nothing has changed.
+    // SAFETY: the promise about pointers was made with `Growth::Relocate`. After a refusal nothing has changed.
     unsafe {
         match relocate_suspended(suspended, size) {
             Err(refusal) if not_moved::knows_more(refusal.why.reason) => relocate_suspended(suspended, size),
@@ -171,7 +170,7 @@ pub(crate) unsafe fn relocate_parked(suspended: &mut Suspended<'_>, size: usize)
     }
 }
 
-/// The registers that a suspended coroutine goes on with, and where on its stack some of them lie.
+/// The registers that a suspended coroutine continues with, and where on its stack some of them lie.
 pub(crate) fn registers_and_places(suspended: &Suspended<'_>) -> (Registers, [Option<usize>; 6]) {
     let mut parked = [None; 6];
     for (register, below) in switch::PARKED {
@@ -183,12 +182,12 @@ pub(crate) fn registers_and_places(suspended: &Suspended<'_>) -> (Registers, [Op
 }
 
 impl Moved {
-    /// What this growth did.
+    /// The result of this growth.
     pub(crate) fn done(&self) -> Done {
         Done { growth: Growth::Relocate, bytes: self.bytes, words: self.words.rewritten }
     }
 
-    /// Where the base is now that was at `old`. It is told where its record is.
+    /// The new address of the base that was at `old`. Updates the record's address in it.
     ///
     /// # Safety
     /// `old` was the base of the coroutine whose stack was moved.
@@ -200,7 +199,7 @@ impl Moved {
     }
 }
 
-/// A stack that is in two slots: the copy is committed, or abandoned.
+/// A stack that is in two slots: the copy will be committed or abandoned.
 struct Move {
     from: Slot,
     to: Destination,
@@ -208,18 +207,20 @@ struct Move {
     open: usize,
     /// The lowest byte that was copied.
     lowest: usize,
-    /// What lies in the old slot, moved to the new one.
+    /// The part of the old slot whose addresses move to the new one.
     window: Window,
-    /// Where the copy is, if not in the new slot yet.
+    /// Where the copy is, if it is not in the new slot yet.
     scratch: Option<Scratch>,
 }
 
 impl Move {
-    /// Moves the stack in slot `from`, in use as `start` says, to a slot of `size` bytes. After an error nothing has changed.
+    /// Moves the stack in slot `from`, whose used part follows from `start`,
+    /// to a slot of `size` bytes. After an error nothing has changed.
     ///
     /// # Safety
-    /// The slot holds the stack of a coroutine whose owner made the promise about pointers, and that does not run but in the
-    /// caller, on another stack. `start` are the registers it goes on with, `parked` where some of them lie on that stack.
+    /// The slot holds the stack of a coroutine whose owner made the promise about pointers.
+    /// The coroutine does not run, except in the caller, on another stack. `start` are the
+    /// registers that it continues with, `parked` where some of them lie on that stack.
     unsafe fn make(
         from: Slot,
         start: &Registers,
@@ -227,7 +228,8 @@ impl Move {
         parked: [Option<usize>; 6],
     ) -> Result<Moved, Refusal> {
         let no_memory = |error| Refusal::no_memory(error, start.pc());
-        // SAFETY: the stack, its old slots and its record are this thread's alone, as the caller says, and it does not change.
+        // SAFETY: the caller guarantees that only this thread uses the stack,
+        // its old slots and its record, and that the stack does not change.
         unsafe {
             let copied = Self::copy(from, start, size).map_err(no_memory)?;
             match copied.judge(start, parked) {
@@ -240,7 +242,7 @@ impl Move {
         }
     }
 
-    /// Finds a slot of `size` bytes, and copies there what is in use.
+    /// Finds a slot of `size` bytes, and copies the used bytes there.
     ///
     /// # Safety
     /// As for [`make`](Self::make).
@@ -256,31 +258,31 @@ impl Move {
         let window = Window::new(from.start() + 1..end, to.slot.end());
         let scratch = if to.warm { None } else { Scratch::take(end - lowest) };
         let copied = Self { from, to, open, lowest, window, scratch };
-        // SAFETY: what is in use is accessible, and where it goes is this move's alone.
+        // SAFETY: the used bytes are accessible, and only this move uses their destination.
         unsafe { ptr::copy_nonoverlapping(lowest as *const u8, copied.place() as *mut u8, end - lowest) };
         Ok(copied)
     }
 
-    /// Where the lowest byte of the copy is.
+    /// The address of the copy's lowest byte.
     fn place(&self) -> usize {
         self.scratch.as_ref().map_or(self.window.moved(self.lowest), Scratch::start)
     }
 
-    /// Rewrites the words of the copy as the maps of its frames say. After an error they are no good.
+    /// Rewrites the words of the copy according to the maps of its frames. After an error they are invalid.
     ///
     /// # Safety
     /// As for [`make`](Self::make).
     unsafe fn judge(&self, start: &Registers, parked: [Option<usize>; 6]) -> Result<Words, NotMoved> {
         let Self { lowest, .. } = *self;
         let end = self.from.end();
-        // What lies in frames points to frames, the red zone included. The narrower the window, the fewer words that are
-        // no pointers look like one.
+        // Pointers in frames point to frames, including the red zone. In a
+        // narrow window, fewer words that are no pointers look like one.
         let sp = start.get(Register::RSP).unwrap_or(end);
         let window = Window::new(sp.wrapping_sub(RED_ZONE)..end, self.to.slot.end());
         let record = Record::at(end);
         let length = (record as usize - lowest) / size_of::<usize>();
-        // SAFETY: both copies are accessible and do not overlap; nobody writes the old one, and the new one is this move's
-        // alone. `lowest` is aligned to a word.
+        // SAFETY: both copies are accessible and do not overlap. No code writes the
+        // old one, and only this move uses the new one. `lowest` is aligned to a word.
         unsafe {
             let old = slice::from_raw_parts(lowest as *const usize, length);
             let new = slice::from_raw_parts_mut(self.place() as *mut usize, length);
@@ -289,14 +291,14 @@ impl Move {
         }
     }
 
-    /// Closes the old slot, the last thing that can fail. From then on the stack is in the new one.
+    /// Closes the old slot, which is the last step that can fail. From then on the stack is in the new slot.
     ///
     /// # Safety
     /// As for [`make`](Self::make); the words of the copy are right.
     unsafe fn commit(self, words: Words) -> Result<Moved, Error> {
         let end = self.from.end();
         let open = end - self.open..end;
-        // SAFETY: all that is in use of the old slot has been copied.
+        // SAFETY: all used bytes of the old slot have been copied.
         let closed = unsafe {
             match &self.scratch {
                 Some(scratch) => close_carrying(open, self.lowest, self.window, scratch),
@@ -304,7 +306,7 @@ impl Move {
             }
         };
         if let Err(error) = closed {
-            // SAFETY: after an error the old slot is what it was.
+            // SAFETY: the error has left the old slot unchanged.
             unsafe { self.abandon() };
             return Err(error);
         }
@@ -321,22 +323,22 @@ impl Move {
         Ok(Moved { window, record, bytes: end - lowest, words })
     }
 
-    /// The stack stays where it is: the new slot goes back.
+    /// Gives the new slot back: the stack stays in the old one.
     ///
     /// # Safety
     /// As for [`make`](Self::make).
     unsafe fn abandon(self) {
         let record = Record::at(self.from.end());
-        // SAFETY: the old record is accessible, and its list of old slots is the one that the new slot was found in.
+        // SAFETY: the old record is accessible, and it has the list of old slots in which the new slot was found.
         unsafe { self.to.give_up(self.from, &mut (*record).old) };
     }
 }
 
-/// Closes the `open` pages of the old slot, of which those from the one of `lowest` on go to the new slot, and fills them with
-/// what is in the scratch. After an error nothing has changed in the old slot.
+/// Closes the `open` pages of the old slot. Those from the page of `lowest` on go to the new
+/// slot and are filled from the scratch. After an error nothing has changed in the old slot.
 ///
 /// # Safety
-/// The old slot's stack is in the scratch, from `lowest` on. The new one, where `window` moves it, is the caller's.
+/// The old slot's stack is in the scratch, from `lowest` on. The caller owns the new slot, where `window` moves the stack.
 unsafe fn close_carrying(
     open: Range<usize>,
     lowest: usize,
@@ -344,8 +346,7 @@ unsafe fn close_carrying(
     scratch: &Scratch,
 ) -> Result<(), Error> {
     let first = lowest / PAGE * PAGE;
-    // SAFETY: both slots are this move's. As far as pages were carried they have the old contents until the scratch's are written
-    // over them.
+    // SAFETY: both slots are this move's. Pages that were carried have the old contents until the scratch is written over them.
     unsafe {
         let carried = carry(first, window.moved(first), open.end - first);
         guard::close(open.start, open.len()).inspect_err(|_| {
@@ -368,19 +369,19 @@ struct Destination {
 }
 
 impl Destination {
-    /// A slot that this stack has been in before, so that pointers which were missed then are right again and a
-    /// stack that grows and shrinks leaves no trail of slots; else any free one.
+    /// Prefers a slot that this stack has left: pointers that were missed then are right again,
+    /// and a stack that grows and shrinks leaves no trail of slots. Otherwise any free slot.
     ///
     /// # Safety
     /// `old` is the list of the coroutine's old slots.
     unsafe fn find(old: &mut Link, class: Class, open: usize) -> Result<Self, Error> {
         let mut previous: Option<Slot> = None;
-        // Not under torture: what was missed is to be noticed.
+        // Not under torture, which is to reveal missed pointers.
         let mut link = if hooks::is_tortured() { 0 } else { *old };
         while let Some(slot) = Slot::from_link(link) {
             link = slot.meta().next.load(Ordering::Relaxed);
             if slot.class() == class {
-                // SAFETY: an old slot of this coroutine, of which nothing is accessible.
+                // SAFETY: it is an old slot of this coroutine, of which nothing is accessible.
                 unsafe { guard::open(slot.end() - open, open)? };
                 slot.meta().flags.fetch_and(!OLD, Ordering::Release);
                 match previous {
@@ -395,14 +396,14 @@ impl Destination {
         Ok(Self { slot, open, former: false, warm })
     }
 
-    /// Puts it back, with nothing in it.
+    /// Puts the slot back, empty.
     ///
     /// # Safety
     /// It was found for the stack in slot `from`, whose list of old slots is `old`.
     unsafe fn give_up(self, from: Slot, old: &mut Link) {
         if self.former {
-            // SAFETY: the slot is still ours. Should closing fail, a stale pointer into it goes unnoticed: it was moved
-            // to and back, so there is none that was not checked already.
+            // SAFETY: the slot is still this move's. If closing fails, a stale pointer into it goes unnoticed.
+            // But the stack has not run there, so every such pointer was missed at an earlier move.
             let _ = unsafe { guard::close(self.slot.end() - self.open, self.open) };
             retire(self.slot, from, old);
         } else {
@@ -411,7 +412,7 @@ impl Destination {
     }
 }
 
-/// Marks a slot as left, and puts it on the coroutine's list of such.
+/// Marks a slot as left, and puts it on the coroutine's list of old slots.
 fn retire(from: Slot, to: Slot, list: &mut Link) {
     let meta = from.meta();
     meta.next.store(*list, Ordering::Relaxed);

@@ -1,19 +1,18 @@
-//! Rewriting words: everything whose value lies in the window of the moving stack moves with it.
+//! Rewriting words: every value in the window of the moving stack moves with it.
 //!
-//! For registers the window is the whole slot: `rsp` may be in the guard already, others may be on the way there. All but its
-//! first address, which is the end of the slot below, and the start of its arena if it is the first: what takes slots runs on
-//! moving stacks, too, with these in registers. For words
-//! of frames it is what is in use, down to the red zone. Its end is that of the slot, so that a pointer past the
-//! highest object is in it.
+//! For registers the window is the whole slot, since `rsp` and others may be in the guard already. It excludes
+//! the slot's first address. That is also the end of the slot below, or the start of the arena: the code that
+//! takes slots runs on moving stacks, too, with these addresses in registers. For words of frames the window is
+//! the used part, down to the red zone. It includes the slot's end: a pointer past the highest object.
 //!
-//! A word need not be one value. What is left of a dead pointer after a byte, a `u16` or a `u32` was stored over a part of
-//! it looks like a pointer still, if the value equals that part. Which slots are used, and that moves are by multiples of 64
-//! KiB, sees to it that common values do not or are not changed by it (src/size.rs). For any other `u32` the odds
-//! are one in some hundred thousand that it matches the slot's address. A stack map has no such doubts.
+//! A word may hold several values. If a byte, a `u16` or a `u32` is stored over a part of a dead pointer, the
+//! word still looks like a pointer if the value equals that part. The choice of slots, and moves by multiples
+//! of 64 KiB, make sure that common values do not match or are not changed (src/size.rs). The odds that any
+//! other `u32` matches the slot's address are one in some hundred thousand. A stack map avoids this risk.
 
 use core::ops::Range;
 
-/// From how many words on it pays to ask what the processor can do.
+/// From this many words on, checking the processor's features pays off.
 const LONG: usize = 64;
 
 /// The addresses that count as pointers into a moving stack, and how far they move.
@@ -25,7 +24,7 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// The window `from` of a stack, up to its slot's end, that moves to the slot ending at `to_end`.
+    /// The window `from` of a stack, up to its slot's end, which moves to the slot that ends at `to_end`.
     pub(crate) fn new(from: Range<usize>, to_end: usize) -> Self {
         Self {
             start: from.start,
@@ -34,13 +33,13 @@ impl Window {
         }
     }
 
-    /// Where a value that may be a pointer goes.
+    /// The new value of a word that may be a pointer.
     pub(crate) fn moved(self, word: usize) -> usize {
         let inside = word.wrapping_sub(self.start) < self.length;
         word.wrapping_add(if inside { self.distance } else { 0 })
     }
 
-    /// Where a value goes that is known to be on the scale of `rsp`, wherever it lies.
+    /// The new value of a word that certainly moves with `rsp`, wherever it points.
     pub(crate) fn shift(self, word: usize) -> usize {
         word.wrapping_add(self.distance)
     }
@@ -48,13 +47,13 @@ impl Window {
     /// Rewrites each word in place; returns how many changed.
     pub(crate) fn rewrite(self, words: &mut [usize]) -> usize {
         if words.len() >= LONG && is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has been asked. (With `cpuid`, the first time; nothing that a handler must not do.)
+            // SAFETY: the processor has this feature, as just checked. (The first check uses `cpuid`, which a handler may.)
             return unsafe { self.rewrite_with_avx2(words) };
         }
         self.rewrite_each(words)
     }
 
-    /// The same code, compiled for a comparison of four words at once, which the baseline has not for words of 64 bits.
+    /// The same code, compiled for AVX2, which compares four words at once. The baseline cannot compare 64-bit words so.
     #[target_feature(enable = "avx2")]
     fn rewrite_with_avx2(self, words: &mut [usize]) -> usize {
         self.rewrite_each(words)

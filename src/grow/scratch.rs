@@ -1,7 +1,7 @@
-//! A place to rewrite a stack on, before its pages are carried to where it goes.
+//! A buffer in which a stack is rewritten, before its pages are carried to the new slot.
 //!
-//! Writing to never used memory costs the kernel's first touch of each page, three times what copying and rewriting cost. A
-//! stack that moves leaves as many pages behind. So (src/stack/carry.rs):
+//! The kernel's first touch of a new page costs three times as much as copying and rewriting it.
+//! A stack that moves leaves as many pages behind, so these are reused (src/stack/carry.rs):
 //!
 //! ```text
 //!   old slot ── copied ──► scratch, rewritten there
@@ -9,7 +9,7 @@
 //!      └─ pages carried ──► new slot ◄─ copied
 //! ```
 //!
-//! The scratch stays: its pages are warm. There is one; who finds it in use writes to new memory.
+//! The scratch is kept, so its pages are warm. There is one: a move that finds it in use writes to new memory.
 #![forbid(unsafe_code)]
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,12 +17,12 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::size::open_bytes;
 use crate::stack::{carry, guard};
 
-/// The scratch's size, and what it may come to keep of memory; a larger stack writes to new memory, too.
+/// The scratch's size, and the most memory that it keeps. A larger stack writes to new memory, too.
 const MOST: usize = open_bytes(4 << 20);
 
 static IN_USE: AtomicBool = AtomicBool::new(false);
 
-/// Where it is; 0: not mapped yet.
+/// The scratch's address; 0: not mapped yet.
 static START: AtomicUsize = AtomicUsize::new(0);
 
 /// The scratch, taken until it is dropped.
@@ -31,7 +31,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Takes it for a stack of so many bytes. `None` if it is of no use, or not to be had.
+    /// Takes it for a stack of so many bytes. `None` if it would not help or is not available.
     pub(crate) fn take(bytes: usize) -> Option<Self> {
         if bytes > MOST || !carry::is_possible() || IN_USE.swap(true, Ordering::Acquire) {
             return None;

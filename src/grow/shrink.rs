@@ -1,17 +1,16 @@
-//! Shrinking: a stack that has more than its coroutine needs gives it back.
+//! Shrinking: a stack gives back the memory that its coroutine does not need.
 //!
-//! A stack that moves goes to a smaller size. One that stays gives back the memory of all pages below its stack pointer, by
-//! one call; they are zeros when it touches them again.
+//! A stack that moves goes to a smaller size. A stack that stays gives back all pages
+//! below its stack pointer, by one call; they are zeros when it touches them again.
 //!
-//! Only watched coroutines are looked at, and nothing on the way of a switch asks which those are: a marked handle takes the
-//! slow way through the next [`before_resume`]. Which are watched:
+//! Only watched coroutines are checked. The switch does not test for them: a marked handle
+//! makes the next resume take the slow way, through [`before_resume`]. Watched are:
 //!
-//! - a stack that moves, from when it has grown: the fault handler changes where the next suspend lands, from the resume
-//!   that waits to `regrow_watch` (asm/switch.S), which marks the handle and goes on to the resume;
+//! - a stack that moves, once it has grown. The fault handler changes where the next suspend lands, from the
+//!   waiting resume to `regrow_watch` (asm/switch.S), which marks the handle and continues at the resume;
 //! - a stack that stays, from the start, if its policy is [`Shrink::Eager`], or if its spawn site knows of spikes (src/site.rs).
 //!
-//! How deep a coroutine goes between two suspends is not visible at them. So a line of marks is laid: frames that pass
-//! it write over it.
+//! A suspend does not show how deep the coroutine went before it. So a line of marks is laid, and deeper frames overwrite it.
 //!
 //! ```text
 //!   base ┌──────────┐
@@ -24,9 +23,9 @@
 //!        └──────────┘
 //! ```
 //!
-//! A stack that moves becomes smaller when its mark has outlasted [`PATIENCE`] resumes; one that stays gives memory back when
-//! a mark was overwritten and the next one has outlasted so many. If it grows again after that, its patience
-//! doubles: a coroutine that always comes back is left alone soon.
+//! A stack that moves shrinks when its mark has survived [`PATIENCE`] resumes. A stack that stays
+//! gives memory back when a mark was overwritten and the next one has survived so many. If the stack
+//! grows again after that, its patience doubles: so a coroutine whose spikes recur is soon left alone.
 
 use super::relocate;
 use crate::error::Error;
@@ -42,18 +41,18 @@ use crate::stats;
 use crate::switch;
 use crate::trace::{self, Event, Name};
 
-/// After how many resumes without a spike a scout is one no more: each takes a few times as long as another's.
+/// A scout is no longer one after this many resumes without a spike, since each takes a few times as long as usual.
 const SCOUTED: u16 = 256;
 
-/// One cache line of it is the mark: a pattern that code does not leave on a stack.
+/// The pattern of the mark, one cache line: code does not leave it on a stack.
 const MARK: [u64; 8] = [u64::from_le_bytes(*b"unused\xf5\xf5"); 8];
 const MARK_BYTES: usize = size_of_val(&MARK);
 
-/// Readies a watched coroutine for its resume: looks whether its stack should be smaller.
+/// Prepares a watched coroutine for its resume: shrinks its stack if it should be smaller.
 pub(crate) fn before_resume(suspended: &mut Suspended<'_>) {
     if suspended.record().settings.growth == Growth::Relocate {
         if is_quiet(suspended) {
-            // Without memory it stays as large as it is.
+            // If there is no memory for it, the stack keeps its size.
             let _ = shrink(suspended);
         }
     } else if is_quiet_in_place(suspended) && shrink(suspended).is_ok_and(|smaller| smaller) {
@@ -61,14 +60,14 @@ pub(crate) fn before_resume(suspended: &mut Suspended<'_>) {
     }
 }
 
-/// Marks the handle again if there is still something to watch. It is the end of the view.
+/// Marks the handle again if there is still something to watch. The view ends here.
 pub(crate) fn watch_again(suspended: &mut Suspended<'_>) {
     if is_watched(suspended.record()) {
         suspended.handle().sp |= switch::WATCHED;
     }
 }
 
-/// True if the coroutine of this record is to be looked at before its next resume.
+/// True if the coroutine of this record is to be checked before its next resume.
 pub(crate) fn is_watched(record: &Record) -> bool {
     match record.settings.growth {
         Growth::Relocate => {
@@ -88,7 +87,7 @@ fn is_watched_in_place(record: &Record) -> bool {
     }
 }
 
-/// Says that coroutines made where this one was have spikes.
+/// Tells the spawn site that its coroutines have spikes.
 fn tell_site(record: &Record) {
     if let Some(site) = record.site
         && record.scout
@@ -97,12 +96,12 @@ fn tell_site(record: &Record) {
     }
 }
 
-/// True if the mark has been in place for long enough. Puts it there if it is not.
+/// True if the mark has been in place for long enough. Lays the mark if it is missing.
 fn is_quiet(suspended: &mut Suspended<'_>) -> bool {
     let mark = (suspended.base() as usize - suspended.record().size() / 4) & !(MARK_BYTES - 1);
     if mark + MARK_BYTES > suspended.lowest() {
         let watch = &mut suspended.record_mut().watch;
-        watch.marked = false; // more than a quarter is in use right now
+        watch.marked = false; // more than a quarter is in use now
         watch.quiet = 0;
         return false;
     }
@@ -118,12 +117,12 @@ fn is_quiet(suspended: &mut Suspended<'_>) -> bool {
     false
 }
 
-/// The same for a stack that stays: true if it has been used below the page of its stack pointer, and then not for long enough.
+/// The same for a stack that stays: true if it was used below the page of its stack pointer, and then not for long enough.
 fn is_quiet_in_place(suspended: &mut Suspended<'_>) -> bool {
-    // Where the page has no room for the mark the next one has.
+    // If the mark does not fit into this page, the next one below is used.
     let mark = (suspended.lowest() - MARK_BYTES) / PAGE * PAGE;
     if mark < suspended.end() - suspended.record().open {
-        return false; // the lowest page there is
+        return false; // this is the lowest page
     }
     // SAFETY: below what a suspended coroutine uses of its stack, and in its window, all of which is accessible.
     let intact = unsafe { lay_mark(mark) };
@@ -145,7 +144,7 @@ fn is_quiet_in_place(suspended: &mut Suspended<'_>) -> bool {
     false
 }
 
-/// True if the mark is at this address. It is there afterwards.
+/// True if the mark is at this address. Lays it there.
 ///
 /// # Safety
 /// The address, a multiple of the mark's size, is accessible, and nothing there is needed.
@@ -161,8 +160,8 @@ unsafe fn lay_mark(at: usize) -> bool {
     }
 }
 
-/// Makes the stack of a suspended coroutine as small as it can be with as much room as is used, and no smaller than it
-/// was at first. True if it became smaller. After an error nothing has changed.
+/// Makes the stack of a suspended coroutine as small as its used part allows, but not smaller
+/// than its first size. True if it became smaller. After an error nothing has changed.
 pub(crate) fn shrink(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
     let before = suspended.end();
     let record = suspended.record_mut();
@@ -184,7 +183,7 @@ pub(crate) fn shrink(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
     outcome
 }
 
-/// Gives back the memory of all pages below what a stack that stays uses. False if there was none.
+/// Gives back the memory of all pages below the used part of a stack that stays. False if there was none.
 fn give_back_unused(suspended: &mut Suspended<'_>) -> bool {
     let (end, used) = (suspended.end(), used_pages(suspended));
     let record = suspended.record_mut();
@@ -207,8 +206,8 @@ fn shrink_moving(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
         return Ok(false);
     }
     if record.class.size() <= size {
-        // It is cut down where it is, if its slack was opened there.
-        // SAFETY: the slot is the coroutine's, and so many bytes hold what it uses.
+        // A stack whose slack was opened is cut down where it is.
+        // SAFETY: the slot is the coroutine's, and so many bytes hold its used part.
         unsafe { stock::resize(record, size::open_bytes(size))? };
         discard_unused(suspended);
         return Ok(true);
@@ -216,7 +215,7 @@ fn shrink_moving(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
     let outcome = if record.is_pinned() {
         Err(NotMoved::at(Reason::Pinned, suspended.registers().pc()).into())
     } else {
-        // SAFETY: whoever asked for a stack that moves made the promise about pointers.
+        // SAFETY: the promise about pointers was made with `Growth::Relocate`.
         unsafe { relocate::relocate_parked(suspended, size) }
     };
     match outcome {
@@ -229,12 +228,12 @@ fn shrink_moving(suspended: &mut Suspended<'_>) -> Result<bool, Error> {
     }
 }
 
-/// Bytes of the pages, from the slot's end down, that the coroutine uses.
+/// Bytes of the pages that the coroutine uses, from the slot's end down.
 fn used_pages(suspended: &Suspended<'_>) -> usize {
     suspended.end() - suspended.lowest() / PAGE * PAGE
 }
 
-/// Gives back the memory of the accessible pages below what the stack uses.
+/// Gives back the memory of the accessible pages below the used part.
 fn discard_unused(suspended: &Suspended<'_>) {
     let (used, record) = (used_pages(suspended), suspended.record());
     if used < record.open {

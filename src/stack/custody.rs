@@ -1,4 +1,4 @@
-//! Who has the block of a stack that is frozen in place: one word for each slot, used by any thread and by the fault handler.
+//! Which thread has the block of a stack that is frozen in place: one word per slot, used by any thread and by the fault handler.
 //!
 //! ```text
 //!                begin              put                 take
@@ -7,9 +7,10 @@
 //!   └─────── the bytes are back, the block is on its list ──────────┘
 //! ```
 //!
-//! Whoever makes it `BUSY` has the stack and its block alone, until it writes the word again. Everybody else waits.
+//! The thread that makes it `BUSY` has exclusive access to the stack
+//! and its block, until it writes the word again. All others wait.
 //!
-//! "Not frozen" comes last of all. Whoever sees it may free the list on which the block was left.
+//! "Not frozen" is written last: a thread that sees it may free the list on which the block was left.
 #![forbid(unsafe_code)]
 
 use core::ptr::NonNull;
@@ -25,27 +26,27 @@ pub(crate) struct Custody(AtomicUsize);
 #[derive(Debug)]
 pub(crate) enum Block {}
 
-/// The stack is being frozen or thawed, or somebody looks at its block.
+/// The stack is being frozen or thawed, or a thread looks at its block.
 const BUSY: usize = 1;
 
 impl Custody {
-    /// The stack, which is not frozen, is going to be. The caller has it alone from here on, until it calls [`put`](Self::put).
+    /// Begins to freeze the stack, which is not frozen. The caller has exclusive access until it calls [`put`](Self::put).
     pub(crate) fn begin(&self) {
         self.0.store(BUSY, Ordering::SeqCst);
     }
 
-    /// Whoever made it `BUSY` says that the stack is frozen in this block, or not frozen.
+    /// Ends `BUSY`: the stack is frozen in this block, or not frozen.
     pub(crate) fn put(&self, block: Option<NonNull<Block>>) {
         self.0.store(block.map_or(0, |block| block.as_ptr() as usize), Ordering::Release);
     }
 
-    /// True if the stack is frozen, or that just changes. Does not wait.
+    /// True if the stack is frozen, or that is changing. Does not wait.
     pub(crate) fn is_frozen_or_busy(&self) -> bool {
         self.0.load(Ordering::Acquire) != 0
     }
 
-    /// True if the stack is frozen. Waits while that changes: its block may be on the list already, and whoever found it
-    /// there is to see that it is frozen no longer.
+    /// True if the stack is frozen. Waits while that is changing: if its block is on the list
+    /// already, the thread that found it there must see that the stack is no longer frozen.
     pub(crate) fn is_frozen(&self) -> bool {
         self.settled() != 0
     }
@@ -61,8 +62,8 @@ impl Custody {
         }
     }
 
-    /// Thaws the stack by `bring_back`, if it is frozen. `leave` gets its block, which is no longer needed, before anyone
-    /// sees that the stack is thawed. After an error it is still frozen.
+    /// Thaws the stack by `bring_back`, if it is frozen. `leave` gets its block, which is no longer
+    /// needed, before other threads see that the stack is thawed. After an error it is still frozen.
     pub(crate) fn thaw<E>(
         &self,
         bring_back: impl FnOnce(NonNull<Block>) -> Result<(), E>,

@@ -1,21 +1,20 @@
-//! A list of free slots, without a lock: any thread, and the fault handler, take from it and put on it at any time.
+//! A lock-free list of free slots: any thread, and the fault handler, may take and put slots at any time.
 //!
 //! ```text
 //!   newest ──► slot ──next──► slot ──next──► 0
 //! ```
 //!
-//! The table entry of a slot, where its `next` is, stays readable for ever: also for a thread that found the slot on the
-//! list just before another took it. What that thread reads then is of no use, and it must not act on it: between its look at
-//! the list and its exchange the slot may have been taken, used, and put back on top of other ones. So the list counts how
-//! often it was changed, and the exchange fails.
+//! The table entry of a slot, where its `next` is, stays readable for ever. This matters to a thread that found the slot on
+//! the list just before another thread took it. It must not act on the `next` that it reads: the slot may have been taken,
+//! used, and put back on top of other slots before its exchange. So the list counts its changes, and such an exchange fails.
 #![forbid(unsafe_code)]
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-/// A slot's number: which arena, which slot in it, plus one so that 0 is "none".
+/// A slot's number: its arena, its place there, plus one, so that 0 means "none".
 pub(crate) type Link = u32;
 
-/// A counter of changes in the upper half, the newest [`Link`] in the lower.
+/// A counter of changes in the upper half, the newest [`Link`] in the lower half.
 pub(super) struct FreeList(AtomicU64);
 
 impl FreeList {
@@ -23,13 +22,13 @@ impl FreeList {
         Self(AtomicU64::new(0))
     }
 
-    /// The one that [`pop`](Self::pop) would take; 0 if there is none.
+    /// The slot that [`pop`](Self::pop) would take; 0 if there is none.
     pub(super) fn newest(&self) -> Link {
         self.0.load(Ordering::Acquire) as Link
     }
 
-    /// Takes one off; all that was done to it before it was put on the list has happened. `next` says where the `next` of a
-    /// slot is; `None` for the link 0.
+    /// Takes a slot off. All that was done to the slot before it was put on the list has
+    /// happened. `next` returns where the `next` of a slot is; `None` for the link 0.
     pub(super) fn pop<'a>(&self, next: impl Fn(Link) -> Option<&'a AtomicU32>) -> Option<Link> {
         let mut head = self.0.load(Ordering::Acquire);
         loop {
@@ -42,7 +41,7 @@ impl FreeList {
         }
     }
 
-    /// Puts one on that is nobody's, and whose `next` is this.
+    /// Puts a slot without an owner on the list. `next` is the slot's.
     pub(super) fn push(&self, link: Link, next: &AtomicU32) {
         let mut head = self.0.load(Ordering::Relaxed);
         loop {
@@ -60,7 +59,7 @@ impl FreeList {
     }
 }
 
-/// The head that follows `head` when `link` becomes the newest.
+/// The head that follows `head` when `link` becomes the newest slot.
 fn changed(head: u64, link: Link) -> u64 {
     const ONE_MORE: u64 = 1 << Link::BITS;
     (head & !(ONE_MORE - 1)).wrapping_add(ONE_MORE) | u64::from(link)

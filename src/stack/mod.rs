@@ -1,7 +1,7 @@
 //! Stacks: guard pages, arenas of slots, the head of a slot, each thread's stock of free ones.
 //!
-//! From the top down: what happens when a coroutine has ended ([`release`]), the slots that a thread keeps ([`stock`]), what is
-//! in a slot ([`record`]), where slots are ([`arena`]), and which of their pages are accessible ([`pages`], [`guard`]).
+//! From the top down: the end of a coroutine ([`release`]), the slots that a thread keeps ([`stock`]), the head of a
+//! slot ([`record`]), where slots are ([`arena`]), and which of their pages are accessible ([`pages`], [`guard`]).
 
 pub(crate) mod arena;
 pub(crate) mod carry;

@@ -1,4 +1,4 @@
-//! The head of a slot: the coroutine's record, its closure until it runs, and where its stack begins.
+//! The head of a slot: the coroutine's record, its closure until it runs, and the place where its stack begins.
 //!
 //! ```text
 //!   end   ┌────────────────────────────┐
@@ -17,7 +17,7 @@
 //!  start  └────────────────────────────┘
 //! ```
 //!
-//! When the stack moves, all of it moves, so every distance from the end stays what it was.
+//! A move takes all of it along, so every distance from the end stays the same.
 
 use core::arch::asm;
 use core::cell::Cell;
@@ -36,55 +36,55 @@ use crate::stats::{LastGrowth, Stats};
 use crate::switch::{Base, Running};
 use crate::trace::{self, Event, Name};
 
-/// Bytes of a closure that is kept in the head; a larger one is boxed.
+/// The largest closure, in bytes, that is kept in the head. Larger closures are boxed.
 pub(crate) const INLINE_CLOSURE: usize = 1024;
 
-/// Colours: how many different offsets, in cache lines, the bases of stacks have.
+/// Colours: the number of different offsets, in cache lines, that the bases of stacks have.
 const COLOURS: usize = 24;
 const LINE: usize = 64;
 
-/// What a coroutine is, apart from its stack. At the end of its slot.
+/// A coroutine, except its stack. The record lies at the end of its slot.
 #[repr(C, align(64))]
 pub(crate) struct Record {
-    /// While the slot is in a stock: the record of the next slot of the stock.
+    /// In a stock: the record of the stock's next slot.
     pub next_in_stock: *mut Record,
     /// Bytes below the slot's end that are accessible.
     pub open: usize,
-    /// While the slot is in a stock: for how many bytes it counts in the stock (src/stack/stock.rs). Of a slot that was just taken,
-    /// and is new to the thread: [`SCOUT`], if its coroutine is to be one.
+    /// In a stock: the number of bytes that the slot counts for (src/stack/stock.rs). In a slot
+    /// just taken that is new to the thread: [`SCOUT`], if its coroutine is to be a scout.
     pub counted: usize,
     /// Slots that the stack has left, newest first.
     pub old: Link,
     /// The slot's class.
     pub class: Class,
     pub settings: Settings,
-    /// Tells its site how much of its stack it uses (src/site.rs).
+    /// It is a scout: it tells its site how much of its stack it uses (src/site.rs).
     pub scout: bool,
-    /// Where it was made; `None` if what it needs is not to be learned.
+    /// Where it was made; `None` if nothing is to be learned from it.
     pub site: Option<&'static Site>,
-    /// The owner leaves something behind that is not just forgotten: `release` has more to do.
+    /// It has something that must be dropped or undone: `release` has more to do.
     pub tidy: bool,
-    /// Whether and when the stack becomes smaller.
+    /// Whether and when the stack shrinks.
     pub watch: Watch,
     pub shrinks: u32,
-    /// Why the stack grew in place at its latest growth that might have moved it.
+    /// Why the stack did not move, the latest time that it could have.
     pub not_moved: Option<NotMoved>,
-    /// How many pins hold the stack, once there was one.
+    /// How many pins hold the stack, once it has been pinned.
     pub pins: Option<Rc<Cell<usize>>>,
     /// Distance from the base to the end.
     pub base_offset: u16,
-    /// Drops a closure that never ran, given the address of its place in the head.
+    /// Drops a closure that never ran, at this address in the head.
     pub drop_closure: unsafe fn(*mut u8),
     pub name: Option<Arc<str>>,
     pub growths: u64,
     pub bytes_copied: u64,
     pub words_rewritten: u64,
     pub highest: usize,
-    /// Meaningful if `growths` is not 0.
+    /// Valid if `growths` is not 0.
     pub last: LastGrowth,
 }
 
-/// No number of bytes.
+/// This is not a number of bytes.
 pub(crate) const SCOUT: usize = usize::MAX;
 
 const RECORD: usize = size_of::<Record>();
@@ -108,37 +108,38 @@ impl Record {
         record as usize + RECORD
     }
 
-    /// Bytes from `here`, an address in the running coroutine's own stack, to the end of its slot. Of two addresses inside, which
-    /// move together should it overflow meanwhile; the end, one past them, does not.
+    /// Bytes from `here`, an address in the running coroutine's own stack, to the end of its slot. Both operands lie
+    /// inside the stack, so they move together if it overflows meanwhile. The end lies outside and would not move.
     ///
-    /// By one instruction: a compiler may take the difference in two, with something between them that is no address and does
-    /// not move. No growth point is there, but torture moves stacks elsewhere, too.
+    /// The difference is taken by one instruction: a compiler may use two, with a value between them that is no
+    /// address and does not move. There is no growth point there, but torture moves stacks at other places, too.
     #[inline]
     pub(crate) fn bytes_above(record: *const Self, here: usize) -> usize {
         let mut between = record as usize;
-        // SAFETY: subtracts.
+        // SAFETY: the instruction only subtracts.
         unsafe { asm!("sub {}, {}", inout(reg) between, in(reg) here, options(pure, nomem, nostack)) };
         between.wrapping_add(RECORD)
     }
 
-    /// True if `here` is an address in the record's own slot. A coroutine's stack pointer need not be: its code may have gone over
-    /// to another stack, and suspended there.
+    /// True if `here` is an address in the record's own slot. A coroutine's stack pointer
+    /// may be outside: its code may have switched to another stack and suspended there.
     ///
     /// # Safety
     /// `record` is a coroutine's, and accessible.
     pub(crate) unsafe fn holds(record: *const Self, here: usize) -> bool {
-        // SAFETY: the record is that of a coroutine that has not ended, so it is accessible. Of two addresses that move together, as in `bytes_above`.
+        // SAFETY: the record is that of a coroutine that has not ended, so it
+        // is accessible. Both addresses move together, as in `bytes_above`.
         Self::bytes_above(record, here) <= unsafe { (*record).class.stride() }
     }
 
-    /// The closure's place, for a closure of at most [`INLINE_CLOSURE`] bytes aligned to 16.
+    /// The place of a closure of at most [`INLINE_CLOSURE`] bytes, aligned to 16.
     #[inline]
     pub(crate) fn closure(record: *mut Self, bytes: usize) -> *mut u8 {
         (record as usize - bytes.next_multiple_of(16)) as *mut u8
     }
 
-    /// Where the base of the stack goes, above which `closure` bytes are taken. At the end of a line: the words of a first
-    /// frame that every switch touches are in this line and the next one.
+    /// The place of the stack's base, below `closure` bytes. It is at the end of a line:
+    /// so this line and the next one have all words of a first frame that switches touch.
     #[inline]
     pub(crate) fn base(record: *mut Self, closure: usize) -> *mut Base {
         let top = record as usize - closure.next_multiple_of(LINE) - BASE;
@@ -146,13 +147,13 @@ impl Record {
         (top - colour(Self::end(record), room.min(COLOURS)) * LINE) as *mut Base
     }
 
-    /// Writes what a record says of a coroutine to which nothing has happened yet.
+    /// Writes the record of a coroutine to which nothing has happened yet.
     ///
     /// # Safety
-    /// The slot of `record` is accessible and the caller's. What was there needs no drop: `release` takes that out.
+    /// The caller owns the slot of `record`, which is accessible. The old contents need no drop: `release` has dropped them.
     #[inline(always)]
     pub(crate) unsafe fn clear(record: *mut Self) {
-        // SAFETY: the slot is accessible and the caller's, and what was there needs no drop.
+        // SAFETY: the slot is accessible and the caller's, and its old contents need no drop.
         unsafe {
             (*record).old = 0;
             (*record).shrinks = 0;
@@ -168,12 +169,12 @@ impl Record {
         }
     }
 
-    /// The size of a stack that moves; the maximum of one that stays.
+    /// The size of a stack that moves; the maximum of a stack that stays.
     pub(crate) fn size(&self) -> usize {
         size_of_open(self.open)
     }
 
-    /// Bytes of the slot that are used: what is accessible of a stack that moves, what has been touched of one that stays.
+    /// Bytes of the slot that are used: the accessible ones of a stack that moves, the touched ones of a stack that stays.
     pub(crate) fn bytes(&self) -> usize {
         match self.settings.growth {
             Growth::Relocate => self.open,
@@ -192,7 +193,7 @@ impl Record {
         Slot::containing(record as usize)
     }
 
-    /// What has been counted of it; `size` and `highest` only as far as they are known without asking the kernel.
+    /// Its counters; `size` and `highest` only as far as known without asking the kernel.
     pub(crate) fn counters(&self) -> Stats {
         Stats {
             growths: self.growths,
@@ -215,7 +216,7 @@ impl Record {
 }
 
 impl Record {
-    /// Counts a time that the stack did not move, and notes why.
+    /// Counts that the stack did not move, and notes why.
     pub(crate) fn note(&mut self, why: NotMoved) {
         not_moved::count(why.reason);
         self.not_moved = Some(why);
@@ -238,26 +239,26 @@ impl Base {
 }
 
 impl Running {
-    /// Its record, which is accessible. It lies in the window of the stack: when the stack moves, so does this pointer.
+    /// Its record, which is accessible. The record moves with the stack, and this pointer is rewritten.
     #[inline(always)]
     pub(crate) fn record(self) -> *mut Record {
         // SAFETY: the base of a running coroutine is accessible.
         unsafe { (*self.base()).record() }
     }
 
-    /// Lets `look` see its record, and write it. Not within itself.
+    /// Lets `look` read and write its record. Must not be nested.
     #[inline]
     pub(crate) fn with_record<R>(self, look: impl FnOnce(&mut Record) -> R) -> R {
-        // SAFETY: the record of a running coroutine is accessible. Only its thread uses it: this one, which does nothing else
-        // with it meanwhile. Should this stack move, on which `look` may run, the reference moves with it.
+        // SAFETY: the record of a running coroutine is accessible. Only this thread uses it, and for
+        // nothing else meanwhile. If this stack moves while `look` runs on it, the reference moves with it.
         look(unsafe { &mut *self.record() })
     }
 }
 
-/// A colour below `colours`, the same for all slots in a MiB, and from MiB to MiB in no regular pattern.
+/// A colour below `colours`, the same for all slots in a MiB, and irregular from one MiB to the next.
 ///
-/// A few neighbours have the same, 16 at most: processors fetch ahead for who resumes them in turn, at equal distances. Not more, lest
-/// a hundred coroutines meet in a few sets of the first cache.
+/// Up to 16 neighbours share a colour: when they are resumed in turn, processors prefetch at
+/// equal distances. More would make a hundred coroutines share few sets of the first cache.
 #[inline]
 fn colour(end: usize, colours: usize) -> usize {
     let mixed = (end >> 20).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;

@@ -1,4 +1,4 @@
-//! What a record keeps of whether its stack has more memory than it needs: src/grow/shrink.rs.
+//! The part of a record that tells whether its stack has more memory than it needs: src/grow/shrink.rs.
 #![forbid(unsafe_code)]
 
 use crate::settings::Shrink;
@@ -6,14 +6,14 @@ use crate::settings::Shrink;
 /// How many resumes a mark must outlast, with [`Shrink::Default`].
 const PATIENCE: u16 = 32;
 
-/// What a record keeps for this.
+/// The state of the watch.
 #[derive(Clone, Copy)]
 pub(crate) struct Watch {
     /// The mark is in place.
     pub marked: bool,
-    /// Of a stack that stays: a mark was overwritten, and nothing has been given back since.
+    /// For a stack that stays: a mark was overwritten, and nothing has been given back since.
     pub spike: bool,
-    /// Resumes that the mark has outlasted.
+    /// How many resumes the mark has survived.
     pub quiet: u16,
     pub patience: u16,
 }
@@ -28,7 +28,7 @@ impl Watch {
         }
     }
 
-    /// The stack has grown: whatever was marked is elsewhere.
+    /// The stack has grown, so its mark is invalid.
     pub(crate) fn start_over(&mut self, policy: Shrink, shrunk_before: bool) {
         self.marked = false;
         self.quiet = 0;
