@@ -183,7 +183,7 @@ impl core::error::Error for Error {
 ///
 /// ```
 /// use regrow::map::{self, Source, Verdict, llvm};
-/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// # let section = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"));
 /// // SAFETY: LLVM wrote the section for the code at the addresses in it.
 /// let recorded = unsafe { llvm::register(section, Verdict::Ambiguous)? };
 /// for statepoint in &recorded.unusable {
@@ -328,7 +328,7 @@ pub fn tables(section: &[u8]) -> Tables<'_> {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// # let section = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"));
 /// # let mut section = section.to_vec();
 /// // A table, and then something that is none.
 /// section.extend([9; 16]);
@@ -371,7 +371,7 @@ impl<'a> Iterator for Tables<'a> {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// # let section = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"));
 /// for table in llvm::tables(section) {
 ///     let table = table?;
 ///     assert_eq!(table.functions().len(), 3);
@@ -391,7 +391,7 @@ pub struct Table<'a> {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let recorded: u64 = table.functions().map(|function| function.records).sum();
 /// assert_eq!(recorded, table.records().count() as u64);
 /// assert_eq!(table.sites().count(), table.records().count());
@@ -424,7 +424,7 @@ impl<'a> Table<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let sizes: Vec<Option<u64>> = table.functions().map(|function| function.stack_size).collect();
     /// assert_eq!(sizes, [Some(56), None, None]);
     /// # Ok::<_, llvm::Error>(())
@@ -441,7 +441,7 @@ impl<'a> Table<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// assert!(table.constants().eq([0x0123_4567_89ab_cdef]));
     /// # Ok::<_, llvm::Error>(())
     /// ```
@@ -453,7 +453,7 @@ impl<'a> Table<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// assert!(table.records().map(|record| record.id()).eq([7001, 7002, 7003]));
     /// # Ok::<_, llvm::Error>(())
     /// ```
@@ -465,7 +465,7 @@ impl<'a> Table<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// for (function, record) in table.sites() {
     ///     println!("{:#x}: record {}", function.address + u64::from(record.offset()), record.id());
     /// }
@@ -485,7 +485,7 @@ impl<'a> Table<'a> {
     ///
     /// ```
     /// use regrow::map::{self, Verdict, llvm};
-    /// # let section: &[u8] = include_bytes!("../../tests/llvm/statepoint.bin");
+    /// # let section: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"));
     /// let mut maps = Vec::new();
     /// for table in llvm::tables(section) {
     ///     for map in table?.frame_maps(Verdict::Ambiguous, |id| id >= 7000) {
@@ -517,7 +517,7 @@ impl<'a> Table<'a> {
 ///
 /// ```
 /// use regrow::map::llvm::{self, Function};
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let function: Function = table.functions().next().unwrap();
 /// assert_eq!(function, Function { address: 0x40_0000, stack_size: Some(56), records: 1 });
 /// # Ok::<_, llvm::Error>(())
@@ -536,7 +536,7 @@ pub struct Function {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let mut records = table.records();
 /// assert!(records.any(|record| record.id() == 7002));
 /// assert_eq!(records.count(), 1); // after that one
@@ -561,7 +561,7 @@ impl<'a> Iterator for Records<'a> {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let record = table.records().next().unwrap();
 /// assert_eq!((record.id(), record.offset()), (7001, 45));
 /// assert_eq!(record.locations().len(), 17);
@@ -581,7 +581,7 @@ pub struct Record<'a> {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/patchpoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/patchpoint.bin"))).next().unwrap()?;
 /// // A stackmap, a patchpoint, and a stackmap whose values look like the beginning of a statepoint.
 /// let taken_for_a_statepoint = table.records().map(|record| record.statepoint().is_some());
 /// assert!(taken_for_a_statepoint.eq([false, false, true]));
@@ -616,7 +616,7 @@ impl<'a> Record<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// // A front end that gives its statepoints the ids from 7000 on.
     /// assert!(table.records().all(|record| record.id() >= 7000));
     /// # Ok::<_, llvm::Error>(())
@@ -629,7 +629,7 @@ impl<'a> Record<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let (function, record) = table.sites().next().unwrap();
     /// let return_address = function.address + u64::from(record.offset());
     /// assert_eq!(return_address, 0x40_002d);
@@ -643,7 +643,7 @@ impl<'a> Record<'a> {
     ///
     /// ```
     /// use regrow::map::llvm::{self, Kind};
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let record = table.records().next().unwrap();
     /// let in_memory = record.locations().filter(|location| location.kind == Kind::Indirect);
     /// assert_eq!(in_memory.count(), 8);
@@ -657,7 +657,7 @@ impl<'a> Record<'a> {
     ///
     /// ```
     /// use regrow::map::{Register, llvm};
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/patchpoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/patchpoint.bin"))).next().unwrap()?;
     /// let patchpoint = table.records().find(|record| record.id() == 12).unwrap();
     /// let registers = patchpoint.live_outs().map(|live_out| Register::from_dwarf(live_out.register));
     /// assert!(registers.eq([Some(Register::RAX), Some(Register::RSP)]));
@@ -683,7 +683,7 @@ impl<'a> Record<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
     /// assert_eq!(statepoint.deopts().len(), 5);
     /// assert_eq!(statepoint.pairs().count(), 4);
@@ -715,7 +715,7 @@ impl<'a> Record<'a> {
 ///
 /// ```
 /// use regrow::map::llvm::{self, Kind};
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let record = table.records().next().unwrap();
 /// let of_kind = |kind| record.locations().filter(|location| location.kind == kind).count();
 /// assert_eq!(of_kind(Kind::Indirect), 8); // pointers, and values in memory
@@ -757,7 +757,7 @@ impl Kind {
 /// ```
 /// use regrow::map::llvm::{self, Kind, Location};
 /// use regrow::map::Register;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// // The word at rsp + 48; 7 is DWARF's number of rsp.
 /// let word = Location { kind: Kind::Indirect, size: 8, register: 7, value: 48 };
 /// let record = table.records().next().unwrap();
@@ -782,7 +782,7 @@ pub struct Location {
 ///
 /// ```
 /// use regrow::map::llvm::{self, Kind};
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let mut locations = table.records().next().unwrap().locations();
 /// assert_eq!(locations.next().unwrap().kind, Kind::Constant); // the calling convention
 /// assert_eq!(locations.next_back().unwrap().kind, Kind::Direct); // the alloca
@@ -798,7 +798,7 @@ pub struct Locations<'a> {
 ///
 /// ```
 /// use regrow::map::llvm;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let counts = table.records().map(|record| record.locations().len());
 /// assert!(counts.eq([17, 5, 5]));
 /// # Ok::<_, llvm::Error>(())
@@ -842,7 +842,7 @@ impl ExactSizeIterator for Locations<'_> {}
 ///
 /// ```
 /// use regrow::map::llvm::{self, LiveOut};
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/patchpoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/patchpoint.bin"))).next().unwrap()?;
 /// let patchpoint = table.records().find(|record| record.id() == 12).unwrap();
 /// // All of rax and all of rsp.
 /// let live = [LiveOut { register: 0, size: 8 }, LiveOut { register: 7, size: 8 }];
@@ -861,7 +861,7 @@ pub struct LiveOut {
 ///
 /// ```
 /// use regrow::map::llvm::{self, Kind, Location};
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// // How many words hold pointers, across each call?
 /// for record in table.records() {
 ///     let Some(statepoint) = record.statepoint() else { continue };
@@ -889,7 +889,7 @@ pub struct Statepoint<'a> {
 
 /// ```
 /// use regrow::map::llvm;
-/// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+/// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
 /// let record = table.records().next().unwrap();
 /// let statepoint = record.statepoint().unwrap();
 /// // With the three constants in front, that is all of the record.
@@ -902,7 +902,7 @@ impl<'a> Statepoint<'a> {
     ///
     /// ```
     /// use regrow::map::llvm::{self, Kind};
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
     /// let kinds = statepoint.deopts().map(|location| location.kind);
     /// assert!(kinds.eq([Kind::Constant, Kind::Indirect, Kind::Indirect, Kind::Direct, Kind::ConstantIndex]));
@@ -916,7 +916,7 @@ impl<'a> Statepoint<'a> {
     ///
     /// ```
     /// use regrow::map::llvm;
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
     /// let (base, derived) = statepoint.pairs().find(|(base, derived)| base != derived).unwrap();
     /// assert_eq!((base.value, derived.value), (24, 40)); // at rsp + 24 and rsp + 40
@@ -931,7 +931,7 @@ impl<'a> Statepoint<'a> {
     ///
     /// ```
     /// use regrow::map::llvm::{self, Kind};
-    /// # let table = llvm::tables(include_bytes!("../../tests/llvm/statepoint.bin")).next().unwrap()?;
+    /// # let table = llvm::tables(include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"))).next().unwrap()?;
     /// let statepoint = table.records().next().and_then(|record| record.statepoint()).unwrap();
     /// let alloca = statepoint.allocas().next().unwrap();
     /// assert_eq!((alloca.kind, alloca.value), (Kind::Direct, 8)); // its address is rsp + 8
@@ -1007,7 +1007,7 @@ impl Words {
 /// ```
 /// use regrow::map::Verdict;
 /// use regrow::map::llvm::{self, Reason, Unusable};
-/// # let mut section = include_bytes!("../../tests/llvm/statepoint-registers.bin").to_vec();
+/// # let mut section = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint-registers.bin")).to_vec();
 /// # section[236] = 0; // of rbx
 /// // A statepoint with a pointer in rax, which the callee may overwrite.
 /// // SAFETY: the section is that of code which is nowhere loaded, so no frame is at these addresses.
@@ -1030,7 +1030,7 @@ pub struct Unusable {
 /// ```
 /// use regrow::map::Verdict;
 /// use regrow::map::llvm::{self, Reason};
-/// # let section = include_bytes!("../../tests/llvm/statepoint.bin");
+/// # let section = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llvm/statepoint.bin"));
 /// # let mut section = section.to_vec();
 /// # section[240] = 28; // of 24
 /// // A statepoint with a pointer at rsp + 28.
