@@ -555,15 +555,14 @@ impl<In, Out, Ret> Coroutine<In, Out, Ret> {
     }
 
     fn record(&self) -> Option<&Record> {
-        let record = match self.state() {
+        let base = match self.state() {
             State::Ended | State::FrozenHere | State::FrozenElsewhere(_) => return None,
-            State::Running(running) => running.record(),
-            // SAFETY: it is suspended, so its base is where the handle says.
-            State::Suspended(_) | State::Elsewhere(_) => unsafe { (*self.handle.base).record() },
+            State::Running(running) => running.base(),
+            State::Suspended(_) | State::Elsewhere(_) => self.handle.base,
         };
-        // SAFETY: the record is accessible, since the coroutine has not ended and is not frozen. Only
-        // this thread writes it: while the coroutine runs, and through its handle, which is borrowed.
-        Some(unsafe { &*record })
+        // SAFETY: base and record are accessible, since the coroutine has not ended and is not frozen. Only
+        // this thread writes the record: while the coroutine runs, and through its handle, which is borrowed.
+        Some(unsafe { &*(*base).record() })
     }
 
     /// Unwinds the frames of a suspended coroutine.

@@ -33,8 +33,8 @@ pub(crate) const WORD: usize = size_of::<usize>();
 pub(crate) struct Frozen {
     /// The bytes of the record, if the fields below do not suffice. They are moved out, not dropped.
     record: Option<Box<MaybeUninit<Record>>>,
-    /// In place only; together with `entry`: the list that learns when the stack is touched.
-    chain: Chain,
+    /// In place only. While the stack is frozen: the list that its block goes to when it is touched. On the list: the next block.
+    chain: *mut (),
     site: Option<&'static Site>,
     /// How many words follow: from those that the suspend saved up to the first word of the base.
     words: u32,
@@ -48,15 +48,6 @@ pub(crate) struct Frozen {
 }
 
 const _: () = assert!(size_of::<Frozen>() == 48);
-
-/// The link of a block to others.
-#[derive(Clone, Copy)]
-union Chain {
-    /// While the stack is frozen: the list that its block goes to when it is touched.
-    told: *const (),
-    /// While the block is on the list: the next block.
-    next: *mut Frozen,
-}
 
 impl Frozen {
     fn layout(words: usize) -> Option<Layout> {
@@ -87,17 +78,13 @@ impl Frozen {
     ///
     /// `list` is the address of a list (src/freeze/touched.rs), `entry` the stack's number there.
     pub(crate) fn tell(&mut self, list: *const (), entry: u32) {
-        self.chain = Chain { told: list };
+        self.chain = list.cast_mut();
         self.entry = entry;
     }
 
-    /// The list that [`tell`](Self::tell) named.
-    ///
-    /// # Safety
-    /// The block is that of a stack that is frozen in place, and is not on a list.
-    pub(crate) unsafe fn told(&self) -> *const () {
-        // SAFETY: the caller guarantees that the stack is frozen and not on a list, so `tell` wrote the chain last.
-        unsafe { self.chain.told }
+    /// The list that [`tell`](Self::tell) named, as long as the block is not on it.
+    pub(crate) fn told(&self) -> *const () {
+        self.chain
     }
 
     /// The stack's number for the owner of its list.
@@ -107,16 +94,12 @@ impl Frozen {
 
     /// Links the block to the next one on a list.
     pub(crate) fn link_to(&mut self, next: *mut Self) {
-        self.chain = Chain { next };
+        self.chain = next.cast();
     }
 
-    /// The next block on the list.
-    ///
-    /// The block is on a list, or was taken off together with all others.
-    /// The block is on a list, or taken off with the whole of it.
-    pub(crate) unsafe fn next(&self) -> *mut Self {
-        // SAFETY: the caller guarantees that the block was put on a list, so `link_to` wrote the chain last.
-        unsafe { self.chain.next }
+    /// The next block on the list, if the block is on one, or was taken off together with all others.
+    pub(crate) fn next(&self) -> *mut Self {
+        self.chain.cast()
     }
 
     /// The record, if the whole of it is kept.
@@ -158,11 +141,9 @@ impl Frozen {
         }
     }
 
-    /// # Safety
-    /// `block` was made by [`freeze`].
-    pub(crate) unsafe fn words_of(block: NonNull<Self>) -> *mut usize {
-        // SAFETY: the words follow the head.
-        unsafe { block.as_ptr().add(1).cast() }
+    /// Where the words of a block are: behind its head.
+    pub(crate) fn words_of(block: NonNull<Self>) -> *mut usize {
+        block.as_ptr().wrapping_add(1).cast()
     }
 }
 
@@ -211,7 +192,7 @@ impl Frozen {
         let kept = || unsafe { Box::new(ptr::from_ref(record).cast::<MaybeUninit<Record>>().read()) };
         Self {
             record: more.then(kept),
-            chain: Chain { next: ptr::null_mut() },
+            chain: ptr::null_mut(),
             site: record.site,
             words: words as u32,
             entry: 0,

@@ -91,7 +91,7 @@ pub(super) unsafe fn thaw(
     prepare: Prepare,
 ) -> Result<(), Error> {
     // SAFETY: the block belongs to the coroutine alone.
-    let (frozen, words) = unsafe { (block.as_ref(), Frozen::words_of(block)) };
+    let frozen = unsafe { block.as_ref() };
     let (settings, count, used) = (frozen.settings(), frozen.words(), frozen.used());
     let size = shrink::fitting(used + used / 2, settings.first_size()).min(settings.maximum());
     let record = stock::take_again(Class::moving(size), open_bytes(size), prepare)?;
@@ -101,7 +101,7 @@ pub(super) unsafe fn thaw(
     let lowest = base + WORD - count * WORD;
     // SAFETY: the slot was taken for so many bytes, and is empty. The old contents of its record need no drop.
     unsafe {
-        ptr::copy_nonoverlapping(words, lowest as *mut usize, count);
+        ptr::copy_nonoverlapping(Frozen::words_of(block), lowest as *mut usize, count);
         let window = Window::new(NOWHERE - (end - lowest)..NOWHERE, end);
         window.rewrite(slice::from_raw_parts_mut(lowest as *mut usize, count));
 

@@ -80,8 +80,7 @@ impl Touched {
         core::iter::from_fn(move || {
             // SAFETY: a block on the list does not change until it is taken.
             let block = unsafe { next.as_ref()? };
-            // SAFETY: a block on a list links to the next one.
-            next = unsafe { block.next() };
+            next = block.next();
             Some(block.entry())
         })
     }

@@ -72,11 +72,8 @@ pub(crate) fn rewrite(
         if frame.kind() == Kind::Base {
             break;
         }
-        if pin::is_pinned_code(frame.code()) {
-            return Err(NotMoved::at(Reason::PinnedCode, frame.pc()));
-        }
-        if policy == Maps::Precise && !frame.is_precise() {
-            return Err(NotMoved::at(Reason::Imprecise, frame.pc()));
+        if let Some(reason) = objection(frame, policy) {
+            return Err(NotMoved::at(reason, frame.pc()));
         }
         let range = frame.range();
         // The innermost frame may begin in the guard, where nothing was written yet.
@@ -97,8 +94,24 @@ pub(crate) fn rewrite(
     if let Some(from) = ambiguous {
         stack.by_value(from, below, &mut words);
     }
-    match walk.end() {
-        Some(End::Base) => Ok(words),
+    reached_base(walk.end(), start).map(|()| words)
+}
+
+/// Why a stack with this frame must stay, if the frame alone decides it.
+fn objection(frame: &Frame<'_>, policy: Maps) -> Option<Reason> {
+    if pin::is_pinned_code(frame.code()) {
+        Some(Reason::PinnedCode)
+    } else if policy == Maps::Precise && !frame.is_precise() {
+        Some(Reason::Imprecise)
+    } else {
+        None
+    }
+}
+
+/// An error unless the walk from `start` has ended at the base of the stack.
+fn reached_base(end: Option<End>, start: &Registers) -> Result<(), NotMoved> {
+    match end {
+        Some(End::Base) => Ok(()),
         Some(End::Stuck { pc, why: Stuck::NoMap | Stuck::NoRules | Stuck::Rules(_) }) => {
             Err(NotMoved::at(Reason::NoMap, pc))
         }

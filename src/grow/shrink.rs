@@ -99,20 +99,13 @@ fn tell_site(record: &Record) {
 /// True if the mark has been in place for long enough. Lays the mark if it is missing.
 fn is_quiet(suspended: &mut Suspended<'_>) -> bool {
     let mark = (suspended.base() as usize - suspended.record().size() / 4) & !(MARK_BYTES - 1);
-    if mark + MARK_BYTES > suspended.lowest() {
-        let watch = &mut suspended.record_mut().watch;
-        watch.marked = false; // more than a quarter is in use now
-        watch.quiet = 0;
-        return false;
-    }
-    // SAFETY: below what a suspended coroutine uses of its stack, and accessible: a quarter of the size below the base.
-    let intact = unsafe { lay_mark(mark) };
+    let intact = lay_mark(suspended, mark);
     let watch = &mut suspended.record_mut().watch;
-    if intact && watch.marked {
+    if intact == Some(true) && watch.marked {
         watch.quiet += 1;
         return watch.quiet >= watch.patience;
     }
-    watch.marked = true;
+    watch.marked = intact.is_some(); // if not, more than a quarter is in use now
     watch.quiet = 0;
     false
 }
@@ -121,11 +114,7 @@ fn is_quiet(suspended: &mut Suspended<'_>) -> bool {
 fn is_quiet_in_place(suspended: &mut Suspended<'_>) -> bool {
     // If the mark does not fit into this page, the next one below is used.
     let mark = (suspended.lowest() - MARK_BYTES) / PAGE * PAGE;
-    if mark < suspended.end() - suspended.record().open {
-        return false; // this is the lowest page
-    }
-    // SAFETY: below what a suspended coroutine uses of its stack, and in its window, all of which is accessible.
-    let intact = unsafe { lay_mark(mark) };
+    let Some(intact) = lay_mark(suspended, mark) else { return false }; // this is the lowest page
     let record = suspended.record_mut();
     let watch = &mut record.watch;
     if intact && watch.marked {
@@ -144,19 +133,20 @@ fn is_quiet_in_place(suspended: &mut Suspended<'_>) -> bool {
     false
 }
 
-/// True if the mark is at this address. Lays it there.
-///
-/// # Safety
-/// The address, a multiple of the mark's size, is accessible, and nothing there is needed.
-unsafe fn lay_mark(at: usize) -> bool {
+/// Lays the mark at an address, a multiple of its size; true if it was there. `None` if that is not in the unused part of the stack.
+fn lay_mark(suspended: &Suspended<'_>, at: usize) -> Option<bool> {
+    let unused = suspended.end() - suspended.record().open..suspended.lowest();
+    if at < unused.start || at + MARK_BYTES > unused.end {
+        return None;
+    }
     let place = at as *mut [u64; 8];
-    // SAFETY: the place is aligned, accessible, and may be written over.
+    // SAFETY: the place is aligned and accessible, and nothing below what a suspended coroutine uses is needed.
     unsafe {
         let intact = place.read() == MARK;
         if !intact {
             place.write(MARK);
         }
-        intact
+        Some(intact)
     }
 }
 

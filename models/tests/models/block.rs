@@ -31,7 +31,7 @@ impl Frozen {
         self.link_to(ptr::null_mut());
     }
 
-    pub(crate) unsafe fn told(&self) -> *const () {
+    pub(crate) fn told(&self) -> *const () {
         self.told.cast()
     }
 
@@ -47,7 +47,7 @@ impl Frozen {
         self.next.with_mut(|link| unsafe { *link = next });
     }
 
-    pub(crate) unsafe fn next(&self) -> *mut Self {
+    pub(crate) fn next(&self) -> *mut Self {
         if std::thread::panicking() {
             return ptr::null_mut(); // the model has failed: that is enough
         }
