@@ -46,33 +46,31 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
     let Some(running) = switch::running() else { return Ok(()) };
     let above = Record::bytes_above(running.record(), here);
     let need = above.saturating_add(bytes).saturating_add(RED_ZONE);
-    let (open, size, settings, on_own_stack, slack) = running.with_record(|record| {
-        let on_own_stack = above <= record.class.stride();
-        (record.open, record.size(), record.settings, on_own_stack, growth::slack_first(record, need))
-    });
-    if need <= open || !on_own_stack {
+    let before = running.room();
+    let on_own_stack = above <= before.class.stride();
+    if need <= before.open || !on_own_stack {
         return Ok(());
     }
-    let maximum = settings.maximum();
+    let maximum = before.settings.maximum();
     let room = Error::Room { bytes, maximum };
-    if settings.growth == Growth::InPlace {
+    if before.settings.growth == Growth::InPlace {
         return Err(room);
     }
-    if let Some(open) = slack {
+    if let Some(open) = growth::slack_first(before, need) {
         // SAFETY: the bytes are within the window, and nothing below the open ones is in use.
         return unsafe { open_now(running, open) };
     }
-    let Some(size) = size::grown(size, need, maximum) else { return Err(room) };
+    let Some(size) = size::grown(before.size(), need, maximum) else { return Err(room) };
     if let Some(stack) = thread::signal_stack_end() {
         // SAFETY: the signal stack is free as long as no signal is handled, and a signal that comes meanwhile
         // is handled further down on it. The function moves this stack as it moves a suspended coroutine's.
         unsafe { switch::hop(size, move_running, stack) };
     }
-    let (open, window) = running.with_record(|record| (record.open, record.class.window()));
+    let now = running.room();
     let slack = need.next_multiple_of(PAGE);
-    if need <= open {
+    if need <= now.open {
         Ok(())
-    } else if slack <= window && size::size_of_open(slack) <= maximum {
+    } else if slack <= now.class.window() && size::size_of_open(slack) <= maximum {
         // SAFETY: the slot has this much slack, as just checked.
         unsafe { open_now(running, slack) }
     } else {
@@ -83,7 +81,7 @@ pub fn reserve(bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// `open` bytes are within the window of the running coroutine's slot, and nothing below them is needed.
 unsafe fn open_now(running: Running, open: usize) -> Result<(), Error> {
-    let begun = running.with_record(|record| Begun::now(record));
+    let begun = Begun::now(running);
     // SAFETY: the caller guarantees that the slot has so many bytes.
     let done = unsafe { growth::open(running, open)? };
     begun.finish(running, done);
@@ -95,7 +93,7 @@ unsafe fn open_now(running: Running, open: usize) -> Result<(), Error> {
 unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
     let Some(running) = switch::running() else { return rsp };
     let mut handle = Handle { sp: rsp, base: running.base() };
-    let (begun, pinned) = running.with_record(|record| (Begun::now(record), record.is_pinned()));
+    let (begun, pinned) = (Begun::now(running), running.with_record(|record| record.is_pinned()));
     let outcome = if pinned {
         Err(NotMoved::at(Reason::Pinned, reserve as *const () as usize).into())
     } else {
@@ -109,7 +107,12 @@ unsafe extern "C" fn move_running(size: usize, rsp: usize) -> usize {
             unsafe { running.set_base(handle.base) };
             begun.finish(running, moved.done());
         }
-        Err(refusal) => running.with_record(|record| record.note(refusal.why)),
+        Err(mut refusal) => {
+            if refusal.error.is_some() {
+                refusal.why.frame = reserve as *const () as usize; // no other frame was the reason
+            }
+            running.with_record(|record| record.note(refusal.why));
+        }
     }
     handle.sp
 }

@@ -102,5 +102,23 @@ impl fmt::Display for Event {
 #[cold]
 #[inline(never)]
 pub(crate) fn tell(who: &Name<'_>, event: &Event) {
-    let _ = writeln!(Stderr::new(), "regrow: {who:.NAME$} {event}");
+    line(who, event).write();
+}
+
+/// The line of an event, to be written when the writer may wait.
+#[cold]
+#[inline(never)]
+pub(crate) fn line(who: &Name<'_>, event: &Event) -> Line {
+    let mut line = Line(Stderr::new());
+    let _ = write!(line.0, "regrow: {who:.NAME$} {event}");
+    line
+}
+
+/// A line that is not written yet.
+pub(crate) struct Line(Stderr);
+
+impl Line {
+    pub(crate) fn write(mut self) {
+        let _ = self.0.write_str("\n");
+    }
 }

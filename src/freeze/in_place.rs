@@ -154,17 +154,25 @@ pub(crate) fn serve(slot: Slot, address: usize) -> bool {
     if !slot.meta().frozen.is_frozen_or_busy() || !was_open(slot, address) {
         return false;
     }
+    let mut line = None;
     let leave = |block: NonNull<Frozen>| {
         // SAFETY: the block is this thread's. Its list lives as long as the stack is frozen, and it is `BUSY` still: whoever
         // drops the list first waits until it is not. Nor is the name dropped, whether it is still the block's or in the slot.
         unsafe {
             if trace::is_on() {
-                trace::tell(&Name { name: block.as_ref().name(), end: slot.end() }, &Event::Touched);
+                line = Some(trace::line(
+                    &Name { name: block.as_ref().name(), end: slot.end() },
+                    &Event::Touched,
+                ));
             }
             Touched::leave(block);
         }
     };
     let outcome = forks::apart(|| thaw_slot(slot, leave));
+    // Not earlier: a full pipe may keep the writer waiting, and others wait for the slot.
+    if let Some(line) = line {
+        line.write();
+    }
     if let Err(error) = outcome {
         report::cannot_thaw(slot, &error);
     }

@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::settings::{Growth, Shrink};
 use crate::size;
-use crate::stack::record::Record;
+use crate::stack::record::{Record, Room};
 use crate::stack::stock;
 use crate::stats::{self, LastGrowth};
 use crate::switch::Running;
@@ -27,44 +27,46 @@ pub(crate) struct Done {
 }
 
 impl Begun {
-    /// Begins a growth of the stack of this record.
-    pub(crate) fn now(record: &Record) -> Self {
-        Self { from: record.size(), end: Record::end(record), at: now() }
+    /// Begins a growth of the running coroutine's stack.
+    pub(crate) fn now(running: Running) -> Self {
+        Self { from: running.room().size(), end: Record::end(running.record()), at: now() }
     }
 
     /// Ends the growth: counts it, in the record and for the process.
     pub(crate) fn finish(self, running: Running, done: Done) {
-        running.with_record(|record| self.count(record, done, running));
-    }
-
-    fn count(self, record: &mut Record, done: Done, running: Running) {
         let Done { growth, bytes, words } = done;
         let nanoseconds = now().wrapping_sub(self.at);
-        let last = LastGrowth { from: self.from, to: record.size(), bytes, words, nanoseconds };
-        record.tidy = true;
-        record.growths += 1;
-        record.bytes_copied += bytes as u64;
-        record.words_rewritten += words as u64;
-        record.highest = record.highest.max(last.to);
-        record.last = last;
-        record.watch.start_over(record.settings.shrink, record.shrinks != 0);
-        if record.settings.shrink != Shrink::Off {
+        let last = LastGrowth { from: self.from, to: running.room().size(), bytes, words, nanoseconds };
+        // The stack has just grown, so this does not run into its guard.
+        running.with_record(|record| count(record, &last));
+        if running.room().settings.shrink != Shrink::Off {
             running.watch();
         }
         stats::count(growth, &last);
         if trace::is_on() {
-            let before = Name { end: self.end, ..record.called() };
-            trace::tell(&before, &Event::Grown { growth, last, now: Record::end(record) });
+            let name = running.with_record(|record| record.name.clone());
+            let before = Name { end: self.end, name: name.as_deref() };
+            trace::tell(&before, &Event::Grown { growth, last, now: Record::end(running.record()) });
         }
     }
 }
 
+fn count(record: &mut Record, last: &LastGrowth) {
+    record.tidy = true;
+    record.growths += 1;
+    record.bytes_copied += last.bytes as u64;
+    record.words_rewritten += last.words as u64;
+    record.highest = record.highest.max(last.to);
+    record.last = *last;
+    record.watch.start_over(record.settings.shrink, record.shrinks != 0);
+}
+
 /// How many bytes to open of a stack that uses its slack before it moves. `None` if the slack is too small for `need`.
-pub(crate) fn slack_first(record: &Record, need: usize) -> Option<usize> {
-    let (size, maximum) = (record.size(), record.settings.maximum());
-    let in_window = |size| Some(size::open_bytes(size)).filter(|&open| open <= record.class.window());
+pub(crate) fn slack_first(room: Room, need: usize) -> Option<usize> {
+    let (size, maximum) = (room.size(), room.settings.maximum());
+    let in_window = |size| Some(size::open_bytes(size)).filter(|&open| open <= room.class.window());
     let sizes = [size::grown_in_slack(size, need, maximum), size::grown(size, need, maximum)];
-    sizes.into_iter().flatten().find_map(in_window).filter(|_| record.settings.slack_first)
+    sizes.into_iter().flatten().find_map(in_window).filter(|_| room.settings.slack_first)
 }
 
 /// Grows the running coroutine's stack without a move: makes `open` bytes of its slot accessible.

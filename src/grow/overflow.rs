@@ -16,7 +16,7 @@
 use super::growth::{self, Begun, Done};
 use super::relocate::{self, Fault};
 use crate::context::Context;
-use crate::not_moved::{NotMoved, Reason};
+use crate::not_moved::{NotMoved, Reason, Refusal};
 use crate::report::{self, Fatal};
 use crate::settings::Growth;
 use crate::size::{self, PAGE};
@@ -29,8 +29,8 @@ use crate::switch::RED_ZONE;
 /// `fault` is a fault of the running coroutine at the guard of its own stack, `context` the interrupted context.
 pub(crate) unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
     let running = fault.running;
-    let (growth, begun) = running.with_record(|record| (record.settings.growth, Begun::now(record)));
-    let outcome = match growth {
+    let begun = Begun::now(running);
+    let outcome = match running.room().settings.growth {
         // SAFETY: the caller guarantees that this fault is the running coroutine's, at the guard of its own stack.
         Growth::Relocate => unsafe { make_room(context, fault) },
         Growth::InPlace => Err(Fatal::Maximum),
@@ -47,16 +47,14 @@ pub(crate) unsafe fn grow(context: &mut Context<'_>, fault: &Fault) {
 /// As for [`grow`].
 unsafe fn make_room(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Fatal> {
     let need = fault.slot.end() - fault.lowest.min(context.rsp() - RED_ZONE);
-    let (slack, refusal, larger) = fault.running.with_record(|record| {
-        let larger = size::grown(record.size(), need, record.settings.maximum());
-        (growth::slack_first(record, need), may_move(record, fault).err(), larger)
-    });
-    if let Some(open) = slack {
+    let room = fault.running.room();
+    if let Some(open) = growth::slack_first(room, need) {
         return open_now(fault, open);
     }
-    let refusal = match refusal {
-        Some(reason) => NotMoved::at(reason, context.rip()).into(),
-        None => {
+    let mut refusal: Refusal = match fault.running.with_record(|record| may_move(record, fault)) {
+        Err(reason) => NotMoved::at(reason, context.rip()).into(),
+        Ok(()) => {
+            let larger = size::grown(room.size(), need, room.settings.maximum());
             // SAFETY: the fault is at a growth point, and the promise about pointers was made with `Growth::Relocate`.
             match unsafe { relocate::relocate(context, fault, larger.ok_or(Fatal::Maximum)?) } {
                 Ok(done) => return Ok(done),
@@ -64,6 +62,9 @@ unsafe fn make_room(context: &mut Context<'_>, fault: &Fault) -> Result<Done, Fa
             }
         }
     };
+    if refusal.error.is_some() {
+        refusal.why.frame = context.rip(); // no other frame was the reason
+    }
     // The stack has not moved.
     fault.running.with_record(|record| record.note(refusal.why));
     open_slack(fault).map_err(|fatal| refusal.error.map_or(fatal, Fatal::Kernel))
@@ -83,7 +84,7 @@ pub(crate) fn may_move(record: &Record, fault: &Fault) -> Result<(), Reason> {
 /// Opens the pages down to the fault, in the slot of a stack that may not move now.
 fn open_slack(fault: &Fault) -> Result<Done, Fatal> {
     let open = fault.slot.end() - fault.address / PAGE * PAGE;
-    if size::size_of_open(open) > fault.running.with_record(|record| record.settings.maximum()) {
+    if size::size_of_open(open) > fault.running.room().settings.maximum() {
         return Err(Fatal::Maximum);
     }
     if open > fault.slot.class().window() {

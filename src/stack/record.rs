@@ -246,12 +246,36 @@ impl Running {
         unsafe { (*self.base()).record() }
     }
 
+    /// The room that its stack has.
+    pub(crate) fn room(self) -> Room {
+        let record = self.record();
+        // SAFETY: the record of a running coroutine is accessible. It is read field by field: on the coroutine's own stack this may
+        // run into the guard, and the handler then writes the record.
+        unsafe { Room { open: (*record).open, class: (*record).class, settings: (*record).settings } }
+    }
+
     /// Lets `look` read and write its record. Must not be nested.
     #[inline]
     pub(crate) fn with_record<R>(self, look: impl FnOnce(&mut Record) -> R) -> R {
         // SAFETY: the record of a running coroutine is accessible. Only this thread uses it, and for
         // nothing else meanwhile. If this stack moves while `look` runs on it, the reference moves with it.
         look(unsafe { &mut *self.record() })
+    }
+}
+
+/// How much stack a coroutine has, and may have.
+#[derive(Clone, Copy)]
+pub(crate) struct Room {
+    /// As in the record.
+    pub open: usize,
+    pub class: Class,
+    pub settings: Settings,
+}
+
+impl Room {
+    /// The size of a stack that moves; the maximum of one that stays.
+    pub(crate) fn size(self) -> usize {
+        size_of_open(self.open)
     }
 }
 

@@ -57,7 +57,8 @@ fn functions(object: &LoadedObject<'_>) -> Option<Vec<Range<usize>>> {
     // The section's length is written nowhere that is mapped: it ends in a zero, in the segment it is in.
     let section = object
         .constants()
-        .find_map(|segment| segment.get((start as usize).checked_sub(segment.as_ptr() as usize)?..))?;
+        .filter_map(|segment| segment.get((start as usize).checked_sub(segment.as_ptr() as usize)?..))
+        .find(|section| !section.is_empty())?;
     let section = EhFrame::new(section, NativeEndian);
     let bases = bases.set_eh_frame(start);
 

@@ -7,6 +7,7 @@
 //! The rules are those of src/handler/mod.rs: nothing here allocates, locks, prints, or panics.
 
 use core::ffi::{c_int, c_void};
+use core::fmt::Write;
 use core::iter;
 use core::ptr;
 use core::sync::atomic::Ordering;
@@ -32,6 +33,7 @@ use crate::stack::arena::Slot;
 use crate::stack::free_list::Link;
 use crate::stack::record::Record;
 use crate::stack::release::give_back_old;
+use crate::stderr::Stderr;
 use crate::switch::{self, RED_ZONE, Running};
 use crate::words::keeping_errno;
 
@@ -109,6 +111,8 @@ pub(super) fn insert_breakpoints() -> Result<(), &'static str> {
         catches as *const () as usize,
         put_instruction_back as *const () as usize,
         breakpoints::put_back as *const () as usize,
+        <Stderr as Write>::write_str as *const () as usize,
+        <Stderr as Write>::write_char as *const () as usize,
     ])
 }
 
