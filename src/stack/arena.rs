@@ -8,9 +8,9 @@
 //!                       (a stack that stays: its window, accessible; src/stack/pages.rs)
 //! ```
 //!
-//! An address is resolved to its slot by arithmetic on a small table of arenas, without a lock.
-//! Free slots hang on one lock-free list a class; fresh ones are taken in batches. All of it may be
-//! called by the fault handler, also when it interrupted any of it: nothing waits for anyone.
+//! A small table of arenas and arithmetic resolve an address to its slot, without a lock. Each class has one lock-free
+//! list of free slots. Fresh slots are taken in batches. The fault handler may call all of this, even after interrupting
+//! it: no thread waits for another.
 
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
@@ -27,38 +27,38 @@ const INDEX_BITS: u32 = 22;
 const MAX_SLOTS: u32 = 1 << INDEX_BITS;
 const MAX_ARENAS: usize = 1000;
 
-/// What is known of a slot beside its memory, which may be inaccessible.
+/// The data of a slot that lies outside its memory, which may be inaccessible.
 #[repr(C)]
 pub(crate) struct Meta {
-    /// The next slot of the list this one is on: free slots of its class, or old slots of a coroutine.
+    /// The next slot on the same list: free slots of its class, or old slots of a coroutine.
     pub next: AtomicU32,
     /// For an old slot: the slot its stack moved to.
     pub moved_to: AtomicU32,
-    /// For a free slot: how many pages are accessible. For one with a frozen stack: how many were.
+    /// For a free slot: how many pages are accessible. For a slot with a frozen stack: how many were.
     pub open_pages: AtomicU32,
     /// [`USABLE`], [`GUARDED`] and [`OLD`].
     pub flags: AtomicU32,
-    /// For a slot whose stack is frozen in place: who has its block.
+    /// For a slot whose stack is frozen in place: the owner of its block.
     pub frozen: Custody,
 }
 
-/// The slot is not merely reserved address space.
+/// The slot can be made accessible; it is more than reserved address space.
 const USABLE: u32 = 1;
-/// What is not accessible of the slot are guard pages.
+/// The inaccessible part of the slot consists of guard pages.
 const GUARDED: u32 = 2;
-/// A stack moved away from here and its coroutine has not ended: touching it is touching a stale pointer.
+/// A stack moved away from here and its coroutine has not ended. An access here uses a stale pointer.
 pub(crate) const OLD: u32 = 4;
 
 struct Arena {
     start: AtomicUsize,
-    /// Written last: an arena with `end == 0` is not there yet.
+    /// Written last: while `end` is 0 the arena is not ready.
     end: AtomicUsize,
     meta: AtomicPtr<Meta>,
     slots: AtomicU32,
-    /// Slots from here on were never used.
+    /// The first slot that was never used.
     fresh: AtomicU32,
     class: AtomicU8,
-    /// It lies where there was room, not where addresses look like no common data.
+    /// The arena lies where there was room, so its addresses may look like common data.
     anywhere: AtomicBool,
 }
 
@@ -76,15 +76,15 @@ const NO_ARENA: Arena = Arena {
 static ARENAS: [Arena; MAX_ARENAS] = [NO_ARENA; MAX_ARENAS];
 /// How many entries of [`ARENAS`] were ever claimed.
 static CLAIMED: AtomicUsize = AtomicUsize::new(0);
-/// For each class the arena that still has fresh slots, plus one; 0 for none.
+/// For each class, the arena that still has fresh slots, plus one; 0 if there is no such arena.
 static NEWEST: [AtomicU32; CLASSES] = [const { AtomicU32::new(0) }; CLASSES];
 /// For each class its free slots.
 static FREE: [FreeList; CLASSES] = [const { FreeList::new() }; CLASSES];
 
-/// Where arenas of moving stacks are looked for, from there down: decided by the first one, 0 before, and below the last one then.
+/// Arenas of moving stacks are searched for from here down. 0 at first; the first arena sets it, and each one lowers it.
 static TOP: AtomicUsize = AtomicUsize::new(0);
 
-/// For each arena how many of its slots were ever used.
+/// For each arena, how many of its slots were ever used.
 pub(super) fn used() -> impl Iterator<Item = usize> {
     let claimed = CLAIMED.load(Ordering::Acquire).min(MAX_ARENAS);
     ARENAS.iter().take(claimed).map(|arena| match arena.end.load(Ordering::Acquire) {
@@ -93,7 +93,7 @@ pub(super) fn used() -> impl Iterator<Item = usize> {
     })
 }
 
-/// For each class the newest slot of its free list, or 0.
+/// For each class, the newest slot of its free list, or 0.
 pub(super) fn newest_free() -> impl Iterator<Item = Link> {
     FREE.iter().map(FreeList::newest)
 }
@@ -106,7 +106,7 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// The slot that holds `address`, guard included; `None` for an address outside all arenas.
+    /// The slot that holds `address`, guard included. `None` for an address outside all arenas.
     pub(crate) fn containing(address: usize) -> Option<Self> {
         let claimed = CLAIMED.load(Ordering::Acquire).min(MAX_ARENAS);
         for (number, arena) in ARENAS.iter().enumerate().take(claimed) {
@@ -120,12 +120,12 @@ impl Slot {
         None
     }
 
-    /// The slot with this number of the arena with that number.
+    /// The slot with number `index` of arena number `arena`.
     pub(super) fn of(arena: usize, index: usize) -> Self {
         Self { arena: arena as u32, index: index as u32 }
     }
 
-    /// The number of its arena, and its own number there.
+    /// The numbers of its arena and of the slot within it.
     pub(super) fn numbers(self) -> (usize, usize) {
         (self.arena as usize, self.index as usize)
     }
@@ -139,7 +139,7 @@ impl Slot {
         (self.arena << INDEX_BITS | self.index).wrapping_add(1)
     }
 
-    /// True if it holds `address`, guard included.
+    /// True if the slot holds `address`, guard included.
     pub(crate) fn holds(self, address: usize) -> bool {
         (self.start()..self.end()).contains(&address)
     }
@@ -152,13 +152,13 @@ impl Slot {
         self.arena().class()
     }
 
-    /// The lowest address: of its guard.
+    /// The lowest address, where the guard starts.
     pub(crate) fn start(self) -> usize {
         let arena = self.arena();
         arena.start.load(Ordering::Relaxed) + self.index as usize * arena.class().stride()
     }
 
-    /// One past the highest address: of its head.
+    /// One past the highest address, where the head ends.
     pub(crate) fn end(self) -> usize {
         self.start() + self.class().stride()
     }
@@ -168,7 +168,7 @@ impl Slot {
     }
 
     pub(crate) fn meta(self) -> &'static Meta {
-        // SAFETY: an arena's table has an entry for each of its slots and is never unmapped.
+        // SAFETY: an arena's table has an entry for each of its slots, and is never unmapped.
         unsafe { &*self.arena().meta.load(Ordering::Relaxed).add(self.index as usize) }
     }
 
@@ -176,7 +176,7 @@ impl Slot {
         self.meta().flags.load(Ordering::Acquire) & OLD != 0
     }
 
-    /// Follows a stack from one of its old slots to where it is now.
+    /// Follows a stack from one of its old slots to its present slot.
     pub(crate) fn current(self) -> Self {
         let mut slot = self;
         while slot.is_old() {
@@ -188,8 +188,8 @@ impl Slot {
         slot
     }
 
-    /// Takes a slot of `class` off the free list or an arena, and sees that `open` bytes of it are
-    /// accessible. Returns it with the bytes that are.
+    /// Takes a slot of `class` from the free list or an arena and makes at least `open` bytes of it accessible. Returns
+    /// the slot and its number of accessible bytes.
     pub(crate) fn take(class: Class, open: usize) -> Result<(Self, usize), Error> {
         let _undisturbed = hooks::undisturbed();
         let slot = match Self::pop(class) {
@@ -205,10 +205,10 @@ impl Slot {
         }
     }
 
-    /// Puts a slot nobody uses on the free list; `open` bytes of it are accessible.
+    /// Puts an unused slot with `open` accessible bytes on the free list.
     pub(crate) fn give(self, open: usize) {
         let _undisturbed = hooks::undisturbed();
-        // SAFETY: nobody uses the slot, so what is in its accessible pages is not needed.
+        // SAFETY: the slot is unused, so the contents of its accessible pages are not needed.
         let open = if unsafe { guard::take_back(self.end() - open, open) } { 0 } else { open };
         self.meta().open_pages.store((open / PAGE) as u32, Ordering::Relaxed);
         self.push();
@@ -221,7 +221,7 @@ impl Slot {
         if now >= open && flags & GUARDED != 0 {
             return Ok(now);
         }
-        // SAFETY: the slot was just taken off the list or out of the arena: it is ours, and no stack is in it.
+        // SAFETY: the slot was just taken from the list or the arena, so it is ours and holds no stack.
         unsafe {
             if flags & USABLE == 0 {
                 guard::make_usable(self.start(), self.class().stride())?;
@@ -237,12 +237,12 @@ impl Slot {
         Ok(open)
     }
 
-    /// Guards all that is not to be accessible.
+    /// Guards everything but the uppermost `open` bytes.
     ///
     /// # Safety
     /// The slot is usable, was never used, and is the caller's.
     unsafe fn make_guarded(self, open: usize) -> Result<(), Error> {
-        // SAFETY: the slot is usable and was never used, so no stack is in it; and no other thread has it.
+        // SAFETY: the slot is usable, was never used, so holds no stack, and no other thread has it.
         unsafe {
             if guard::by_madvise() {
                 guard::install(core::iter::once(self.pages().guards(open)))
@@ -261,7 +261,7 @@ impl Slot {
         FREE[self.class().index()].push(self.link(), &self.meta().next);
     }
 
-    /// Takes fresh slots, a batch at a time: the first is returned, the others go on the free list.
+    /// Takes a batch of fresh slots. Returns the first and puts the others on the free list.
     fn take_fresh(class: Class, open: usize) -> Result<Self, Error> {
         loop {
             if let Some(slot) = Self::take_fresh_batch(class, open)? {
@@ -270,19 +270,18 @@ impl Slot {
         }
     }
 
-    /// It lies where no stack is to be.
+    /// True if no stack may lie at this place.
     pub(super) fn is_left_out(self) -> bool {
         self.arena().next_place(self.start()) != self.start()
     }
 
-    /// `None` if none of the batch may be used.
+    /// `None` if no slot of the batch may be used.
     fn take_fresh_batch(class: Class, open: usize) -> Result<Option<Self>, Error> {
         let (first, count) = claim_batch(class)?;
         let slots = (0..count).map(|number| Self { index: first.index + number, ..first });
         let slots = slots.filter(|slot| !slot.is_left_out());
-        // Two system calls for the batch. If one fails each slot tries on its own when it is taken, so that
-        // nothing is lost.
-        // SAFETY: these slots were never used, so no stack is in them.
+        // Two system calls serve the whole batch. If one fails, each slot repeats it when it is taken, so no slot is
+        // lost. SAFETY: these slots were never used, so they hold no stack.
         let flags = unsafe {
             if guard::make_usable(first.start(), count as usize * class.stride()).is_err() {
                 0
@@ -314,15 +313,15 @@ impl Arena {
         Class::from_index(self.class.load(Ordering::Relaxed) as usize)
     }
 
-    /// The first address from `from` on where one of its slots may start.
+    /// The first address, from `from` on, where one of its slots may start.
     fn next_place(&self, from: usize) -> usize {
         if self.anywhere.load(Ordering::Relaxed) { from } else { next_place(self.class(), from) }
     }
 }
 
-/// How many fresh slots are taken at a time from `start` on, after `used` others: [`FEW`] within 2 MiB, or a quarter as many.
-/// Guards take time and page tables, which a program with a few coroutines shall not spend on many. Or all that are left
-/// out there.
+/// How many fresh slots to take from `start` on, after `used` others: [`FEW`] within 2 MiB, or a quarter of `used` if
+/// that is more. Guards cost time and page tables, and a program with few coroutines should not pay for many. If `start`
+/// is left out, the batch is the rest of the left-out stretch.
 fn batch(arena: &Arena, start: usize, used: u32) -> u32 {
     let class = arena.class();
     match arena.next_place(start) - start {
@@ -355,7 +354,7 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
     }
 }
 
-/// Address space for an arena, and whether it lies where there was room.
+/// Reserves address space for an arena. The flag is true if it simply lies where there was room.
 fn reserve_arena(class: Class, bytes: usize) -> Result<(Reserved, bool), Error> {
     if !class.is_moving() {
         return Reserved::new(bytes, libc::PROT_NONE).map(|start| (start, true));
@@ -370,13 +369,13 @@ fn reserve_arena(class: Class, bytes: usize) -> Result<(Reserved, bool), Error> 
     });
     match wanted {
         Ok(start) => Ok((start, false)),
-        // A process whose addresses are few, or all low, as under Valgrind.
+        // The process has few addresses, or only low ones, as under Valgrind.
         Err(_) => Reserved::aligned(bytes, ALIGN).map(|start| (start, true)),
     }
 }
 
-/// Adds an arena, eight times the last one of its class, less where the kernel refuses so much.
-/// `seen` is the arena found exhausted: if another thread was faster, its arena is used instead.
+/// Adds an arena eight times as large as the last one of its class, or smaller if the kernel refuses that much. `seen` is
+/// the exhausted arena. If another thread was faster, its arena is used instead.
 fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     let largest = match seen.checked_sub(1) {
         Some(number) => ARENAS[number as usize].slots.load(Ordering::Relaxed).saturating_mul(8),
@@ -394,7 +393,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     let table = slots as usize * size_of::<Meta>();
     let meta = Reserved::new(table, libc::PROT_READ | libc::PROT_WRITE)?;
     let start = memory.start();
-    // SAFETY: the stretch was reserved above, and no stack is in it. After an error the kernel may use huge pages, which is
+    // SAFETY: the stretch was reserved above and holds no stack. After an error the kernel may use huge pages, which is
     // allowed.
     unsafe {
         libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE);
@@ -418,8 +417,8 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     if !anywhere {
         TOP.fetch_min(start - 1, Ordering::Relaxed);
     }
-    // Two threads may add one each; the loser's slots are found when the winner's are used up or never:
-    // only address space is at stake.
+    // Two threads may each add an arena. The loser's slots are found when the winner's are used up, or never: this wastes
+    // only address space.
     let _ =
         NEWEST[class.index()].compare_exchange(seen, number as u32 + 1, Ordering::AcqRel, Ordering::Relaxed);
     Ok(())

@@ -1,16 +1,17 @@
-//! Guard pages: memory that faults when touched, by whichever means the kernel offers.
+//! Guard pages: memory that faults when touched. The kernel offers one of two means.
 //!
 //! | means | since | mappings | price |
 //! | --- | --- | --- | --- |
 //! | `madvise(MADV_GUARD_INSTALL)` | Linux 6.13 | none | 0.7 µs |
-//! | page protection (`region`) | always | two a stack, `vm.max_map_count` bounds them | 2.5 µs |
+//! | page protection (`region`) | always | two per stack, limited by `vm.max_map_count` | 2.5 µs |
 //!
-//! The environment variable `REGROW_GUARD=protect` asks for the second on any kernel. In locked memory (`mlockall`) the kernel
-//! refuses markers: there, too, guards are pages without access, call by call.
+//! The environment variable `REGROW_GUARD=protect` selects page protection on any kernel. The kernel refuses markers in
+//! locked memory (`mlockall`), so each such call uses page protection instead.
 //!
-//! With guards by protection a stack that ends is mapped anew ([`renew`]): what was written to keeps a mapping from being one with
-//! its neighbours, on kernels before 6.16 at least, and then the process would run out of them.
-//! All of it is system calls on address ranges: safe to call in the fault handler once [`detect`] ran.
+//! With page protection, the pages of a finished stack are mapped anew ([`renew`]). Written pages would otherwise stay a
+//! separate mapping (at least before Linux 6.16), and the process would run out of mappings.
+//!
+//! This module only makes system calls on address ranges. The fault handler may call it once [`detect`] has run.
 
 use core::ffi::c_int;
 use core::ops::Range;
@@ -23,7 +24,7 @@ use crate::size::PAGE;
 
 const MADV_GUARD_INSTALL: c_int = 102;
 const MADV_GUARD_REMOVE: c_int = 103;
-/// This process, where a descriptor of a process is asked for (Linux 6.15).
+/// Stands for this process in place of a process descriptor (Linux 6.15).
 const PIDFD_SELF: c_int = -10000;
 
 const UNKNOWN: u8 = 0;
@@ -31,27 +32,27 @@ const MADVISE: u8 = 1;
 const PROTECT: u8 = 2;
 
 const RESERVING: &str = "reserving address space for stacks";
-/// At how many places [`reserve_at`] asks for some.
+/// How many addresses [`Reserved::at`] tries.
 const PLACES: usize = 10_000;
 
 static MEANS: AtomicU8 = AtomicU8::new(UNKNOWN);
 
-/// The kernel once refused a marker because memory is locked: there may be guards of both kinds.
+/// Set once the kernel has refused a marker because memory is locked. From then on both kinds of guards may exist.
 static LOCKED: AtomicBool = AtomicBool::new(false);
 
 /// `MADV_DONTNEED` for locked memory (Linux 5.18).
 const MADV_DONTNEED_LOCKED: c_int = 24;
 
-/// By protection: how many more stacks may be opened before the mappings of the process are counted again.
+/// With page protection: how many more stacks may be opened before the mappings of the process are counted again.
 static LEFT: AtomicIsize = AtomicIsize::new(0);
 
-/// Frozen stacks that will take a slot when they thaw: their mappings are kept for them.
+/// The number of frozen stacks that will take a slot when they thaw. Mappings are kept for them.
 static OWED: AtomicUsize = AtomicUsize::new(0);
 
-/// One mapping in so many is left to the rest of the program, and to stacks that must grow.
+/// One in this many mappings is left to the rest of the program and to stacks that must grow.
 const RESERVED: usize = 16;
 
-/// With room for fewer stacks than this no more are made: each time would take a count.
+/// No stack is made when there is room for fewer than this: every creation would have to count the mappings.
 const FEWEST: usize = 32;
 
 /// Finds out which means this kernel has. Called before the first slot is made, never in the handler.
@@ -67,17 +68,17 @@ pub(crate) fn detect() {
 
 fn kernel_has_guards() -> bool {
     let Ok(page) = Reserved::new(PAGE, libc::PROT_READ | libc::PROT_WRITE) else { return false };
-    // SAFETY: the page was mapped above and nobody else knows of it.
+    // SAFETY: the page was mapped above, and no other code knows of it.
     unsafe { libc::madvise(page.start as *mut _, PAGE, MADV_GUARD_INSTALL) == 0 }
 }
 
-/// True where guards cost no mappings.
+/// True if guards take no mappings.
 pub(crate) fn by_madvise() -> bool {
     MEANS.load(Ordering::Relaxed) == MADVISE
 }
 
-/// Whether a new stack may be made: an error if the process would have too few mappings left. Then `malloc` goes on working,
-/// and a running stack that must grow finds some. Not in the handler, which may use the last one.
+/// Fails if the process would have too few mappings left for a new stack. The reserve keeps `malloc` working and lets a
+/// running stack grow. Not called in the handler, which may use the last mapping.
 pub(crate) fn leave_mappings() -> Result<(), Error> {
     if by_madvise() || LEFT.fetch_sub(1, Ordering::Relaxed) > 0 {
         return Ok(());
@@ -89,23 +90,23 @@ pub(crate) fn leave_mappings() -> Result<(), Error> {
         LEFT.store(0, Ordering::Relaxed);
         return Err(Error::Mappings { source: io::Error::from_raw_os_error(libc::ENOMEM) });
     }
-    // Others take mappings, too: so they are counted again after half of what there is.
+    // The rest of the program takes mappings too, so they are counted again after half of the room is used.
     LEFT.store((stacks / 2) as isize, Ordering::Relaxed);
     Ok(())
 }
 
-/// A stack has left its slot, and will take another one without asking [`leave_mappings`].
+/// Records that a stack has left its slot and will take another one without asking [`leave_mappings`].
 pub(crate) fn owe() {
     OWED.fetch_add(1, Ordering::Relaxed);
     LEFT.fetch_sub(1, Ordering::Relaxed);
 }
 
-/// It has taken it.
+/// Records that such a stack has taken a slot.
 pub(crate) fn paid() {
     OWED.fetch_sub(1, Ordering::Relaxed);
 }
 
-/// How many mappings the process has, and how many it may have; `None` without `/proc`. System calls only.
+/// How many mappings the process has, and how many it may have. `None` without `/proc`. Makes only system calls.
 fn mappings() -> Option<(usize, usize)> {
     let mut most = 0;
     read(c"/proc/sys/vm/max_map_count", |text| {
@@ -118,11 +119,11 @@ fn mappings() -> Option<(usize, usize)> {
     Some((used, most))
 }
 
-/// Shows the text of a file to `each`, piece by piece. `None` if it cannot be read.
+/// Passes the text of a file to `each` in pieces. `None` if the file cannot be read.
 fn read(path: &core::ffi::CStr, mut each: impl FnMut(&[u8])) -> Option<()> {
     let mut piece = [0; 2048];
-    // SAFETY: the path ends in a zero byte. The kernel writes no more than the length of `piece`. The descriptor was opened here,
-    // so nobody else closes it.
+    // SAFETY: the path ends in a zero byte. The kernel writes at most `piece.len()` bytes. The descriptor was opened
+    // here, so no other code closes it.
     unsafe {
         let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
         if file < 0 {
@@ -139,22 +140,22 @@ fn read(path: &core::ffi::CStr, mut each: impl FnMut(&[u8])) -> Option<()> {
     }
 }
 
-/// Private address space of which nobody else knows yet. It is given back when this is dropped.
+/// Private address space that no other code knows of yet. Dropping it gives it back.
 pub(super) struct Reserved {
     start: usize,
     bytes: usize,
 }
 
 impl Reserved {
-    /// `bytes` of it, with this protection.
+    /// Reserves `bytes` with this protection.
     pub(super) fn new(bytes: usize, protection: c_int) -> Result<Self, Error> {
         Self::near(0, bytes, protection)
     }
 
-    /// As [`new`](Self::new): at `wanted`, if nothing is there.
+    /// Like [`new`](Self::new), but at `wanted` if that range is free.
     fn near(wanted: usize, bytes: usize, protection: c_int) -> Result<Self, Error> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: without `MAP_FIXED` a new mapping goes where nothing is.
+        // SAFETY: without `MAP_FIXED` the kernel places a new mapping only in free address space.
         let at = unsafe { libc::mmap(wanted as *mut _, bytes, protection, flags, -1, 0) };
         if at == libc::MAP_FAILED {
             return Err(refused(RESERVING, bytes));
@@ -162,12 +163,13 @@ impl Reserved {
         Ok(Self { start: at as usize, bytes })
     }
 
-    /// Without access, at one of `places`, which are tried in turn: those below an address where that much is free.
+    /// Reserves inaccessible memory at one of `places`, tried in turn. The closure gets an address where that much memory
+    /// is free.
     pub(super) fn at<I: Iterator<Item = usize>>(
         bytes: usize,
         places: impl FnOnce(usize) -> I,
     ) -> Result<Self, Error> {
-        // The kernel fills its address space from the top: what lies below is free, or else some way further below.
+        // The kernel fills the address space from the top, so there is free space below this address.
         let free = Self::new(bytes, libc::PROT_NONE)?.start;
         for wanted in places(free).take(PLACES) {
             let found = Self::near(wanted, bytes, libc::PROT_NONE)?;
@@ -178,7 +180,7 @@ impl Reserved {
         Err(Error::Memory { doing: RESERVING, bytes, source: io::Error::from_raw_os_error(libc::ENOMEM) })
     }
 
-    /// Without access, at a multiple of `align`.
+    /// Reserves inaccessible memory at a multiple of `align`.
     pub(super) fn aligned(bytes: usize, align: usize) -> Result<Self, Error> {
         let more = Self::new(bytes + align, libc::PROT_NONE)?.keep();
         let start = more.next_multiple_of(align);
@@ -191,7 +193,7 @@ impl Reserved {
         self.start
     }
 
-    /// It stays reserved. Returns where it starts.
+    /// Keeps the range reserved. Returns its start.
     pub(super) fn keep(self) -> usize {
         core::mem::ManuallyDrop::new(self).start
     }
@@ -200,21 +202,21 @@ impl Reserved {
 impl Drop for Reserved {
     fn drop(&mut self) {
         if self.bytes != 0 {
-            // SAFETY: this module reserved the range, and nobody else knows of it before `keep`.
+            // SAFETY: this module reserved the range, and no other code knows of it before `keep`.
             unsafe { unreserve(self.start, self.bytes) }
         }
     }
 }
 
-/// New private address space, `bytes` long, with this protection. It stays reserved.
+/// Reserves `bytes` of new private address space with this protection, for good.
 pub(crate) fn reserve(bytes: usize, protection: c_int) -> Result<usize, Error> {
     Reserved::new(bytes, protection).map(Reserved::keep)
 }
 
-/// A number of this process. A child made by `fork` finds 0, whatever it was in the parent.
+/// A number of this process. In a child made by `fork` it is 0, whatever it was in the parent.
 ///
-/// It lies on a page that the kernel gives a child as zeros. The page is made when it is first asked for, and never unmapped.
-/// Callable in the fault handler: nobody waits for anybody.
+/// The number lies on a page that the kernel gives to a child as zeros. The page is made on first use and never unmapped.
+/// The fault handler may call this: no thread waits for another.
 pub(super) struct NotInherited(AtomicPtr<AtomicU64>);
 
 impl NotInherited {
@@ -222,19 +224,19 @@ impl NotInherited {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// The number, if there is a page for it.
+    /// The number, if its page exists.
     pub(super) fn get(&self) -> Option<&'static AtomicU64> {
-        // SAFETY: the pointer is null, or that of a page that is never unmapped; zeros are an `AtomicU64`.
+        // SAFETY: the pointer is null or points to a page that is never unmapped. Zeros are a valid `AtomicU64`.
         unsafe { self.0.load(Ordering::Acquire).as_ref() }
     }
 
-    /// The number, 0 at first. `None` where the kernel has no such pages.
+    /// The number, 0 at first. `None` if the kernel has no such pages.
     pub(super) fn get_or_make(&self) -> Option<&'static AtomicU64> {
         if let Some(number) = self.get() {
             return Some(number);
         }
         let page = Reserved::new(PAGE, libc::PROT_READ | libc::PROT_WRITE).ok()?;
-        // SAFETY: the page was reserved above, and nobody else knows of it.
+        // SAFETY: the page was reserved above, and no other code knows of it.
         if unsafe { libc::madvise(page.start as *mut _, PAGE, libc::MADV_WIPEONFORK) } != 0 {
             return None;
         }
@@ -249,9 +251,9 @@ impl NotInherited {
 /// Gives reserved address space back.
 ///
 /// # Safety
-/// The range came from [`reserve`] and nobody uses it any more.
+/// The range came from [`reserve`] and is no longer used.
 pub(crate) unsafe fn unreserve(start: usize, bytes: usize) {
-    // SAFETY: the range is a mapping of this crate's own, and no longer used.
+    // SAFETY: the range is a mapping made by this crate, and no longer used.
     unsafe { libc::munmap(start as *mut _, bytes) };
 }
 
@@ -263,20 +265,19 @@ pub(crate) unsafe fn make_usable(start: usize, bytes: usize) -> Result<(), Error
     if !by_madvise() {
         return Ok(());
     }
-    // Guard markers need a mapping that could be accessed. Neighbours of equal protection merge, so an arena
-    // stays two mappings however far it has come.
-    // SAFETY: the range is reserved address space without a stack: nothing relies on its being inaccessible.
+    // Guard markers need an accessible mapping. Neighbours of equal protection merge, so an arena stays two mappings at
+    // any size. SAFETY: the range is reserved and holds no stack, so no code relies on its being inaccessible.
     unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
 }
 
-/// Makes guard markers of ranges, of which there are not very many, by one system call if the kernel allows it. Only where
-/// guards are markers.
+/// Turns a small number of ranges into guard markers, with one system call if the kernel allows it. Only where guards are
+/// markers.
 ///
 /// # Safety
-/// As for [`make_usable`], which was called for the ranges. None of them is needed any more.
+/// As for [`make_usable`], which was called for the ranges. Their contents are no longer needed.
 pub(crate) unsafe fn install(ranges: impl Iterator<Item = Range<usize>> + Clone) -> Result<(), Error> {
     let mut each = ranges.clone().filter(|range| !range.is_empty());
-    // SAFETY: the ranges are usable, and what they hold is not needed: both calls only make guards of them.
+    // SAFETY: the ranges are usable and their contents are not needed. Both calls only turn them into guards.
     unsafe {
         if install_at_once(ranges) {
             return Ok(());
@@ -285,7 +286,7 @@ pub(crate) unsafe fn install(ranges: impl Iterator<Item = Range<usize>> + Clone)
     }
 }
 
-/// True if all the ranges are guards now; false if none or some are.
+/// True if all ranges are guards now. If false, some of them may be.
 ///
 /// # Safety
 /// As for [`install`].
@@ -298,14 +299,14 @@ unsafe fn install_at_once(ranges: impl Iterator<Item = Range<usize>>) -> bool {
         count += 1;
         bytes += range.len();
     }
-    // SAFETY: the list holds `count` ranges, and what they hold is not needed.
+    // SAFETY: the list holds `count` ranges, and their contents are not needed.
     let done = unsafe {
         libc::syscall(libc::SYS_process_madvise, PIDFD_SELF, list.as_ptr(), count, MADV_GUARD_INSTALL, 0)
     };
     done == bytes as libc::c_long
 }
 
-/// The most ranges that one system call takes.
+/// The maximum number of ranges per system call.
 const MOST_AT_ONCE: usize = 64;
 
 /// Makes pages accessible.
@@ -313,7 +314,7 @@ const MOST_AT_ONCE: usize = 64;
 /// # Safety
 /// The range is page-aligned and inside a slot that belongs to the caller.
 pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, which nobody expects to fault any more.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and no code expects them to fault any more.
     unsafe {
         if by_madvise() {
             unmark(start, bytes)?;
@@ -328,13 +329,13 @@ pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
 /// Makes pages inaccessible and gives their memory back.
 ///
 /// # Safety
-/// As for [`open`]; the contents are lost unless there is an error.
+/// As for [`open`]. The contents are lost unless there is an error.
 pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and what they hold is not needed.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents are not needed.
     unsafe {
         if by_madvise() {
             match mark(start, bytes) {
-                // Locked memory: the kernel installs no markers there.
+                // Memory is locked: the kernel refuses markers there.
                 Err(Error::Memory { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
                     LOCKED.store(true, Ordering::Relaxed);
                 }
@@ -343,37 +344,37 @@ pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
         } else if renew(start, bytes).is_ok() {
             return Ok(());
         }
-        // In this order: after an error the contents are what they were.
+        // Protection comes first, so that an error leaves the contents unchanged.
         protect(start, bytes, region::Protection::NONE)?;
         discard(start, bytes);
     }
     Ok(())
 }
 
-/// Makes guard markers of pages. An error where memory is locked.
+/// Turns pages into guard markers. An error if memory is locked.
 ///
 /// # Safety
 /// As for [`close`]. Only where guards are markers.
 pub(crate) unsafe fn mark(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and what they hold is not needed.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents are not needed.
     unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) }
 }
 
-/// Removes guard markers, and leaves the protection.
+/// Removes guard markers without changing the protection.
 ///
 /// # Safety
 /// As for [`open`]. Only where guards are markers.
 pub(crate) unsafe fn unmark(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns; pages that are no guards stay as they are.
+    // SAFETY: the range is whole pages of a slot that the caller owns. Pages that are not guards do not change.
     unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_REMOVE), bytes) }
 }
 
-/// By protection: takes back all accessible pages of a slot that nobody uses, with their mappings. True if it did.
+/// With page protection: takes back all accessible pages of an unused slot together with their mappings. True on success.
 ///
 /// # Safety
 /// As for [`close`].
 pub(crate) unsafe fn take_back(start: usize, bytes: usize) -> bool {
-    // SAFETY: nobody uses the slot, so what the pages hold is not needed.
+    // SAFETY: the slot is unused, so the contents of its pages are not needed.
     let done = !by_madvise() && unsafe { renew(start, bytes) }.is_ok();
     if done {
         LEFT.fetch_add(1, Ordering::Relaxed);
@@ -381,7 +382,7 @@ pub(crate) unsafe fn take_back(start: usize, bytes: usize) -> bool {
     done
 }
 
-/// Maps pages anew, without access: nothing keeps them from being one mapping with their neighbours.
+/// Maps pages anew without access, so that they can merge with the neighbouring mappings.
 ///
 /// # Safety
 /// As for [`close`].
@@ -390,27 +391,27 @@ unsafe fn renew(start: usize, bytes: usize) -> Result<(), Error> {
         return Ok(());
     }
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: the new mapping replaces whole pages of a slot that the caller owns, and what they hold is not needed.
+    // SAFETY: the new mapping replaces whole pages of a slot that the caller owns, and their contents are not needed.
     unsafe {
         let at = libc::mmap(start as *mut _, bytes, libc::PROT_NONE, flags, -1, 0);
         if at == libc::MAP_FAILED {
             return Err(refused("mapping stack pages anew", bytes));
         }
-        // As the arena is; mappings that differ in this stay two.
+        // The arena has this setting too. Mappings that differ in it do not merge.
         libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE);
     }
     Ok(())
 }
 
-/// Takes the access to pages away, guards or not, and leaves their contents.
+/// Makes pages inaccessible, guards or not, and keeps their contents.
 ///
-/// By protection they stay a mapping of their own, since they differ from the guards around them in whether they are dumped:
-/// so [`allow`] needs no new one, of which there may be none.
+/// With page protection, the pages are also excluded from core dumps, unlike the guards around them. So they stay a
+/// separate mapping, and [`allow`] needs no new one, which the kernel might refuse.
 ///
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns; what they hold stays.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents stay.
     unsafe {
         if !by_madvise() {
             check(libc::madvise(start as *mut _, bytes, libc::MADV_DONTDUMP), bytes)?;
@@ -419,12 +420,12 @@ pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
     }
 }
 
-/// Undoes [`forbid`]: what is not a guard is accessible.
+/// Undoes [`forbid`]: pages that are not guards become accessible.
 ///
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns; what they hold stays, and guard markers do, too.
+    // SAFETY: the range is whole pages of a slot that the caller owns. Contents and guard markers stay.
     unsafe {
         check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes)?;
         if !by_madvise() {
@@ -434,13 +435,13 @@ pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives the memory of accessible pages back; they read as zeros afterwards.
+/// Gives the memory of accessible pages back. The pages then read as zeros.
 ///
 /// # Safety
-/// As for [`open`]; the contents are lost.
+/// As for [`open`]. The contents are lost.
 pub(crate) unsafe fn discard(start: usize, bytes: usize) {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and what they hold is not needed. After an error the
-    // memory stays, which harms nobody.
+    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents are not needed. After an error
+    // the memory stays, which is harmless.
     unsafe {
         if libc::madvise(start as *mut _, bytes, libc::MADV_DONTNEED) != 0 {
             libc::madvise(start as *mut _, bytes, MADV_DONTNEED_LOCKED);
@@ -451,7 +452,7 @@ pub(crate) unsafe fn discard(start: usize, bytes: usize) {
 /// # Safety
 /// As for [`open`].
 unsafe fn protect(start: usize, bytes: usize, protection: region::Protection) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and has decided about.
+    // SAFETY: the range is whole pages of a slot that the caller owns.
     match unsafe { region::protect(start as *const u8, bytes, protection) } {
         Ok(()) => Ok(()),
         Err(_) => Err(refused("protecting stack pages", bytes)),
@@ -462,7 +463,7 @@ fn check(answer: c_int, bytes: usize) -> Result<(), Error> {
     if answer == 0 { Ok(()) } else { Err(refused("changing guard pages", bytes)) }
 }
 
-/// What the kernel's refusal just now is about: memory, or mappings if the process has no more.
+/// The error for the kernel's latest refusal: about mappings if the process has nearly used them up, else about memory.
 fn refused(doing: &'static str, bytes: usize) -> Error {
     let source = io::Error::last_os_error();
     let is_about_mappings = source.raw_os_error() == Some(libc::ENOMEM)

@@ -1,16 +1,16 @@
-//! Each thread's stock of finished slots: warm, accessible, taken and put back without a system call.
+//! Each thread's stock of finished slots: warm, accessible, and taken and put back without a system call.
 //!
-//! The stock of a thread is bounded by [`BUDGET`] bytes of memory; what is above it goes to the free list of its class with
-//! its memory given back. When the thread ends all of it does.
+//! The stock of a thread holds at most [`BUDGET`] bytes of memory. Further slots give their memory back and go to the
+//! free list of their class. When the thread ends, all slots do.
 //!
-//! A slot counts for what is accessible of it. That of a stack that stays is its whole window, of which little may have been
-//! used. How much, only the kernel knows, and asking takes a hundred times as long as putting. So when half of the budget is
-//! taken, *samples* are asked about, and each counts for the average of those. A sample with more than [`KEPT`] bytes is cut
-//! down to that. Samples are frequent where they differ from the average, and rare where they agree with it: [`OFTEN`],
-//! [`SELDOM`].
+//! A slot counts with its accessible bytes. For a stack that stays, this is the whole window, most of which may be
+//! unused. Only the kernel knows how much is used, and asking it takes a hundred times as long as putting a slot back. So
+//! once half of the budget is taken, only *samples* are measured, and each stack counts with their average. A sample with
+//! more than [`KEPT`] bytes is cut down to that. Samples are frequent ([`OFTEN`]) while they differ from the average, and
+//! rare ([`SELDOM`]) while they agree with it.
 //!
-//! The fault handler takes from the same stock, so that growing finds warm memory. It may have
-//! interrupted `take` or `put` (they run on coroutine stacks too): `busy` tells it to leave the stock alone.
+//! The fault handler takes from the same stock, so growth gets warm memory. It may interrupt `take` or `put`, which also
+//! run on coroutine stacks: `busy` then tells it to leave the stock alone.
 
 use core::cell::Cell;
 use core::cmp::Ordering::{Equal, Greater, Less};
@@ -27,13 +27,13 @@ use crate::signals;
 use crate::size::{CLASSES, Class, PAGE};
 use crate::words::words;
 
-/// Bytes of memory in stacks that a thread keeps for reuse.
+/// The bytes of stack memory that a thread keeps for reuse.
 const BUDGET: usize = 8 << 20;
 
-/// What is left of the memory of a sample.
+/// The memory that a sample keeps.
 const KEPT: usize = 8 * PAGE;
 
-/// One of how many stacks that stay is a sample, at the most and at the least.
+/// One in this many stacks that stay is a sample, at most and at least.
 const OFTEN: u32 = 8;
 const SELDOM: u32 = 128;
 
@@ -41,16 +41,16 @@ pub(crate) struct Stock {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
-    /// So many of those stacks are put before the next sample, and were before the last one.
+    /// How many stacks that stay are put before the next sample; `interval` is the previous distance.
     until_sample: Cell<u32>,
     interval: Cell<u32>,
-    /// Bytes of memory in a sample, on average; the latest count for more.
+    /// The average number of bytes of memory in a sample. Recent samples count for more.
     average: Cell<usize>,
 }
 
 thread_local! {
-    // Without a destructor and constant. The handler has its address from `words`.
-    // `thread` gives the slots back when the thread ends.
+    // Constant and without a destructor. The handler gets its address from `words`. `thread` gives the slots back when
+    // the thread ends.
     static STOCK: Stock = const {
         Stock {
             first: [const { Cell::new(core::ptr::null_mut()) }; CLASSES],
@@ -82,13 +82,13 @@ impl Stock {
     }
 
     /// # Safety
-    /// The slot of `record` is accessible and nobody's.
+    /// The slot of `record` is accessible and unowned.
     #[inline(always)]
     unsafe fn push(&self, record: *mut Record, class: Class, counted: usize) {
         let first = &self.first[class.index()];
         self.busy.set(true);
         compiler_fence(Ordering::SeqCst);
-        // SAFETY: the record is accessible and nobody else's, as its slot is.
+        // SAFETY: the slot is accessible and unowned, so its record is too.
         unsafe {
             (*record).next_in_stock = first.get();
             (*record).counted = counted;
@@ -99,21 +99,21 @@ impl Stock {
         self.busy.set(false);
     }
 
-    /// For how many bytes a slot counts whose stack stays, by samples.
+    /// How many bytes a slot with a stack that stays counts for, by samples.
     ///
     /// # Safety
-    /// The slot of `record` is accessible and nobody's.
+    /// The slot of `record` is accessible and unowned.
     unsafe fn weight(&self, record: *mut Record) -> usize {
         let until_sample = self.until_sample.get() - 1;
         self.until_sample.set(until_sample);
         if until_sample == 0 {
-            // SAFETY: the slot is nobody's, so that what is in it may be lost.
+            // SAFETY: the slot is unowned, so its contents may be lost.
             unsafe { self.sample(record) };
         }
         self.average.get()
     }
 
-    /// Asks the kernel how much memory is in a stack that stays, and cuts it down.
+    /// Asks the kernel how much memory a stack that stays has, and cuts it down.
     ///
     /// # Safety
     /// As for [`weight`](Self::weight), of a stack that stays.
@@ -125,7 +125,7 @@ impl Stock {
         let (open, class) = unsafe { ((*record).open, (*record).class) };
         let bytes = resident(end - open..end);
         if bytes > KEPT {
-            // SAFETY: the slot is nobody's, and `open` bytes of it are accessible. The head is in what is kept.
+            // SAFETY: the slot is unowned, and `open` bytes of it are accessible. The head is in the part that is kept.
             unsafe { Pages::new(class, end).discard(open, KEPT) };
         }
         let average = self.average.get();
@@ -133,7 +133,7 @@ impl Stock {
         let interval = if agrees { (2 * self.interval.get()).min(SELDOM) } else { OFTEN };
         self.interval.set(interval);
         self.until_sample.set(interval);
-        // Rounded up, so that it does not stop short of a larger one.
+        // Rounded up, so that the average can reach a larger value.
         self.average.set((3 * average + bytes).div_ceil(4).max(PAGE));
     }
 }
@@ -141,20 +141,20 @@ impl Stock {
 /// Readies a thread for coroutines: its signal stack, and the fault handler.
 pub(crate) type Prepare = fn() -> Result<(), Error>;
 
-/// A slot of `class` with at least `open` accessible bytes. Its record's `open` and `class` are
-/// right, everything else in it is left over from its last owner.
+/// Takes a slot of `class` with at least `open` accessible bytes. `open` and `class` of its record are right; all other
+/// fields are left over from its last owner.
 ///
-/// Where the stock has none, `prepare` readies the thread first.
+/// If the stock has no such slot, `prepare` readies the thread first.
 #[inline(always)]
 pub(crate) fn take(class: Class, open: usize, prepare: Prepare) -> Result<*mut Record, Error> {
     match STOCK.with(|stock| stock.pop(class)) {
-        // SAFETY: a slot just taken is ours, its record accessible.
+        // SAFETY: a slot just taken is ours, so its record is accessible.
         Some(record) if unsafe { (*record).open } == open => Ok(record),
         other => take_slowly(class, open, other, prepare, guard::leave_mappings),
     }
 }
 
-/// As [`take`], for a stack that there was before: it is not refused in order to leave mappings to others.
+/// Like [`take`], for a stack that existed before: it is not refused in order to leave mappings to other code.
 pub(crate) fn take_again(class: Class, open: usize, prepare: Prepare) -> Result<*mut Record, Error> {
     let cached = STOCK.with(|stock| stock.pop(class));
     take_slowly(class, open, cached, prepare, || Ok(()))
@@ -170,12 +170,12 @@ fn take_slowly(
     may_be_made: fn() -> Result<(), Error>,
 ) -> Result<*mut Record, Error> {
     if let Some(record) = cached {
-        // A stack that moves was cached with another size than is wanted now.
-        // SAFETY: a slot just taken is ours, its record accessible.
+        // A stack that moves was cached with a different size. SAFETY: a slot just taken is ours, so its record is
+        // accessible.
         return match unsafe { resize(record, open) } {
             Ok(()) => Ok(record),
             Err(error) => {
-                // SAFETY: the slot is still ours, and nothing was put in it.
+                // SAFETY: the slot is still ours and empty.
                 unsafe { put(record) };
                 Err(error)
             }
@@ -188,7 +188,7 @@ fn take_slowly(
     may_be_made()?;
     let (slot, now_open) = Slot::take(class, open)?;
     let record = Record::at(slot.end());
-    // SAFETY: the slot is ours and its top page accessible.
+    // SAFETY: the slot is ours, and its top page is accessible.
     unsafe {
         (*record).open = now_open;
         (*record).class = class;
@@ -201,14 +201,14 @@ fn take_slowly(
     Ok(record)
 }
 
-/// As [`take`], for the fault handler. Returns the slot, how many bytes of it are accessible, and whether they are warm: were
-/// used before, and not given back.
+/// Like [`take`], for the fault handler. Returns the slot, its number of accessible bytes, and whether they are warm
+/// (used before and not given back).
 pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize, bool), Error> {
-    // SAFETY: the pointer is null, or that of this thread's stock, which lasts as long as the thread.
+    // SAFETY: the pointer is null or that of this thread's stock, which lasts as long as the thread.
     let stock = unsafe { words().stock.get().cast::<Stock>().as_ref() }.filter(|stock| !stock.busy.get());
     let cached = stock.and_then(|stock| stock.pop(class));
     match cached.and_then(|record| Record::slot(record).map(|slot| (slot, record))) {
-        // SAFETY: a slot just taken is ours, its record accessible.
+        // SAFETY: a slot just taken is ours, so its record is accessible.
         Some((slot, record)) => Ok((slot, unsafe { (*record).open }, true)),
         None => Slot::take(class, open).map(|(slot, open)| (slot, open, false)),
     }
@@ -217,9 +217,9 @@ pub(crate) fn take_in_handler(class: Class, open: usize) -> Result<(Slot, usize,
 /// Opens or closes pages so that exactly `open` bytes are accessible.
 ///
 /// # Safety
-/// The slot of `record` is accessible and the caller's; nothing below the `open` bytes is needed.
+/// The slot of `record` is accessible and the caller's. Nothing below the `open` bytes is needed.
 pub(crate) unsafe fn resize(record: *mut Record, open: usize) -> Result<(), Error> {
-    // SAFETY: the slot is accessible and the caller's, so its record is, too; nothing below the `open` bytes is needed.
+    // SAFETY: the slot is accessible and the caller's, so its record is too. Nothing below the `open` bytes is needed.
     unsafe {
         let pages = Pages::new((*record).class, Record::end(record));
         let now = (*record).open;
@@ -253,7 +253,7 @@ pub(crate) unsafe fn put(record: *mut Record) {
     });
 }
 
-/// As [`put`], where slots count by samples.
+/// Like [`put`], with slots counted by samples.
 ///
 /// # Safety
 /// As for [`put`].
@@ -272,7 +272,7 @@ unsafe fn put_by_weight(stock: &Stock, record: *mut Record, class: Class) {
     }
 }
 
-/// Puts a slot on the free list of its class, its memory given back to the kernel.
+/// Gives a slot's memory back to the kernel and puts the slot on the free list of its class.
 ///
 /// # Safety
 /// As for [`put`].
@@ -287,17 +287,17 @@ unsafe fn give_back(record: *mut Record) {
     slot.give(open);
 }
 
-/// Where this thread's stock is.
+/// The address of this thread's stock.
 pub(crate) fn of_this_thread() -> *const Stock {
     STOCK.with(ptr::from_ref)
 }
 
-/// Bytes of memory in this thread's stock, as they are counted.
+/// The counted bytes of memory in this thread's stock.
 pub(crate) fn bytes() -> usize {
     STOCK.with(|stock| stock.bytes.get())
 }
 
-/// Shows the slots of this thread's stock to `each`, which returns false to see no more of their class.
+/// Passes the slots of this thread's stock to `each`. If `each` returns false, the rest of that class is skipped.
 pub(crate) fn visit(mut each: impl FnMut(Slot) -> bool) {
     STOCK.with(|stock| {
         for first in &stock.first {
