@@ -281,7 +281,8 @@ impl Slot {
         let slots = (0..count).map(|number| Self { index: first.index + number, ..first });
         let slots = slots.filter(|slot| !slot.is_left_out());
         // Two system calls serve the whole batch. If one fails, each slot repeats it when it is taken, so no slot is
-        // lost. SAFETY: these slots were never used, so they hold no stack.
+        // lost.
+        // SAFETY: these slots were never used, so they hold no stack.
         let flags = unsafe {
             if guard::make_usable(first.start(), count as usize * class.stride()).is_err() {
                 0

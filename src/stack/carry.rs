@@ -1,24 +1,25 @@
-//! Carrying pages: memory goes from one place to another by changes of the page table, not by copying.
+//! Carrying pages: moving memory by changing the page table, without copying.
 //!
 //! ```text
 //!   from  | page | page | nothing | page |   ──►   | nothing ...                  |
 //!   to    | nothing ...                  |         | page | page | nothing | page |
 //! ```
 //!
-//! `userfaultfd` can (`UFFDIO_MOVE`, Linux 6.8); `mremap` can too, but leaves mappings that never merge with their neighbours
-//! again. Arenas of moving stacks are registered with one descriptor, which is opened with the first of them and stays: to
-//! open one for each use takes 10 µs. They are registered for write protection, of which no use is made, so nothing else about
-//! them changes.
+//! `userfaultfd` can do this (`UFFDIO_MOVE`, Linux 6.8). `mremap` can too, but its mappings never merge with their
+//! neighbours again. Arenas of moving stacks are registered with one descriptor. It is opened with the first arena and
+//! stays open, because opening takes 10 µs. The registration is for write protection, which is never used, so it changes
+//! nothing else.
 //!
-//! After a `fork` the descriptor still stands for the memory of the parent: the kernel refuses to carry there, but would
-//! register. So a child does not inherit its number, and copies. System calls only, as the fault handler needs it.
+//! After a `fork` the descriptor still refers to the parent's memory. The kernel would refuse to carry there, but would
+//! register. So a child does not inherit the descriptor's number, and copies. The fault handler uses this module, so it
+//! makes only system calls.
 
 use core::ffi::{c_int, c_ulong};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::guard::{self, NotInherited};
 
-/// This process's own accesses only: needs no privilege.
+/// Handles only this process's own accesses, which needs no privilege.
 const UFFD_USER_MODE_ONLY: c_int = 1;
 const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_MOVE: u64 = 1 << 16;
@@ -32,7 +33,7 @@ const UFFDIO_MOVE: c_ulong = request::<Move>(READ | WRITE, 0x05);
 const WRITE: c_ulong = 1;
 const READ: c_ulong = 2;
 
-/// The number of an `ioctl` of userfaultfd, whose argument is a `T`.
+/// The number of a userfaultfd `ioctl` with an argument of type `T`.
 const fn request<T>(direction: c_ulong, number: c_ulong) -> c_ulong {
     direction << 30 | (size_of::<T>() as c_ulong) << 16 | 0xaa << 8 | number
 }
@@ -58,37 +59,39 @@ struct Move {
     from: u64,
     length: u64,
     mode: u64,
-    /// Set by the kernel: bytes that were carried, or minus an error number.
+    /// Set by the kernel: the number of bytes carried, or a negated error number.
     moved: i64,
 }
 
-/// The descriptor's number plus one; 0 or no number where there is none: before it is opened, after a fork, or where the
-/// kernel has nothing of the kind.
+/// The descriptor's number plus one. Without a descriptor it is 0 or missing: before the descriptor is opened, after a
+/// fork, or if the kernel cannot carry.
 static DESCRIPTOR: NotInherited = NotInherited::new();
 
-/// It was asked for, in this process or in one that this was forked from.
+/// The descriptor was requested, in this process or in one that it was forked from.
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// Registers an arena: pages may be carried to it. Without effect where the kernel does not have that.
+/// Registers an arena, so that pages can be carried to it. No effect if the kernel cannot carry.
 ///
 /// # Safety
-/// The range is page-aligned memory that was reserved by the caller, and holds no stack yet.
+/// The range is page-aligned memory that the caller reserved, and holds no stack yet.
 pub(crate) unsafe fn register(start: usize, bytes: usize) {
-    // Who comes second while the first one opens it has an arena whose stacks are copied to; so has a handler that
-    // interrupts this.
+    // If two threads (or this code and a handler) race here, the loser's arena is not registered and its stacks are
+    // copied instead.
     if !ASKED.swap(true, Ordering::Relaxed) && guard::by_madvise() {
         open();
     }
     let Some(file) = descriptor() else { return };
     let mut range = Register { start: start as u64, length: bytes as u64, mode: REGISTER_MODE_WP, ioctls: 0 };
-    // SAFETY: the request gets the argument it expects, and no stack is in the range yet. After an error stacks are copied there.
+    // SAFETY: the request gets the argument it expects, and the range holds no stack yet. After an error its stacks are
+    // copied.
     unsafe { libc::ioctl(file, UFFDIO_REGISTER, &mut range) };
 }
 
 /// Opens the descriptor, if the kernel can carry pages.
 fn open() {
     let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_MOVE, ioctls: 0 };
-    // SAFETY: the request gets the argument it expects. The descriptor is opened here, and closed unless its number is kept.
+    // SAFETY: the request gets the argument it expects. The descriptor is opened here, and closed unless its number is
+    // kept.
     unsafe {
         let file = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) as c_int;
         if file < 0 {
@@ -110,17 +113,17 @@ fn descriptor() -> Option<c_int> {
     c_int::try_from(file).ok()
 }
 
-/// True if [`carry`] is worth a try.
+/// True if [`carry`] is worth trying.
 pub(crate) fn is_possible() -> bool {
     descriptor().is_some()
 }
 
-/// Carries pages from one place in registered arenas to another, where none are. Returns how many bytes from the beginning on
-/// are there now, and left nothing behind: all, or fewer where the kernel does not have this, or a page is shared or otherwise
-/// held.
+/// Carries pages between two places in registered arenas; the destination has no pages. Returns how many bytes from the
+/// start on were carried, leaving nothing behind. These are fewer than `bytes` if the kernel cannot carry or a page is
+/// shared or otherwise held.
 ///
 /// # Safety
-/// Both ranges are page-aligned private memory that nobody else uses, and do not overlap.
+/// Both ranges are page-aligned private memory that no other code uses, and do not overlap.
 pub(crate) unsafe fn carry(from: usize, to: usize, bytes: usize) -> usize {
     let Some(file) = descriptor() else { return 0 };
     let mut carried = Move {
@@ -130,9 +133,8 @@ pub(crate) unsafe fn carry(from: usize, to: usize, bytes: usize) -> usize {
         mode: MOVE_MODE_ALLOW_SRC_HOLES,
         moved: 0,
     };
-    // SAFETY: the request gets the argument it expects, and nobody else uses the pages of either range. Should somebody have
-    // closed the descriptor, and another have taken its number, then the arenas are not registered with that, and the kernel
-    // refuses.
+    // SAFETY: the request gets the argument it expects, and no other code uses the pages. If the descriptor was closed
+    // and its number reused, the arenas are not registered with it, and the kernel refuses.
     unsafe { libc::ioctl(file, UFFDIO_MOVE, &mut carried) };
     usize::try_from(carried.moved).unwrap_or(0)
 }
@@ -164,7 +166,7 @@ mod tests {
         let (from, to) = (map(), map());
         let byte = |start: usize, page: usize| (start + page * PAGE + 5) as *mut u8;
         let is_hole = |page| (10..20).contains(&page);
-        // SAFETY: two stretches of memory, mapped above and known to nobody else.
+        // SAFETY: both stretches of memory were mapped above, and no other code knows of them.
         unsafe {
             register(from, PAGES * PAGE);
             register(to, PAGES * PAGE);
@@ -174,7 +176,7 @@ mod tests {
                 assert_eq!(*byte(to, page), if is_hole(page) { 0 } else { page as u8 + 1 });
                 assert_eq!(*byte(from, page), 0, "page {page} was left behind");
             }
-            // Where something is already nothing goes.
+            // The kernel carries nothing onto existing pages.
             assert_eq!(carry(to, from, PAGES * PAGE), 0);
             assert_eq!(*byte(to, 3), 4);
             guard::unreserve(from, PAGES * PAGE);
@@ -188,7 +190,7 @@ mod tests {
             return eprintln!("skipped: this kernel does not carry pages");
         }
         let mut status = -1;
-        // SAFETY: the child calls nothing that another thread might have been in.
+        // SAFETY: the child calls nothing that another thread could have been running.
         unsafe {
             let child = libc::fork();
             if child == 0 {

@@ -1,8 +1,8 @@
-//! A census: how many slots of stack the process has, by what they are in use for.
+//! A census: the number of stack slots in the process, by use.
 //!
 //! ```text
 //!  arena   | slot | slot | slot | ...                     | fresh, never used ... |
-//!            │      │      └ on neither list: has a stack, or is one that its stack has left (OLD)
+//!            │      │      └ on no list: has a stack, or its stack has left (OLD)
 //!            │      └ in this thread's stock (src/stack/stock.rs)
 //!            └ on the free list of its class
 //! ```
@@ -13,9 +13,9 @@ use core::sync::atomic::Ordering;
 use super::arena::{self, Slot};
 use super::stock;
 
-/// How many slots of stack the process has, by what they are in use for; see [`slots`].
+/// The number of stack slots in the process, by use; see [`slots`].
 ///
-/// A slot is a stretch of address space for one stack. It is never given back to the kernel, only its memory is.
+/// A slot is address space for one stack. Only its memory is given back to the kernel, never the slot itself.
 ///
 /// ```
 /// use regrow::Slots;
@@ -31,23 +31,22 @@ use super::stock;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Slots {
-    /// Any thread may take them for a new stack.
+    /// Any thread may take these for a new stack.
     pub free: usize,
-    /// This thread keeps them for its next coroutines; [`trim`](crate::trim) makes them free.
+    /// This thread keeps these for its next coroutines. [`trim`](crate::trim) makes them free.
     pub cached: usize,
-    /// A stack has moved away from them. They become free when its coroutine ends.
+    /// A stack has moved away from these. They become free when its coroutine ends.
     pub old: usize,
-    /// All others that were ever used: those that hold a stack, frozen in place or not, and those that another thread keeps.
+    /// All other slots ever used: they hold a stack, frozen in place or not, or another thread keeps them.
     pub in_use: usize,
-    /// A check of this crate on itself: slots that were found a second time, on one list or on two. It is 0, or there is a
-    /// bug in this crate.
+    /// A self-check: slots found more than once on the lists. Any value but 0 is a bug in this crate.
     pub twice: usize,
 }
 
-/// Counts all slots of this process: for a test that no coroutine is leaked, or to see what many coroutines take.
+/// Counts all slots of this process. This can test that no coroutine leaks, or show how much many coroutines take.
 ///
-/// The counts are exact while no other thread makes, grows or ends coroutines. A census visits every slot, and allocates a
-/// byte for each.
+/// The counts are exact while no other thread makes, grows or ends coroutines. A census visits every slot and allocates
+/// one byte for each.
 ///
 /// ```standalone_crate
 /// let before = regrow::slots();
@@ -82,7 +81,7 @@ pub fn slots() -> Slots {
     slots
 }
 
-/// For each slot that was ever used, arena by arena: whether it was met.
+/// For each slot ever used, by arena: whether it was met.
 struct Census(Vec<Vec<bool>>);
 
 impl Census {
@@ -90,7 +89,7 @@ impl Census {
         Self(arena::used().map(|slots| vec![false; slots]).collect())
     }
 
-    /// True the first time. A slot that came into use just now counts as met.
+    /// True the first time. A slot first used during the census counts as met.
     fn meet(&mut self, slot: Slot) -> bool {
         let (arena, index) = slot.numbers();
         let met = self.0.get_mut(arena).and_then(|arena| arena.get_mut(index));

@@ -266,7 +266,8 @@ pub(crate) unsafe fn make_usable(start: usize, bytes: usize) -> Result<(), Error
         return Ok(());
     }
     // Guard markers need an accessible mapping. Neighbours of equal protection merge, so an arena stays two mappings at
-    // any size. SAFETY: the range is reserved and holds no stack, so no code relies on its being inaccessible.
+    // any size.
+    // SAFETY: the range is reserved and holds no stack, so no code relies on its being inaccessible.
     unsafe { check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes) }
 }
 

@@ -1,9 +1,9 @@
-//! This process's memory through `/proc/self/mem`: read and written whatever its protection says.
+//! This process's memory through `/proc/self/mem`, read and written regardless of protection.
 //!
-//! The file is opened once. Before each use it is made sure that it is still that file: a program may close descriptors it
-//! knows nothing of. In a child made by `fork` it would be the parent's memory; so a child does not inherit what is known
-//! of it. (The process id does not tell them apart: in a new pid namespace the child of process 1 is
-//! process 1.) The fault handler uses it, too: system calls only.
+//! The file is opened once. Each use first checks that the descriptor is still that file, since a program may close
+//! unknown descriptors. In a child made by `fork` the file would be the parent's memory, so a child does not inherit the
+//! descriptor's record. (Process ids cannot tell them apart: in a new pid namespace the child of process 1 is also
+//! process 1.) The fault handler uses this module, so it makes only system calls.
 
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,7 @@ use std::io;
 use super::guard::NotInherited;
 use crate::error::Error;
 
-/// The descriptor that is kept open and bits of its inode's number; 0: not opened yet, in this process.
+/// The open descriptor and bits of its inode number. 0 while this process has not opened the file.
 static KEPT: NotInherited = NotInherited::new();
 
 const INODE_BITS: u32 = 40;
@@ -21,21 +21,21 @@ const DESCRIPTOR_BITS: u32 = 20;
 /// `/proc/self/mem`, open.
 pub(crate) struct OwnMemory {
     file: c_int,
-    /// It stays open.
+    /// The descriptor stays open.
     kept: bool,
 }
 
 impl Drop for OwnMemory {
     fn drop(&mut self) {
         if !self.kept {
-            // SAFETY: `open` opened this descriptor, and it was not kept: nobody else knows its number.
+            // SAFETY: `open` opened this descriptor and did not keep it, so no other code knows its number.
             unsafe { libc::close(self.file) };
         }
     }
 }
 
 impl OwnMemory {
-    /// An error where there is no such file, or it may not be opened.
+    /// An error if the file does not exist or may not be opened.
     pub(crate) fn open() -> Result<Self, Error> {
         let kept = KEPT.get_or_make();
         let known = kept.map_or(0, |kept| kept.load(Ordering::Acquire));
@@ -47,7 +47,7 @@ impl OwnMemory {
         if file < 0 {
             return Err(failed());
         }
-        // Not kept where another thread was faster, or the descriptor is too large.
+        // Not kept if another thread was faster or the descriptor is too large.
         let publish = |kept: &AtomicU64, new| {
             kept.compare_exchange(known, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
         };
@@ -55,30 +55,30 @@ impl OwnMemory {
         Ok(Self { file, kept })
     }
 
-    /// Reads `bytes` at the address `from`, with or without access to it. An error if it could not read all.
+    /// Reads `bytes` at address `from`, accessible or not. An error if any could not be read.
     ///
     /// # Safety
     /// `to` is valid for writes of `bytes`.
     pub(crate) unsafe fn read(&self, from: usize, to: *mut u8, bytes: usize) -> Result<(), Error> {
-        // SAFETY: `all` asks for no more than `bytes`, for which `to` is valid.
+        // SAFETY: `all` asks for at most `bytes`, for which `to` is valid.
         all(bytes, |done| unsafe {
             libc::pread(self.file, to.add(done).cast(), bytes - done, (from + done) as libc::off_t)
         })
     }
 
-    /// Writes `bytes` to the address `to`, with or without access to it. An error if it could not write all.
+    /// Writes `bytes` to address `to`, accessible or not. An error if any could not be written.
     ///
     /// # Safety
-    /// `from` is valid for reads of `bytes`; what is at `to` is the caller's to change.
+    /// `from` is valid for reads of `bytes`, and the caller may change the bytes at `to`.
     pub(crate) unsafe fn write(&self, to: usize, from: *const u8, bytes: usize) -> Result<(), Error> {
-        // SAFETY: `all` asks for no more than `bytes`: `from` is valid for reads of so many, and those at `to` may be changed.
+        // SAFETY: `all` asks for at most `bytes`. `from` is valid for reading them, and those at `to` may be changed.
         all(bytes, |done| unsafe {
             libc::pwrite(self.file, from.add(done).cast(), bytes - done, (to + done) as libc::off_t)
         })
     }
 }
 
-/// Repeats a transfer until all bytes are through.
+/// Repeats a transfer until all bytes are moved.
 fn all(bytes: usize, mut transfer: impl FnMut(usize) -> isize) -> Result<(), Error> {
     let mut done = 0;
     while done < bytes {
@@ -99,9 +99,9 @@ const fn descriptor(file: u64) -> c_int {
     (file >> INODE_BITS & ((1 << DESCRIPTOR_BITS) - 1)) as c_int
 }
 
-/// What is kept of a descriptor in this process.
+/// The record of a descriptor of this process, as in [`KEPT`].
 fn describe(descriptor: c_int) -> Option<u64> {
-    // SAFETY: zeros are a `stat`, which the kernel fills in.
+    // SAFETY: zeros are a valid `stat`, which the kernel fills in.
     unsafe {
         let mut about: libc::stat = core::mem::zeroed();
         if descriptor >= 1 << DESCRIPTOR_BITS || libc::fstat(descriptor, &mut about) != 0 {

@@ -1,4 +1,4 @@
-//! The pages of a slot: which of them are accessible, where its guards are, and which the kernel has given memory to.
+//! The pages of a slot: which are accessible, which are guards, and which have memory.
 //!
 //! ```text
 //!  a stack that moves: all below it is guarded
@@ -15,8 +15,8 @@
 //!            |  no memory yet   | ◄── touched ──────|
 //! ```
 //!
-//! A stack that stays grows by the kernel's own page faults, page by page as it is touched. So the kernel may touch it,
-//! too: signal frames and what system calls write need no handler of ours.
+//! A stack that stays grows through the kernel's own page faults as it is touched. So the kernel may touch it too: signal
+//! frames and writes by system calls need no handler of this crate.
 
 use core::ops::Range;
 
@@ -32,7 +32,7 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Of the slot of `class` that ends at `end`.
+    /// The pages of the slot of `class` that ends at `end`.
     pub(crate) fn new(class: Class, end: usize) -> Self {
         Self { class, end }
     }
@@ -42,7 +42,7 @@ impl Pages {
         self.end - self.class.stride()..self.end - open
     }
 
-    /// Makes `open` bytes accessible instead of `now`. After an error nothing has changed.
+    /// Raises the accessible bytes from `now` to `open`. An error changes nothing.
     ///
     /// # Safety
     /// The slot is the caller's, and nothing below the `now` bytes is needed.
@@ -51,8 +51,7 @@ impl Pages {
         unsafe { guard::open(self.end - open, open - now) }
     }
 
-    /// Makes `open` bytes accessible instead of `now`, which are more, and gives the memory of the others back. After an
-    /// error nothing has changed.
+    /// Lowers the accessible bytes from `now` to `open` and gives the memory of the rest back. An error changes nothing.
     ///
     /// # Safety
     /// The slot is the caller's, and nothing below the `open` bytes is needed.
@@ -61,19 +60,19 @@ impl Pages {
         unsafe { guard::close(self.end - now, now - open) }
     }
 
-    /// Gives the memory of all accessible pages back but for the uppermost `kept` bytes.
+    /// Gives the memory of all accessible pages back, except the uppermost `kept` bytes.
     ///
     /// # Safety
     /// The slot is the caller's, `open` bytes of it are accessible, and nothing below the `kept` bytes is needed.
     pub(crate) unsafe fn discard(self, open: usize, kept: usize) {
-        // SAFETY: the range is accessible, within the slot, which the caller owns, and nothing in it is needed.
+        // SAFETY: the range is accessible and within the slot, which the caller owns, and nothing in it is needed.
         unsafe { guard::discard(self.end - open, open - kept) };
     }
 }
 
-/// How many bytes of `range`, whole pages, the kernel has given memory to. All of them, should it not say.
+/// How many bytes of `range` (whole pages) have memory from the kernel. All of them if the kernel does not tell.
 pub(crate) fn resident(range: Range<usize>) -> usize {
-    // No larger, since it may lie on the stack that is asked about.
+    // Kept small, since the array may lie on the measured stack.
     let mut pages = [0u8; 1024];
     let mut sum = 0;
     for start in range.clone().step_by(pages.len() * PAGE) {
@@ -83,11 +82,11 @@ pub(crate) fn resident(range: Range<usize>) -> usize {
     sum
 }
 
-/// For each page of `range`, or as many of them as `room` has bytes: whether the kernel has given it memory. `None` if it does
-/// not say.
+/// Tells for each page of `range`, up to the length of `room`, whether the kernel has given it memory. `None` if the
+/// kernel does not tell.
 pub(super) fn each_resident(range: Range<usize>, room: &mut [u8]) -> Option<impl Iterator<Item = bool>> {
     let pages = (range.len() / PAGE).min(room.len());
-    // SAFETY: the kernel reads nothing of the pages, and writes a byte for each, for which there is room.
+    // SAFETY: the kernel does not read the pages, and writes one byte for each, for which `room` has space.
     let answer = unsafe { libc::mincore(range.start as *mut _, pages * PAGE, room.as_mut_ptr()) };
     (answer == 0).then(|| room[..pages].iter().map(|&page| page & 1 != 0))
 }

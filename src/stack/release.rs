@@ -1,4 +1,4 @@
-//! The end of a coroutine's stack: what it held goes back.
+//! The end of a coroutine's stack: everything it held goes back.
 
 use core::sync::atomic::Ordering;
 
@@ -7,13 +7,13 @@ use super::free_list::Link;
 use super::record::Record;
 use super::{scouts, stock};
 
-/// Takes back everything a coroutine held that has ended: its slot, and those its stack has left.
+/// Takes back the slot of a finished coroutine and the slots its stack has left.
 ///
 /// # Safety
-/// The coroutine of `record` has ended and nothing on its stack is needed any more.
+/// The coroutine of `record` has ended, and nothing on its stack is needed any more.
 #[inline(always)]
 pub(crate) unsafe fn release(record: *mut Record) {
-    // SAFETY: the coroutine has ended, so its slot with the record is accessible, the caller's, and no longer needed.
+    // SAFETY: the coroutine has ended, so its slot and record are accessible, the caller's, and no longer needed.
     unsafe {
         if (*record).tidy {
             tidy(record);
@@ -27,21 +27,21 @@ pub(crate) unsafe fn release(record: *mut Record) {
 #[cold]
 #[inline(never)]
 unsafe fn tidy(record: *mut Record) {
-    // SAFETY: the coroutine has ended, so nobody else uses its record, and nothing below its first size is needed.
+    // SAFETY: the coroutine has ended, so no other code uses its record, and nothing below its first size is needed.
     unsafe {
         drop((*record).name.take());
         scouts::learn(&*record);
         drop((*record).pins.take());
         give_back_old(core::mem::take(&mut (*record).old));
-        // What was opened below the first size of a stack that moves is closed again: its memory goes back and the
-        // next owner starts with what it asked for. If closing fails the slot is merely larger.
+        // The part of a moving stack below its first size is closed again. Its memory goes back, and the next owner gets
+        // the requested size. If closing fails, the slot is merely larger.
         if (*record).open > (*record).class.first_open() {
             let _ = stock::resize(record, (*record).class.first_open());
         }
     }
 }
 
-/// Puts the slots of a list of old slots on the free lists. The first of the list is the last to be used again.
+/// Puts a list of old slots on the free lists. The first of the list is reused last.
 pub(crate) fn give_back_old(mut link: Link) {
     while let Some(slot) = Slot::from_link(link) {
         link = slot.meta().next.load(Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Scouts: the few coroutines that tell their spawn site (src/site.rs) how much stack they have used.
+//! Scouts: the few coroutines that report to their spawn site (src/site.rs) how much stack they have used.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,19 +9,19 @@ use crate::settings::Growth;
 use crate::site::{LARGEST, SCOUT_EVERY};
 use crate::size::{PAGE, size_of_open};
 
-/// True for one in [`SCOUT_EVERY`] coroutines that grow in place and are made in a slot that is new to their thread. Not for the
-/// first ones of a program: a few take little memory, and to be watched costs time.
+/// True for one in [`SCOUT_EVERY`] coroutines that grow in place in a slot new to their thread. The first ones of a
+/// program are exempt: a few coroutines take little memory, and watching costs time.
 pub(crate) fn is_ones_turn() -> bool {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     COUNT.fetch_add(1, Ordering::Relaxed) % SCOUT_EVERY == SCOUT_EVERY - 1
 }
 
-/// Gives all pages of a scout's stack back but the uppermost, so that at its end those it used can be told.
+/// Gives all pages of a scout's stack back except the uppermost, so that the pages it uses can be told at its end.
 ///
 /// # Safety
 /// The slot of `record` is the caller's, and nothing below its head is needed.
 pub(crate) unsafe fn send(record: *mut Record) {
-    // SAFETY: the slot is the caller's, so its record is accessible; what is below its uppermost page is not needed.
+    // SAFETY: the slot is the caller's, so its record is accessible. Nothing below the uppermost page is needed.
     unsafe {
         let open = (*record).open;
         if open > PAGE {
@@ -32,7 +32,7 @@ pub(crate) unsafe fn send(record: *mut Record) {
     }
 }
 
-/// Tells the site of a coroutine that has ended how much stack it needed.
+/// Reports to the site how much stack a finished coroutine needed.
 pub(super) fn learn(record: &Record) {
     let Some(site) = record.site else { return };
     if record.settings.growth == Growth::InPlace {
@@ -45,7 +45,7 @@ pub(super) fn learn(record: &Record) {
     }
 }
 
-/// The size of the stack that a scout has used, which has neither moved nor grown: down to its lowest page that is resident.
+/// The stack size that a scout has used, down to its lowest resident page. The stack has not moved or grown.
 fn used(record: &Record) -> usize {
     let mut room = [0u8; LARGEST / PAGE + 1];
     let pages = (record.open / PAGE).min(room.len());

@@ -170,7 +170,8 @@ fn take_slowly(
     may_be_made: fn() -> Result<(), Error>,
 ) -> Result<*mut Record, Error> {
     if let Some(record) = cached {
-        // A stack that moves was cached with a different size. SAFETY: a slot just taken is ours, so its record is
+        // A stack that moves was cached with a different size.
+        // SAFETY: a slot just taken is ours, so its record is
         // accessible.
         return match unsafe { resize(record, open) } {
             Ok(()) => Ok(record),
