@@ -1,4 +1,4 @@
-//! The interrupted context: the registers the kernel put on the signal stack, and will load again.
+//! The interrupted context: the registers that the kernel saved on the signal stack and will load again.
 //!
 //! ```text
 //!   ucontext.uc_mcontext.gregs    r8 .. r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip, ...
@@ -10,22 +10,22 @@
 //!                                 576  upper halves of ymm0-15, opmasks, of zmm0-15, zmm16-31, ...
 //! ```
 //!
-//! The layout of the extended area: Intel 64 manual, volume 1, chapter 13 (standard form), and
-//! `arch/x86/include/uapi/asm/sigcontext.h` of Linux.
+//! Sources for the extended area: Intel 64 manual, volume 1, chapter 13 (standard form), and Linux's
+//! `arch/x86/include/uapi/asm/sigcontext.h`.
 
 use core::ffi::c_void;
 use core::slice;
 
-/// Names of the general registers in the order of `gregs`, for reports.
+/// Names of the general registers, in the order of `gregs`, for reports.
 pub(crate) const NAMES: [&str; 16] = [
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx",
     "rsp",
 ];
 
-/// Where a register is in `gregs`, by its number in instructions: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ...
+/// The place of a register in `gregs`, by its instruction number: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ...
 pub(crate) const PLACE: [usize; 16] = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7];
 
-/// The same by their DWARF numbers: rax, rdx, rcx, rbx, rsi, rdi, rbp, rsp, r8 ...
+/// The place by DWARF number: rax, rdx, rcx, rbx, rsi, rdi, rbp, rsp, r8 ...
 pub(super) const DWARF_PLACE: [usize; 16] = [13, 12, 14, 11, 9, 8, 10, 15, 0, 1, 2, 3, 4, 5, 6, 7];
 
 const WORD: usize = size_of::<usize>();
@@ -35,7 +35,7 @@ const SOFTWARE_BYTES: usize = 464 / WORD;
 const EXTENDED: usize = 576 / WORD;
 /// FP_XSTATE_MAGIC1: an XSAVE area follows the 512 bytes of FXSAVE.
 const XSTATE_MAGIC: u32 = 0x4650_5853;
-/// More than any processor's XSAVE area (AMX's is 11 KiB): a larger figure is not believed.
+/// More than any processor's XSAVE area (AMX's is 11 KiB). A larger figure is rejected.
 const XSTATE_MOST: usize = 64 << 10;
 
 /// A signal handler's third argument.
@@ -43,9 +43,9 @@ pub(crate) struct Context<'a>(&'a mut libc::ucontext_t);
 
 impl Context<'_> {
     /// # Safety
-    /// `raw` is the third argument of a signal handler installed with `SA_SIGINFO`, used while it runs.
+    /// `raw` is the third argument of a signal handler installed with `SA_SIGINFO`, and is used only while it runs.
     pub(crate) unsafe fn new(raw: *mut c_void) -> Self {
-        // SAFETY: a handler's third argument is a `ucontext_t`, which is the handler's alone while it runs.
+        // SAFETY: a handler's third argument is a `ucontext_t`, which belongs to the handler alone while it runs.
         Self(unsafe { &mut *raw.cast() })
     }
 
@@ -57,8 +57,8 @@ impl Context<'_> {
         self.0.uc_mcontext.gregs[libc::REG_RSP as usize] as usize
     }
 
-    /// The number of the processor's exception that last made a signal for this thread: of an earlier one, or 0, if this
-    /// signal is the kernel's own.
+    /// The number of the processor exception that last raised a signal for this thread. If the kernel itself raised this
+    /// signal, the number is that of an earlier one, or 0.
     pub(super) fn exception(&self) -> usize {
         self.0.uc_mcontext.gregs[libc::REG_TRAPNO as usize] as usize
     }
@@ -70,14 +70,14 @@ impl Context<'_> {
         unsafe { slice::from_raw_parts_mut(first, NAMES.len()) }
     }
 
-    /// The words of the vector registers in two stretches: x87 to xmm, and the extended area.
+    /// The words of the vector registers in two stretches: x87 to xmm, then the extended area.
     pub(crate) fn vectors(&mut self) -> [&mut [usize]; 2] {
         let area = self.0.uc_mcontext.fpregs.cast::<usize>();
         if area.is_null() {
             return [&mut [], &mut []];
         }
-        // SAFETY: the kernel always writes 512 bytes of FXSAVE; what its software bytes announce
-        // follows them. The two stretches do not overlap.
+        // SAFETY: the kernel always writes 512 bytes of FXSAVE, followed by the area that their software bytes announce.
+        // The two stretches do not overlap.
         unsafe {
             let [magic, _, _, size] = {
                 let software = area.add(SOFTWARE_BYTES).cast::<u32>();
@@ -98,7 +98,7 @@ impl Context<'_> {
     }
 }
 
-/// What only a debugger does to the interrupted code.
+/// Changes that only a debugger makes to the interrupted code.
 #[cfg(feature = "torture")]
 impl Context<'_> {
     pub(crate) fn set_rip(&mut self, rip: usize) {
@@ -110,14 +110,14 @@ impl Context<'_> {
         &mut self.0.uc_mcontext.gregs[libc::REG_EFL as usize]
     }
 
-    /// A general register, by its number in instructions.
+    /// A general register, by its instruction number.
     pub(crate) fn register(&mut self, number: usize) -> &mut usize {
         &mut self.general()[PLACE[number]]
     }
 
-    /// The kernel's part of the signal mask that the interrupted code goes on with: a bit for each signal.
+    /// The kernel's part of the signal mask that the interrupted code will continue with, one bit per signal.
     pub(crate) fn mask_bits(&mut self) -> &mut u64 {
-        // SAFETY: a `sigset_t` is 1024 bits, of which the kernel uses the first 64.
+        // SAFETY: a `sigset_t` has 1024 bits, and the kernel uses the first 64.
         unsafe { &mut *(&raw mut self.0.uc_sigmask).cast() }
     }
 }

@@ -1,4 +1,4 @@
-//! What can go wrong when a coroutine is made, each with what to do about it.
+//! Errors of making a coroutine, each with its remedy.
 #![forbid(unsafe_code)]
 
 use core::fmt;
@@ -6,8 +6,8 @@ use std::io;
 
 use crate::size::{MAX_SIZE, MIN_SIZE};
 
-/// Why a coroutine could not be created. Nothing is lost: no memory, no slot, and the closure is
-/// dropped as if it had never been passed.
+/// The reason why a coroutine could not be created. No memory or slot is lost. The closure is dropped as if it had never
+/// been passed.
 ///
 /// ```
 /// use regrow::{Builder, Error};
@@ -21,7 +21,7 @@ pub enum Error {
     /// A size is not a power of two, or not between [`MIN_SIZE`](crate::MIN_SIZE) and
     /// [`MAX_SIZE`](crate::MAX_SIZE) bytes.
     Size {
-        /// Which one: `"first_size"` or `"maximum"`.
+        /// The size in question: `"first_size"` or `"maximum"`.
         what: &'static str,
         /// The size asked for, in bytes.
         bytes: usize,
@@ -35,32 +35,32 @@ pub enum Error {
     },
     /// The kernel refused memory or address space.
     ///
-    /// All of a stack's slot counts as address space (`ulimit -v`), used or not. Only pages that were touched count as memory; but
-    /// with `vm.overcommit_memory=2` the kernel charges every page that could be written: where guards are markers the whole
-    /// slot, where they are by protection what is accessible of it.
+    /// The whole slot of a stack counts as address space (`ulimit -v`), used or not. Only touched pages count as memory.
+    /// With `vm.overcommit_memory=2`, though, the kernel charges every writable page: the whole slot with guard markers,
+    /// only its accessible part with page protection.
     Memory {
-        /// What regrow was doing.
+        /// The operation that failed.
         doing: &'static str,
-        /// How many bytes it asked for.
+        /// How many bytes regrow asked for.
         bytes: usize,
         /// The kernel's answer.
         source: std::io::Error,
     },
-    /// The process has nearly as many memory mappings as it may have. Without `MADV_GUARD_INSTALL` (Linux before 6.13) each
-    /// stack takes two; new ones are refused while some are left for the rest of the program.
+    /// The process is close to its limit of memory mappings. Without `MADV_GUARD_INSTALL` (Linux before 6.13) each stack
+    /// takes two. New stacks are refused while some mappings are left for the rest of the program.
     Mappings {
         /// The kernel's answer.
         source: std::io::Error,
     },
-    /// A coroutine cannot have as much stack as it asked for; see [`reserve`](crate::reserve).
+    /// A coroutine cannot have the stack it asked for; see [`reserve`](crate::reserve).
     Room {
-        /// How many bytes it asked for.
+        /// How many bytes the coroutine asked for.
         bytes: usize,
         /// Its maximum, in bytes.
         maximum: usize,
     },
-    /// `/proc/self/mem` could not be opened, read or written. In a process with several threads a stack that grows in place
-    /// is frozen and thawed through it, see [`Coroutine::freeze`](crate::Coroutine::freeze).
+    /// `/proc/self/mem` could not be opened, read or written. In a process with several threads, a stack that grows in
+    /// place is frozen and thawed through it; see [`Coroutine::freeze`](crate::Coroutine::freeze).
     OwnMemory {
         /// The kernel's answer.
         source: std::io::Error,
@@ -120,7 +120,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// The kernel's answer, as `io::Error` writes it. But that makes a `String`, and this is written in the fault handler, too.
+/// Formats the kernel's answer like `io::Error`, but without a `String`, since the fault handler writes it too.
 struct Answer<'a>(&'a io::Error);
 
 impl fmt::Display for Answer<'_> {

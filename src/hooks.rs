@@ -1,7 +1,7 @@
-//! What torture asks of the rest of the crate. Without the feature all of it is constant, and costs nothing.
+//! The hooks of torture in the rest of the crate. Without the feature all of them are constant and cost nothing.
 //!
-//! Torture stands on top of the crate, so nothing below may name it. It leaves two flags of the thread here, and a table of
-//! functions for the fault handler.
+//! Torture depends on the rest of the crate, so the code below must not name it. Torture leaves two flags per thread
+//! here, and a table of functions for the fault handler.
 #![forbid(unsafe_code)]
 
 #[cfg(not(feature = "torture"))]
@@ -49,20 +49,20 @@ mod on {
     use crate::context::Context;
     use crate::stats::WordsByMap;
 
-    /// What the fault handler asks torture.
+    /// The functions of torture that the fault handler calls.
     pub(crate) struct Table {
-        /// Whether a fault at this address is a finding. If so it has been dealt with.
+        /// Whether a fault at this address is a finding. If so, it has been dealt with.
         pub catches: fn(usize, &mut Context<'_>) -> bool,
-        /// Puts an instruction back that runs elsewhere since a breakpoint is in its place; returns where that is.
+        /// Puts an instruction back that runs elsewhere because of a breakpoint in its place. Returns its place.
         pub put_instruction_back: fn(&mut Context<'_>) -> Option<usize>,
-        /// Puts the breakpoint there again.
+        /// Restores the breakpoint there.
         pub put_breakpoint_back: fn(usize),
     }
 
-    /// Empty until the first torture. The handlers only read it, which waits for nobody.
+    /// Empty until the first torture. The handlers only read it, without waiting.
     static TABLE: OnceLock<Table> = OnceLock::new();
 
-    /// The first call counts.
+    /// Installs the table. Only the first call has an effect.
     pub(crate) fn install(table: Table) {
         let _ = TABLE.set(table);
     }
@@ -71,21 +71,21 @@ mod on {
         TABLE.get()
     }
 
-    /// What the torture of a thread wants of the code below.
+    /// The wishes of a thread's torture to the code below.
     #[derive(Clone, Copy, Default)]
     pub(crate) struct Flags {
-        /// It runs.
+        /// The thread is being tortured.
         pub tortured: bool,
         /// Stacks grow by no more than one fault asks for.
         pub smallest_steps: bool,
     }
 
-    // All of these are constant and without a destructor, so that a handler may use them.
+    // All of these are constant and without a destructor, so a handler may use them.
     thread_local! {
         static FLAGS: Cell<Flags> = const { Cell::new(Flags { tortured: false, smallest_steps: false }) };
-        /// How many things are under way that a move would disturb.
+        /// How many operations that a move would disturb are under way.
         static UNDISTURBED: Cell<u32> = const { Cell::new(0) };
-        /// The words of all stacks that were moved on this thread since its torture began.
+        /// The words of all stacks moved on this thread since its torture began.
         static WORDS: Cell<WordsByMap> = const { Cell::new(WordsByMap::NONE) };
     }
 
@@ -101,7 +101,7 @@ mod on {
         FLAGS.get().smallest_steps
     }
 
-    /// While it lives no stack of this thread is moved by torture.
+    /// While it lives, torture moves no stack of this thread.
     pub(crate) struct Undisturbed(());
 
     pub(crate) fn undisturbed() -> Undisturbed {
@@ -130,7 +130,7 @@ mod on {
         });
     }
 
-    /// The words that were counted since the last call.
+    /// The words counted since the last call.
     pub(crate) fn take_words() -> WordsByMap {
         WORDS.replace(WordsByMap::NONE)
     }
@@ -139,11 +139,12 @@ mod on {
         table().is_some_and(|table| (table.catches)(address, context))
     }
 
-    /// An instruction is in its own place until this is dropped.
+    /// Keeps an instruction in its own place until dropped.
     pub(crate) struct InPlace(Option<(usize, &'static Table)>);
 
-    /// For a fault in an instruction that runs elsewhere since a breakpoint is in its place: puts it back there for as long as
-    /// the fault is dealt with, since what is known about code is known by its place. It runs into the breakpoint again.
+    /// For a fault in an instruction that runs elsewhere because of a breakpoint in its place. Puts the instruction back
+    /// while the fault is dealt with, because facts about code are found by its place. It then runs into the breakpoint
+    /// again.
     pub(crate) fn instruction_in_its_place(context: &mut Context<'_>) -> InPlace {
         InPlace(table().and_then(|table| Some(((table.put_instruction_back)(context)?, table))))
     }

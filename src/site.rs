@@ -1,50 +1,50 @@
-//! Learned start sizes: what the coroutines of one spawn site have come to need.
+//! Learned start sizes: how much stack the coroutines of one spawn site need.
 //!
-//! A *site* is one place in the program's code that makes coroutines of one closure: a static of 32 bytes that
-//! the assembler puts beside that code. So two kinds of coroutines that need very different stacks never share
-//! an average, and finding a site costs one instruction.
+//! A *site* is one place in the code that makes coroutines of one closure. It is a static of 32 bytes that the assembler
+//! puts beside that code. So two kinds of coroutines with different needs never share an average, and finding a site
+//! costs one instruction.
 //!
-//! A site learns from what fails: when a coroutine that grew by moving has ended, the next ones start with the size it came
-//! to. Starting larger costs address space only, since pages are used as they are touched. What is too large is found out
-//! by *scouts*: one in 64 coroutines starts on untouched pages, and at its end the kernel says which of them it used.
+//! A site learns from growth. When a coroutine that grew by moving has ended, later ones start with its final size. A
+//! larger start costs only address space, since pages are used as they are touched. *Scouts* reveal sizes that are too
+//! large: one in 64 coroutines starts on untouched pages, and at its end the kernel tells which of them it used.
 //!
-//! Stacks that grow in place have no size to start with. Their scouts, one in 64 of those made in a slot that is new to the
-//! thread, are watched (src/grow/shrink.rs). When one of them has given back what a spike left in it, its site is *spiky*:
-//! the coroutines made there from then on are watched, too.
+//! Stacks that grow in place have no start size. Their scouts, one in 64 of those made in a slot new to the thread, are
+//! watched (src/grow/shrink.rs). Once a scout has given back what a spike left, its site is *spiky*, and later coroutines
+//! from it are watched too.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::size::MIN_SIZE;
 
-/// No site learns a larger size: beyond it a slot takes page tables of its own.
+/// The largest size a site learns. A slot for more would take page tables of its own.
 pub(crate) const LARGEST: usize = 256 << 10;
 
-/// Every how many coroutines of a site that has learned something there is a scout.
+/// Where a size was learned, one in this many coroutines is a scout.
 pub(crate) const SCOUT_EVERY: u32 = 64;
 
-/// After how many scouts the largest size any of them used becomes the one learned.
+/// After this many scouts, the largest size any of them used becomes the learned one.
 const SCOUTS: u32 = 8;
 
-/// What is known of one spawn site. In the section `regrow_sites`.
+/// The record of one spawn site, in the section `regrow_sites`.
 #[repr(C, align(16))]
 pub(crate) struct Site {
-    /// Names the closure, for reading.
+    /// Returns the name of the closure, for reading.
     name: fn() -> &'static str,
-    /// log2 of the size learned; 0: none. [`SPIKY`].
+    /// log2 of the learned size; 0 if there is no such size; or [`SPIKY`].
     learned: AtomicU32,
-    /// How many coroutines started with it.
+    /// How many coroutines started with the learned size.
     spawned: AtomicU32,
-    /// Scouts that have reported since something was learned from them, and log2 of the most they used.
+    /// Scouts reported since the last time a size was learned from scouts, and log2 of the most they used.
     scouts: AtomicU32,
     most: AtomicU32,
 }
 
-/// The site of the code this is inlined into, for coroutines of the closure `$closure`.
+/// The site of the code that this is inlined into, for coroutines of the closure `$closure`.
 macro_rules! here {
     ($closure:ty) => {{
         let site: *const $crate::site::Site;
-        // SAFETY: what is put into the section is a `Site`, with a name and zeros, and lasts as long as the program. Its own address
+        // SAFETY: the section gets a valid `Site`, with a name and zeros, that lasts as long as the program. Its address
         // is read.
         unsafe {
             core::arch::asm!(
@@ -64,11 +64,11 @@ macro_rules! here {
 }
 pub(crate) use here;
 
-/// Learned of a site whose coroutines grow in place and have had spikes. No size: it would be 2 bytes.
+/// Marks a site whose coroutines grow in place and have had spikes. Never a size, since it would be 2 bytes.
 const SPIKY: u32 = 1;
 
 impl Site {
-    /// The size that coroutines made here start with, if anything was learned.
+    /// The size that coroutines made here start with, if one was learned.
     #[inline(always)]
     pub(crate) fn learned(&self) -> Option<usize> {
         match self.learned.load(Ordering::Relaxed) {
@@ -77,29 +77,29 @@ impl Site {
         }
     }
 
-    /// True if coroutines made here that grow in place are to be watched.
+    /// True if coroutines that are made here and grow in place are to be watched.
     #[inline(always)]
     pub(crate) fn is_spiky(&self) -> bool {
         self.learned.load(Ordering::Relaxed) == SPIKY
     }
 
-    /// A scout that grows in place has given back what a spike had left.
+    /// Called when a scout that grows in place has given back what a spike left.
     pub(crate) fn had_spike(&self) {
         let _ = self.learned.compare_exchange(0, SPIKY, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// Counts a coroutine that starts with what was learned; true if it is to be a scout.
+    /// Counts a coroutine that starts with the learned size. True if it is to be a scout.
     pub(crate) fn count(&self) -> bool {
         self.spawned.fetch_add(1, Ordering::Relaxed) % SCOUT_EVERY == SCOUT_EVERY - 1
     }
 
-    /// A coroutine has ended whose stack grew to `size`.
+    /// Called when a coroutine whose stack grew to `size` has ended.
     pub(crate) fn grew_to(&self, size: usize) {
         self.learned.fetch_max(log(size), Ordering::Relaxed);
         self.most.fetch_max(log(size), Ordering::Relaxed);
     }
 
-    /// A scout has ended that used a stack of `size`.
+    /// Called when a scout that used a stack of `size` has ended.
     pub(crate) fn scouted(&self, size: usize) {
         self.most.fetch_max(log(size), Ordering::Relaxed);
         if self.scouts.fetch_add(1, Ordering::Relaxed) + 1 >= SCOUTS {
@@ -110,12 +110,12 @@ impl Site {
     }
 }
 
-/// Of the power of two that holds `size`, at most the largest that is learned.
+/// log2 of the power of two that holds `size`, limited to that of [`LARGEST`].
 fn log(size: usize) -> u32 {
     size.min(LARGEST).next_power_of_two().trailing_zeros()
 }
 
-/// What a spawn site of coroutines that move has learned; see [`spawn_sites`].
+/// The record of a spawn site of coroutines that move; see [`spawn_sites`].
 ///
 /// ```
 /// # #[inline(never)]
@@ -136,11 +136,11 @@ fn log(size: usize) -> u32 {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct SpawnSite {
-    /// The type of the coroutines' closure, which says where it is written.
+    /// The type of the coroutines' closure, which tells where it is written.
     pub closure: &'static str,
     /// The size they start with, in bytes.
     pub first_size: usize,
-    /// How many have started with a size that was learned.
+    /// How many coroutines have started with a learned size.
     pub spawned: u32,
 }
 
@@ -154,8 +154,8 @@ pub struct SpawnSite {
 #[must_use]
 pub fn spawn_sites() -> Vec<SpawnSite> {
     let (first, end): (*const Site, *const Site);
-    // SAFETY: the linker gives the section these two symbols, and they are null if the program makes no coroutine. All
-    // in the section are sites.
+    // SAFETY: the linker gives the section these two symbols; they are null if the program makes no coroutine. The
+    // section holds only sites.
     let sites = unsafe {
         asm!(
             ".weak __start_regrow_sites",

@@ -1,7 +1,7 @@
-//! Sizes: which slots there are, and how many pages a stack of a given size takes.
+//! Sizes: the kinds of slots, and the number of pages for a stack of a given size.
 //!
-//! A *size* is a power of two of bytes a user may count on. The top page of a slot gives up to half
-//! of itself to the record, the closure and the colour, so:
+//! A *size* is a power of two of bytes that a user may count on. Up to half of a slot's top page holds the record, the
+//! closure and the colour:
 //!
 //! ```text
 //!   size 2 KiB    1 page    | 2 KiB stack | head |
@@ -13,7 +13,7 @@
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;
 
-/// The smallest stack, in bytes: half a page; the record and the closure take the other half.
+/// The smallest stack, in bytes: half a page. The record and the closure take the other half.
 ///
 /// ```
 /// // SAFETY: nothing is kept outside the stack.
@@ -33,27 +33,27 @@ pub const MIN_SIZE: usize = 2048;
 /// ```
 pub const MAX_SIZE: usize = 1 << 32;
 
-/// At most this much at the top of a slot is not stack: record, closure, colour, base.
+/// The most bytes at the top of a slot that are not stack: record, closure, colour, base.
 pub(crate) const HEAD: usize = 2048;
 
-/// Never opened, at the bottom of each slot. Wider than a page, since C compiled without probes
-/// can step over a page without touching it.
+/// The bottom of each slot, never opened. It is wider than a page, since C code compiled without probes can step over a
+/// page without touching it.
 pub(crate) const GUARD: usize = 4 * PAGE;
 
-/// The least slack of a slot whose stack moves: with guard and stack the smallest slot takes 64 KiB.
+/// The least slack of a slot whose stack moves. With guard and stack, the smallest slot takes 64 KiB.
 const MIN_SLACK: usize = 11 * PAGE;
 
-/// Slots of moving stacks end at multiples of this, so that a move changes no address in its low 16 bits.
+/// Slots of moving stacks end at multiples of this, so a move never changes the low 16 bits of an address.
 ///
-/// A word of a frame need not be one value: a `u16` that was stored over half a dead pointer leaves a word that
-/// looks like a pointer into the stack, and is rewritten as one. The `u16` in it must not change by that.
+/// A frame's word may hold several values. A `u16` stored over half of a dead pointer can leave a word that looks like a
+/// pointer into the stack and is rewritten as one. The `u16` then stays as it was.
 pub(crate) const ALIGN: usize = 1 << 16;
 
-/// The first address from `from` on where a slot of `class` may start: `from` itself, if its bytes are no common data.
+/// The first address, from `from` on, where a slot of `class` may start: one whose bytes are no common data.
 ///
-/// A byte or a small integer stored over another part of a dead pointer is changed by a move only if the mixture still is
-/// an address in the slot, so if it is what that part of the address was. Therefore slots lie where these bytes are neither
-/// small integers, positive or negative, nor flags nor ASCII characters:
+/// A byte or small integer may also be stored over another part of a dead pointer. A move changes it only if the mixture
+/// is still an address in the slot, so only if it equals that part of the address. Therefore slots lie where these bytes
+/// are no small integers (of either sign), flags or ASCII characters:
 ///
 /// ```text
 ///   byte of an address     7    6    5       4         3         2       1    0
@@ -61,13 +61,13 @@ pub(crate) const ALIGN: usize = 1 << 16;
 ///                        │ over a TiB    │ of each │         │         │ by moves    │
 /// ```
 ///
-/// A slot of more than an eighth of such a byte's period has no choice.
+/// A slot larger than an eighth of such a byte's period has no choice.
 pub(crate) const fn next_place(class: Class, from: usize) -> usize {
     let start = next_by_byte(class, next_by_byte(class, next_by_byte(class, from, 4), 3), 2);
     if start == from { from } else { next_place(class, start) }
 }
 
-/// The same, with an eye on one byte.
+/// The same for one byte.
 const fn next_by_byte(class: Class, from: usize, byte: u32) -> usize {
     let period = 256 << (8 * byte);
     let below = from % period;
@@ -82,15 +82,15 @@ const fn next_by_byte(class: Class, from: usize, byte: u32) -> usize {
     }
 }
 
-/// The upper end of the TiB in which arenas are to lie, if `free` is an address where there is room: that one, unless there is little
-/// room left in it. In it the sixth byte of all addresses is the same.
+/// The upper end of the TiB in which arenas are to lie, if `free` is an address with room. Usually this is the TiB of
+/// `free`, but the next one if little room is left there. All addresses in a TiB have the same sixth byte.
 pub(crate) const fn arenas_below(free: usize) -> usize {
     const TIB: usize = 1 << 40;
     let start = free / TIB * TIB;
     if start == 0 || free - start >= TIB / 4 * 3 { start + TIB } else { start }
 }
 
-/// Where an arena of this class may start, of all addresses from `below` down: where its first slots are not left out.
+/// The addresses, from `below` down, where an arena of this class may start: its first slots are not left out there.
 pub(crate) fn arena_places(class: Class, below: usize, step: usize) -> impl Iterator<Item = usize> {
     const LOWEST: usize = 0x8080_0000;
     const FOUR_GIB: usize = 1 << 32;
@@ -102,11 +102,11 @@ pub(crate) fn arena_places(class: Class, below: usize, step: usize) -> impl Iter
         .filter(move |&start| next_place(class, start) == start)
 }
 
-/// How many classes there are: those of moving stacks, then those of stacks that stay.
+/// The number of classes: first those of moving stacks, then those of stacks that stay.
 pub(crate) const CLASSES: usize = 2 * SIZES;
 const SIZES: usize = 22;
 
-/// A kind of slot: a log2 of its size, and whether the stacks in it move or stay.
+/// A kind of slot: log2 of its size, and whether its stacks move or stay.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Class(u8);
 
@@ -116,7 +116,7 @@ impl Class {
         Self((size / MIN_SIZE).trailing_zeros() as u8)
     }
 
-    /// Slots for stacks that stay, all of whose `maximum` bytes are accessible.
+    /// Slots for stacks that stay, with all `maximum` bytes accessible.
     pub(crate) const fn staying(maximum: usize) -> Self {
         Self((maximum / MIN_SIZE).trailing_zeros() as u8 + SIZES as u8)
     }
@@ -138,12 +138,12 @@ impl Class {
         MIN_SIZE << (self.index() % SIZES)
     }
 
-    /// Bytes below the slot's end that are accessible of a stack that has the slot's size, no slack opened.
+    /// Accessible bytes below the slot's end for a stack of the slot's size with no slack opened.
     pub(crate) const fn first_open(self) -> usize {
         open_bytes(self.size())
     }
 
-    /// The most a stack in this slot can open, in bytes below the slot's end.
+    /// The most bytes below the slot's end that a stack in this slot can open.
     pub(crate) const fn window(self) -> usize {
         let open = open_bytes(self.size());
         if !self.is_moving() {
@@ -155,7 +155,7 @@ impl Class {
         }
     }
 
-    /// Bytes from one slot to the next, a multiple of [`ALIGN`] where stacks move.
+    /// Bytes from one slot to the next. A multiple of [`ALIGN`] if stacks move.
     pub(crate) const fn stride(self) -> usize {
         let bytes = GUARD + self.window();
         if self.is_moving() { bytes.next_multiple_of(ALIGN) } else { bytes }
@@ -167,13 +167,12 @@ pub(crate) const fn open_bytes(size: usize) -> usize {
     if size <= MIN_SIZE { PAGE } else { size + PAGE }
 }
 
-/// The size of a stack of which `open` bytes are accessible: the inverse of [`open_bytes`].
+/// The size of a stack with `open` accessible bytes: the inverse of [`open_bytes`].
 pub(crate) const fn size_of_open(open: usize) -> usize {
     if open <= PAGE { MIN_SIZE } else { open - PAGE }
 }
 
-/// The size to grow to: doubled from `size` until it holds `need` bytes below the slot's end,
-/// `maximum` at most. `None` if `need` does not fit in the maximum or nothing would be gained.
+/// The size to grow to: `size`, doubled until `need` bytes fit below the slot's end. `None` if that exceeds `maximum`.
 pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     let mut next = size.checked_next_power_of_two()?.max(MIN_SIZE);
     while next <= size || open_bytes(next) < need {
@@ -182,11 +181,11 @@ pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     (next <= maximum).then_some(next)
 }
 
-/// Up to here a stack that opens slack opens four times as much: pages cost nothing before they are touched, and each opening
+/// Up to this size, a stack that opens slack opens four times as much. Untouched pages cost nothing, and each opening
 /// costs a fault.
 const QUICK: usize = 64 << 10;
 
-/// As [`grown`], for a stack that opens the slack of its slot.
+/// Like [`grown`], for a stack that opens the slack of its slot.
 pub(crate) fn grown_in_slack(size: usize, need: usize, maximum: usize) -> Option<usize> {
     Some(grown(size, need, maximum)?.max((4 * size).min(QUICK)).min(maximum))
 }

@@ -1,4 +1,4 @@
-//! Counters: of one coroutine, and of the whole process.
+//! Counters for one coroutine and for the whole process.
 #![forbid(unsafe_code)]
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -31,11 +31,11 @@ pub struct LastGrowth {
     pub from: usize,
     /// Size after, in bytes.
     pub to: usize,
-    /// Bytes copied; 0 if it used its slack.
+    /// Bytes copied; 0 if the stack used its slack.
     pub bytes: usize,
-    /// Words that pointed into the stack and were rewritten, registers included.
+    /// Words rewritten because they pointed into the stack, registers included.
     pub words: usize,
-    /// Nanoseconds spent in the fault handler (the kernel's share, about 2–3 µs, not included).
+    /// Nanoseconds in the fault handler, without the kernel's share (about 2–3 µs).
     pub nanoseconds: u64,
 }
 
@@ -53,33 +53,34 @@ pub struct LastGrowth {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Stats {
-    /// How often the fault handler, or [`reserve`](crate::reserve), made the stack larger. A stack that grows in place
-    /// is made larger by neither: 0.
+    /// How often the fault handler or [`reserve`](crate::reserve) made the stack larger. Always 0 for a stack that grows
+    /// in place: the kernel makes it larger.
     pub growths: u64,
-    /// How often it became smaller, or gave memory back.
+    /// How often the stack became smaller or gave memory back.
     pub shrinks: u64,
     /// Bytes copied by moving.
     pub bytes_copied: u64,
     /// Words rewritten by moving.
     pub words_rewritten: u64,
-    /// Bytes the stack has now. One that grows in place: of its pages that have memory, record included; the kernel is asked.
-    /// While it is frozen: of those that will have memory when it has thawed.
+    /// Bytes the stack has now. For a stack that grows in place: the bytes of its pages with memory, record included,
+    /// asked from the kernel. While it is frozen: the bytes that will have memory after the thaw.
     pub size: usize,
-    /// The most bytes it ever had. One that grows in place: the most that were seen, by this or by who gave memory back.
+    /// The most bytes the stack ever had. For a stack that grows in place: the most ever seen, by this call or when
+    /// memory was given back.
     pub highest: usize,
     /// The latest growth.
     pub last: Option<LastGrowth>,
 }
 
 impl Stats {
-    /// Of a coroutine that has ended.
+    /// The counters of a coroutine that has ended.
     pub(crate) const NONE: Self =
         Self { growths: 0, shrinks: 0, bytes_copied: 0, words_rewritten: 0, size: 0, highest: 0, last: None };
 }
 
-/// How many words of moved frames were what, by their maps; part of [`Totals`].
+/// How the maps of moved frames class their words; part of [`Totals`].
 ///
-/// With [`Maps::Precise`](crate::Maps::Precise) nothing is ambiguous, with [`Maps::Off`](crate::Maps::Off) everything.
+/// With [`Maps::Precise`](crate::Maps::Precise) no word is ambiguous. With [`Maps::Off`](crate::Maps::Off) all are.
 ///
 /// ```
 /// let words = regrow::totals().words_by_map;
@@ -90,11 +91,12 @@ impl Stats {
 pub struct WordsByMap {
     /// Pointers.
     pub pointers: u64,
-    /// Of these, how many did not point into their stack, and were left alone: null, the heap, another stack.
+    /// Pointers that did not point into their stack (null, heap, another stack) and were left alone. Included in
+    /// `pointers`.
     pub elsewhere: u64,
     /// Data.
     pub data: u64,
-    /// Judged by their value.
+    /// Words judged by their value.
     pub ambiguous: u64,
 }
 
@@ -125,15 +127,15 @@ pub struct Totals {
     pub moves: u64,
     /// How often a stack that may move used its slack instead.
     pub in_place: u64,
-    /// How often stacks became smaller, or gave memory back.
+    /// How often a stack became smaller or gave memory back.
     pub shrinks: u64,
     /// Bytes copied.
     pub bytes_copied: u64,
     /// Words rewritten.
     pub words_rewritten: u64,
-    /// Words of frames looked at by moves, by what their frames' maps say of them.
+    /// Words of frames that moves looked at, by their class in the frames' maps.
     pub words_by_map: WordsByMap,
-    /// The largest size any stack has reached that moves, in bytes.
+    /// The largest size of any stack that moves, in bytes.
     pub highest: usize,
 }
 
@@ -148,7 +150,7 @@ static DATA: AtomicU64 = AtomicU64::new(0);
 static AMBIGUOUS: AtomicU64 = AtomicU64::new(0);
 static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 
-/// Reads the process-wide counters. They are updated by growths only, never by a switch.
+/// Reads the process-wide counters. Only growths and shrinks update them, never a switch.
 ///
 /// ```
 /// let before = regrow::totals();

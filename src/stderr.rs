@@ -1,8 +1,8 @@
-//! Standard error without allocating: for what is written in the fault handler.
+//! Standard error without allocating, for the fault handler.
 
 use core::fmt;
 
-/// Standard error through a small buffer, with plain system calls: one for each line that the buffer holds.
+/// Standard error through a small buffer, with one plain system call for each line that fits into it.
 pub(crate) struct Stderr {
     buffer: [u8; 512],
     used: usize,
@@ -40,8 +40,8 @@ impl fmt::Write for Stderr {
     }
 }
 
-/// Writes the beginning of `text` to standard error; returns how many bytes, or -1.
+/// Writes the beginning of `text` to standard error. Returns the number of bytes written, or -1.
 pub(crate) fn write(text: &[u8]) -> isize {
-    // SAFETY: the kernel reads from a borrowed slice, as many bytes as it has.
+    // SAFETY: the kernel reads only the bytes of a borrowed slice.
     unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) }
 }

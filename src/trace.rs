@@ -1,8 +1,8 @@
-//! `REGROW_TRACE=moves`: a line on standard error for whatever happens to a stack.
+//! `REGROW_TRACE=moves` writes a line to standard error for each event of a stack.
 //!
-//! The lines are written in the fault handler, too: without allocating, and each by one system call, so that those of several
-//! threads do not mix. When tracing is off, each place that would write a line costs one relaxed load, and there is none on
-//! the way of a switch, of a spawn or of an end.
+//! The fault handler writes lines too. So a line is written without allocating and by one system call, and lines of
+//! several threads do not mix. While tracing is off, each place that would write a line costs one relaxed load.
+//! Switching, spawning and ending contain no such place.
 #![forbid(unsafe_code)]
 
 use core::fmt::{self, Write};
@@ -14,15 +14,15 @@ use crate::settings::Growth;
 use crate::stats::LastGrowth;
 use crate::stderr::Stderr;
 
-/// The value of the variable with which it traces.
+/// The value of the variable that turns tracing on.
 const MOVES: &str = "moves";
 
-/// The line of an event holds so many characters of a name, so that it fits into the buffer.
+/// The most characters of a name in an event's line, so that the line fits into the buffer.
 const NAME: usize = 60;
 
 static ON: AtomicBool = AtomicBool::new(false);
 
-/// Reads the variable, once. Never in the handler.
+/// Reads the variable once, never in the handler.
 pub(crate) fn detect() {
     static READ: Once = Once::new();
     READ.call_once(|| {
@@ -38,13 +38,13 @@ pub(crate) fn detect() {
     });
 }
 
-/// True if events are to be told.
+/// True if events are traced.
 #[inline]
 pub(crate) fn is_on() -> bool {
     ON.load(Ordering::Relaxed)
 }
 
-/// How a coroutine is called in reports and in the trace.
+/// The name of a coroutine in reports and in the trace.
 pub(crate) struct Name<'a> {
     pub name: Option<&'a str>,
     /// One past the highest address of its slot.
@@ -52,7 +52,7 @@ pub(crate) struct Name<'a> {
 }
 
 impl fmt::Display for Name<'_> {
-    /// With a precision: at most so many characters of the name.
+    /// The precision, if given, limits the characters of the name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.name, f.precision()) {
             (Some(name), Some(most)) => write!(f, "coroutine \"{name:.most$}\""),
@@ -62,7 +62,7 @@ impl fmt::Display for Name<'_> {
     }
 }
 
-/// What happened to a stack. Sizes are in bytes; `now` is one past the highest address of the slot it is in since.
+/// An event of a stack. Sizes are in bytes. `now` is one past the highest address of the slot it is in afterwards.
 pub(crate) enum Event {
     /// It grew.
     Grown { growth: Growth, last: LastGrowth, now: usize },
@@ -74,7 +74,7 @@ pub(crate) enum Event {
     Frozen(usize),
     /// Its owner thawed it.
     Thawed,
-    /// It thawed because somebody touched it.
+    /// It thawed because its memory was touched.
     Touched,
 }
 
@@ -98,14 +98,14 @@ impl fmt::Display for Event {
     }
 }
 
-/// Writes the line of an event. `who` is how the coroutine was called before it.
+/// Writes the line of an event. `who` is the name of the coroutine before it.
 #[cold]
 #[inline(never)]
 pub(crate) fn tell(who: &Name<'_>, event: &Event) {
     line(who, event).write();
 }
 
-/// The line of an event, to be written when the writer may wait.
+/// The line of an event, for writing once the writer may wait.
 #[cold]
 #[inline(never)]
 pub(crate) fn line(who: &Name<'_>, event: &Event) -> Line {
@@ -114,7 +114,7 @@ pub(crate) fn line(who: &Name<'_>, event: &Event) -> Line {
     line
 }
 
-/// A line that is not written yet.
+/// A line not yet written.
 pub(crate) struct Line(Stderr);
 
 impl Line {
