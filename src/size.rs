@@ -10,7 +10,6 @@
 //! ```
 #![forbid(unsafe_code)]
 
-/// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;
 
 /// The smallest stack, in bytes: half a page. The record and the closure take the other half.
@@ -82,8 +81,8 @@ const fn next_by_byte(class: Class, from: usize, byte: u32) -> usize {
     }
 }
 
-/// The upper end of the TiB in which arenas are to lie, if `free` is an address with room. Usually this is the TiB of
-/// `free`, but the next one if little room is left there. All addresses in a TiB have the same sixth byte.
+/// The upper end of the TiB for arenas, if `free` is an address with room. This is the TiB below that of `free`, or its own
+/// if three quarters of it lie below `free`. All addresses in a TiB have the same sixth byte.
 pub(crate) const fn arenas_below(free: usize) -> usize {
     const TIB: usize = 1 << 40;
     let start = free / TIB * TIB;
@@ -172,7 +171,7 @@ pub(crate) const fn size_of_open(open: usize) -> usize {
     if open <= PAGE { MIN_SIZE } else { open - PAGE }
 }
 
-/// The size to grow to: `size`, doubled until `need` bytes fit below the slot's end. `None` if that exceeds `maximum`.
+/// The size to grow to: `size`, doubled once or more until `need` bytes fit below the slot's end. `None` if that exceeds `maximum`.
 pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     let mut next = size.checked_next_power_of_two()?.max(MIN_SIZE);
     while next <= size || open_bytes(next) < need {

@@ -8,9 +8,9 @@
 //!                       (a stack that stays: its window, accessible; src/stack/pages.rs)
 //! ```
 //!
-//! A small table of arenas and arithmetic resolve an address to its slot, without a lock. Each class has one lock-free
-//! list of free slots. Fresh slots are taken in batches. The fault handler may call all of this, even after interrupting
-//! it: no thread waits for another.
+//! Arithmetic on a small table of arenas resolves an address to its slot, without a lock. Each class has a lock-free list
+//! of free slots. Fresh slots are taken in batches. The fault handler may call all of this, even where it interrupted it:
+//! no thread waits.
 
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
@@ -42,7 +42,7 @@ pub(crate) struct Meta {
     pub frozen: Custody,
 }
 
-/// The slot can be made accessible; it is more than reserved address space.
+/// More than reserved address space: the slot can be made accessible.
 const USABLE: u32 = 1;
 /// The inaccessible part of the slot consists of guard pages.
 const GUARDED: u32 = 2;
@@ -58,7 +58,7 @@ struct Arena {
     /// The first slot that was never used.
     fresh: AtomicU32,
     class: AtomicU8,
-    /// The arena lies where there was room, so its addresses may look like common data.
+    /// The arena lies where there was room. Its addresses may look like common data.
     anywhere: AtomicBool,
 }
 
@@ -78,10 +78,9 @@ static ARENAS: [Arena; MAX_ARENAS] = [NO_ARENA; MAX_ARENAS];
 static CLAIMED: AtomicUsize = AtomicUsize::new(0);
 /// For each class, the arena that still has fresh slots, plus one; 0 if there is no such arena.
 static NEWEST: [AtomicU32; CLASSES] = [const { AtomicU32::new(0) }; CLASSES];
-/// For each class its free slots.
 static FREE: [FreeList; CLASSES] = [const { FreeList::new() }; CLASSES];
 
-/// Arenas of moving stacks are searched for from here down. 0 at first; the first arena sets it, and each one lowers it.
+/// Arenas of moving stacks are searched for from here down. It is 0 at first, then below all of them.
 static TOP: AtomicUsize = AtomicUsize::new(0);
 
 /// For each arena, how many of its slots were ever used.
@@ -98,7 +97,6 @@ pub(super) fn newest_free() -> impl Iterator<Item = Link> {
     FREE.iter().map(FreeList::newest)
 }
 
-/// One slot of an arena.
 #[derive(Clone, Copy)]
 pub(crate) struct Slot {
     arena: u32,
@@ -106,7 +104,7 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// The slot that holds `address`, guard included. `None` for an address outside all arenas.
+    /// The slot that holds `address`, guard included. `None` outside all arenas.
     pub(crate) fn containing(address: usize) -> Option<Self> {
         let claimed = CLAIMED.load(Ordering::Acquire).min(MAX_ARENAS);
         for (number, arena) in ARENAS.iter().enumerate().take(claimed) {
@@ -120,12 +118,11 @@ impl Slot {
         None
     }
 
-    /// The slot with number `index` of arena number `arena`.
     pub(super) fn of(arena: usize, index: usize) -> Self {
         Self { arena: arena as u32, index: index as u32 }
     }
 
-    /// The numbers of its arena and of the slot within it.
+    /// The numbers of its arena and of the slot there.
     pub(super) fn numbers(self) -> (usize, usize) {
         (self.arena as usize, self.index as usize)
     }
@@ -139,7 +136,6 @@ impl Slot {
         (self.arena << INDEX_BITS | self.index).wrapping_add(1)
     }
 
-    /// True if the slot holds `address`, guard included.
     pub(crate) fn holds(self, address: usize) -> bool {
         (self.start()..self.end()).contains(&address)
     }
@@ -188,8 +184,7 @@ impl Slot {
         slot
     }
 
-    /// Takes a slot of `class` from the free list or an arena and makes at least `open` bytes of it accessible. Returns
-    /// the slot and its number of accessible bytes.
+    /// Takes a slot of `class`, with at least `open` bytes accessible. Returns it and its number of accessible bytes.
     pub(crate) fn take(class: Class, open: usize) -> Result<(Self, usize), Error> {
         let _undisturbed = hooks::undisturbed();
         let slot = match Self::pop(class) {
@@ -261,7 +256,7 @@ impl Slot {
         FREE[self.class().index()].push(self.link(), &self.meta().next);
     }
 
-    /// Takes a batch of fresh slots. Returns the first and puts the others on the free list.
+    /// Takes a batch of fresh slots. All but the returned one go on the free list.
     fn take_fresh(class: Class, open: usize) -> Result<Self, Error> {
         loop {
             if let Some(slot) = Self::take_fresh_batch(class, open)? {
@@ -280,14 +275,13 @@ impl Slot {
         let (first, count) = claim_batch(class)?;
         let slots = (0..count).map(|number| Self { index: first.index + number, ..first });
         let slots = slots.filter(|slot| !slot.is_left_out());
-        // Two system calls serve the whole batch. If one fails, each slot repeats it when it is taken, so no slot is
-        // lost.
+        // Two system calls for the batch. If one fails, each slot repeats it when it is taken.
         // SAFETY: these slots were never used, so they hold no stack.
         let flags = unsafe {
             if guard::make_usable(first.start(), count as usize * class.stride()).is_err() {
                 0
             } else if first.is_left_out() {
-                return Ok(None); // usable all the same, so that what lies on both sides is one mapping
+                return Ok(None); // usable too, so that both sides merge into one mapping
             } else if !guard::by_madvise()
                 || guard::install(slots.clone().map(|slot| slot.pages().guards(open))).is_err()
             {
@@ -320,9 +314,9 @@ impl Arena {
     }
 }
 
-/// How many fresh slots to take from `start` on, after `used` others: [`FEW`] within 2 MiB, or a quarter of `used` if
-/// that is more. Guards cost time and page tables, and a program with few coroutines should not pay for many. If `start`
-/// is left out, the batch is the rest of the left-out stretch.
+/// The number of fresh slots to take from `start` on, after `used` others: [`FEW`] within 2 MiB, or `used / 4` if that is
+/// more. Guards cost time and page tables, and a program with few coroutines should not pay for many. At a left-out
+/// place, the batch is the rest of it.
 fn batch(arena: &Arena, start: usize, used: u32) -> u32 {
     let class = arena.class();
     match arena.next_place(start) - start {
@@ -355,7 +349,7 @@ fn claim_batch(class: Class) -> Result<(Slot, u32), Error> {
     }
 }
 
-/// Reserves address space for an arena. The flag is true if it simply lies where there was room.
+/// Reserves address space for an arena. True if it lies where there was room.
 fn reserve_arena(class: Class, bytes: usize) -> Result<(Reserved, bool), Error> {
     if !class.is_moving() {
         return Reserved::new(bytes, libc::PROT_NONE).map(|start| (start, true));
@@ -375,8 +369,8 @@ fn reserve_arena(class: Class, bytes: usize) -> Result<(Reserved, bool), Error> 
     }
 }
 
-/// Adds an arena eight times as large as the last one of its class, or smaller if the kernel refuses that much. `seen` is
-/// the exhausted arena. If another thread was faster, its arena is used instead.
+/// Adds an arena eight times as large as the last one of its class, or smaller if the kernel refuses. `seen` is the
+/// exhausted arena. If another thread was faster, its arena is used instead.
 fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     let largest = match seen.checked_sub(1) {
         Some(number) => ARENAS[number as usize].slots.load(Ordering::Relaxed).saturating_mul(8),
@@ -395,7 +389,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     let meta = Reserved::new(table, libc::PROT_READ | libc::PROT_WRITE)?;
     let start = memory.start();
     // SAFETY: the stretch was reserved above and holds no stack. After an error the kernel may use huge pages, which is
-    // allowed.
+    // fine.
     unsafe {
         libc::madvise(start as *mut _, bytes, libc::MADV_NOHUGEPAGE);
         if class.is_moving() {
@@ -418,8 +412,7 @@ fn new_arena(class: Class, seen: u32) -> Result<(), Error> {
     if !anywhere {
         TOP.fetch_min(start - 1, Ordering::Relaxed);
     }
-    // Two threads may each add an arena. The loser's slots are found when the winner's are used up, or never: this wastes
-    // only address space.
+    // If two threads each add an arena, the loser's slots are found later or never. This wastes only address space.
     let _ =
         NEWEST[class.index()].compare_exchange(seen, number as u32 + 1, Ordering::AcqRel, Ordering::Relaxed);
     Ok(())

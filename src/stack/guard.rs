@@ -5,10 +5,10 @@
 //! | `madvise(MADV_GUARD_INSTALL)` | Linux 6.13 | none | 0.7 µs |
 //! | page protection (`region`) | always | two per stack, limited by `vm.max_map_count` | 2.5 µs |
 //!
-//! The environment variable `REGROW_GUARD=protect` selects page protection on any kernel. The kernel refuses markers in
+//! `REGROW_GUARD=protect` in the environment selects page protection on any kernel. The kernel refuses markers in
 //! locked memory (`mlockall`), so each such call uses page protection instead.
 //!
-//! With page protection, the pages of a finished stack are mapped anew ([`renew`]). Written pages would otherwise stay a
+//! With page protection, the pages of a finished stack are mapped anew ([`renew`]). Otherwise written pages would stay a
 //! separate mapping (at least before Linux 6.16), and the process would run out of mappings.
 //!
 //! This module only makes system calls on address ranges. The fault handler may call it once [`detect`] has run.
@@ -37,7 +37,7 @@ const PLACES: usize = 10_000;
 
 static MEANS: AtomicU8 = AtomicU8::new(UNKNOWN);
 
-/// Set once the kernel has refused a marker because memory is locked. From then on both kinds of guards may exist.
+/// The kernel once refused a marker because memory is locked, so both kinds of guards may exist.
 static LOCKED: AtomicBool = AtomicBool::new(false);
 
 /// `MADV_DONTNEED` for locked memory (Linux 5.18).
@@ -46,7 +46,7 @@ const MADV_DONTNEED_LOCKED: c_int = 24;
 /// With page protection: how many more stacks may be opened before the mappings of the process are counted again.
 static LEFT: AtomicIsize = AtomicIsize::new(0);
 
-/// The number of frozen stacks that will take a slot when they thaw. Mappings are kept for them.
+/// Frozen stacks that will take a slot when they thaw. Mappings are kept for them.
 static OWED: AtomicUsize = AtomicUsize::new(0);
 
 /// One in this many mappings is left to the rest of the program and to stacks that must grow.
@@ -55,14 +55,14 @@ const RESERVED: usize = 16;
 /// No stack is made when there is room for fewer than this: every creation would have to count the mappings.
 const FEWEST: usize = 32;
 
-/// Finds out which means this kernel has. Called before the first slot is made, never in the handler.
+/// Finds the kernel's means. Called before the first slot is made, never in the handler.
 pub(crate) fn detect() {
     if MEANS.load(Ordering::Relaxed) != UNKNOWN {
         return;
     }
     let forced = std::env::var_os("REGROW_GUARD").is_some_and(|value| value == "protect");
     let means = if !forced && kernel_has_guards() { MADVISE } else { PROTECT };
-    let _ = region::page::size(); // looked up once, here, so that the handler finds it known
+    let _ = region::page::size(); // cached here for the handler
     MEANS.store(means, Ordering::Relaxed);
 }
 
@@ -72,7 +72,6 @@ fn kernel_has_guards() -> bool {
     unsafe { libc::madvise(page.start as *mut _, PAGE, MADV_GUARD_INSTALL) == 0 }
 }
 
-/// True if guards take no mappings.
 pub(crate) fn by_madvise() -> bool {
     MEANS.load(Ordering::Relaxed) == MADVISE
 }
@@ -95,13 +94,13 @@ pub(crate) fn leave_mappings() -> Result<(), Error> {
     Ok(())
 }
 
-/// Records that a stack has left its slot and will take another one without asking [`leave_mappings`].
+/// A stack has left its slot and will take another without asking [`leave_mappings`].
 pub(crate) fn owe() {
     OWED.fetch_add(1, Ordering::Relaxed);
     LEFT.fetch_sub(1, Ordering::Relaxed);
 }
 
-/// Records that such a stack has taken a slot.
+/// Such a stack has taken a slot.
 pub(crate) fn paid() {
     OWED.fetch_sub(1, Ordering::Relaxed);
 }
@@ -119,7 +118,7 @@ fn mappings() -> Option<(usize, usize)> {
     Some((used, most))
 }
 
-/// Passes the text of a file to `each` in pieces. `None` if the file cannot be read.
+/// Passes a file's text to `each` in pieces. `None` if it cannot be read.
 fn read(path: &core::ffi::CStr, mut each: impl FnMut(&[u8])) -> Option<()> {
     let mut piece = [0; 2048];
     // SAFETY: the path ends in a zero byte. The kernel writes at most `piece.len()` bytes. The descriptor was opened
@@ -224,7 +223,6 @@ impl NotInherited {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// The number, if its page exists.
     pub(super) fn get(&self) -> Option<&'static AtomicU64> {
         // SAFETY: the pointer is null or points to a page that is never unmapped. Zeros are a valid `AtomicU64`.
         unsafe { self.0.load(Ordering::Acquire).as_ref() }
@@ -307,7 +305,6 @@ unsafe fn install_at_once(ranges: impl Iterator<Item = Range<usize>>) -> bool {
     done == bytes as libc::c_long
 }
 
-/// The maximum number of ranges per system call.
 const MOST_AT_ONCE: usize = 64;
 
 /// Makes pages accessible.
@@ -315,7 +312,7 @@ const MOST_AT_ONCE: usize = 64;
 /// # Safety
 /// The range is page-aligned and inside a slot that belongs to the caller.
 pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and no code expects them to fault any more.
+    // SAFETY: the caller owns these whole pages, and no code expects them to fault any more.
     unsafe {
         if by_madvise() {
             unmark(start, bytes)?;
@@ -332,7 +329,7 @@ pub(crate) unsafe fn open(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]. The contents are lost unless there is an error.
 pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents are not needed.
+    // SAFETY: the caller owns these whole pages, and their contents are not needed.
     unsafe {
         if by_madvise() {
             match mark(start, bytes) {
@@ -357,7 +354,7 @@ pub(crate) unsafe fn close(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`close`]. Only where guards are markers.
 pub(crate) unsafe fn mark(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents are not needed.
+    // SAFETY: the caller owns these whole pages, and their contents are not needed.
     unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_INSTALL), bytes) }
 }
 
@@ -366,7 +363,7 @@ pub(crate) unsafe fn mark(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]. Only where guards are markers.
 pub(crate) unsafe fn unmark(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns. Pages that are not guards do not change.
+    // SAFETY: the caller owns these whole pages. Pages that are not guards do not change.
     unsafe { check(libc::madvise(start as *mut _, bytes, MADV_GUARD_REMOVE), bytes) }
 }
 
@@ -392,7 +389,7 @@ unsafe fn renew(start: usize, bytes: usize) -> Result<(), Error> {
         return Ok(());
     }
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: the new mapping replaces whole pages of a slot that the caller owns, and their contents are not needed.
+    // SAFETY: the new mapping replaces whole pages that the caller owns, and their contents are not needed.
     unsafe {
         let at = libc::mmap(start as *mut _, bytes, libc::PROT_NONE, flags, -1, 0);
         if at == libc::MAP_FAILED {
@@ -412,7 +409,7 @@ unsafe fn renew(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents stay.
+    // SAFETY: the caller owns these whole pages, and their contents stay.
     unsafe {
         if !by_madvise() {
             check(libc::madvise(start as *mut _, bytes, libc::MADV_DONTDUMP), bytes)?;
@@ -426,7 +423,7 @@ pub(crate) unsafe fn forbid(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`].
 pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns. Contents and guard markers stay.
+    // SAFETY: the caller owns these whole pages. Contents and guard markers stay.
     unsafe {
         check(libc::mprotect(start as *mut _, bytes, libc::PROT_READ | libc::PROT_WRITE), bytes)?;
         if !by_madvise() {
@@ -441,7 +438,7 @@ pub(crate) unsafe fn allow(start: usize, bytes: usize) -> Result<(), Error> {
 /// # Safety
 /// As for [`open`]. The contents are lost.
 pub(crate) unsafe fn discard(start: usize, bytes: usize) {
-    // SAFETY: the range is whole pages of a slot that the caller owns, and their contents are not needed. After an error
+    // SAFETY: the caller owns these whole pages, and their contents are not needed. After an error
     // the memory stays, which is harmless.
     unsafe {
         if libc::madvise(start as *mut _, bytes, libc::MADV_DONTNEED) != 0 {
@@ -453,7 +450,7 @@ pub(crate) unsafe fn discard(start: usize, bytes: usize) {
 /// # Safety
 /// As for [`open`].
 unsafe fn protect(start: usize, bytes: usize, protection: region::Protection) -> Result<(), Error> {
-    // SAFETY: the range is whole pages of a slot that the caller owns.
+    // SAFETY: the caller owns these whole pages.
     match unsafe { region::protect(start as *const u8, bytes, protection) } {
         Ok(()) => Ok(()),
         Err(_) => Err(refused("protecting stack pages", bytes)),

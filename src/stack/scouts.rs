@@ -36,7 +36,7 @@ pub(crate) unsafe fn send(record: *mut Record) {
 pub(super) fn learn(record: &Record) {
     let Some(site) = record.site else { return };
     if record.settings.growth == Growth::InPlace {
-        return; // it has told as soon as it knew: src/grow/shrink.rs
+        return; // it already reported: src/grow/shrink.rs
     }
     if record.growths != 0 {
         site.grew_to(record.highest);

@@ -1,16 +1,16 @@
 //! Each thread's stock of finished slots: warm, accessible, and taken and put back without a system call.
 //!
-//! The stock of a thread holds at most [`BUDGET`] bytes of memory. Further slots give their memory back and go to the
-//! free list of their class. When the thread ends, all slots do.
+//! The stock holds at most [`BUDGET`] bytes of memory. Further slots give their memory back and go to the free list of
+//! their class. When the thread ends, all slots do.
 //!
 //! A slot counts with its accessible bytes. For a stack that stays, this is the whole window, most of which may be
-//! unused. Only the kernel knows how much is used, and asking it takes a hundred times as long as putting a slot back. So
-//! once half of the budget is taken, only *samples* are measured, and each stack counts with their average. A sample with
-//! more than [`KEPT`] bytes is cut down to that. Samples are frequent ([`OFTEN`]) while they differ from the average, and
-//! rare ([`SELDOM`]) while they agree with it.
+//! unused. Only the kernel knows how much is used, and asking takes a hundred times as long as putting. So once half of
+//! the budget is taken, only *samples* are measured, and each stack counts with their average. A sample is cut down to
+//! [`KEPT`] bytes. Samples are frequent ([`OFTEN`]) while they differ from the average, and rare ([`SELDOM`]) while they
+//! agree.
 //!
-//! The fault handler takes from the same stock, so growth gets warm memory. It may interrupt `take` or `put`, which also
-//! run on coroutine stacks: `busy` then tells it to leave the stock alone.
+//! The fault handler takes from the same stock, so growth gets warm memory. If it interrupted `take` or `put` (they run
+//! on coroutine stacks too), `busy` tells it to leave the stock alone.
 
 use core::cell::Cell;
 use core::cmp::Ordering::{Equal, Greater, Less};
@@ -30,7 +30,6 @@ use crate::words::words;
 /// The bytes of stack memory that a thread keeps for reuse.
 const BUDGET: usize = 8 << 20;
 
-/// The memory that a sample keeps.
 const KEPT: usize = 8 * PAGE;
 
 /// One in this many stacks that stay is a sample, at most and at least.
@@ -41,7 +40,7 @@ pub(crate) struct Stock {
     first: [Cell<*mut Record>; CLASSES],
     bytes: Cell<usize>,
     busy: Cell<bool>,
-    /// How many stacks that stay are put before the next sample; `interval` is the previous distance.
+    /// How many stacks that stay are put until the next sample, and from one sample to the next.
     until_sample: Cell<u32>,
     interval: Cell<u32>,
     /// The average number of bytes of memory in a sample. Recent samples count for more.
@@ -141,8 +140,7 @@ impl Stock {
 /// Readies a thread for coroutines: its signal stack, and the fault handler.
 pub(crate) type Prepare = fn() -> Result<(), Error>;
 
-/// Takes a slot of `class` with at least `open` accessible bytes. `open` and `class` of its record are right; all other
-/// fields are left over from its last owner.
+/// Takes a slot of `class` with at least `open` accessible bytes. Only `open` and `class` of its record are right.
 ///
 /// If the stock has no such slot, `prepare` readies the thread first.
 #[inline(always)]
@@ -171,8 +169,7 @@ fn take_slowly(
 ) -> Result<*mut Record, Error> {
     if let Some(record) = cached {
         // A stack that moves was cached with a different size.
-        // SAFETY: a slot just taken is ours, so its record is
-        // accessible.
+        // SAFETY: a slot just taken is ours, so its record is accessible.
         return match unsafe { resize(record, open) } {
             Ok(()) => Ok(record),
             Err(error) => {
@@ -288,7 +285,6 @@ unsafe fn give_back(record: *mut Record) {
     slot.give(open);
 }
 
-/// The address of this thread's stock.
 pub(crate) fn of_this_thread() -> *const Stock {
     STOCK.with(ptr::from_ref)
 }
