@@ -16,7 +16,7 @@
 use core::ffi::c_void;
 use core::slice;
 
-/// Names of the general registers, in the order of `gregs`, for reports.
+/// Names of the general registers, in the order of `gregs`.
 pub(crate) const NAMES: [&str; 16] = [
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx",
     "rsp",
@@ -25,7 +25,7 @@ pub(crate) const NAMES: [&str; 16] = [
 /// The place of a register in `gregs`, by its instruction number: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ...
 pub(crate) const PLACE: [usize; 16] = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7];
 
-/// The place by DWARF number: rax, rdx, rcx, rbx, rsi, rdi, rbp, rsp, r8 ...
+/// The same by DWARF number: rax, rdx, rcx, rbx, rsi, rdi, rbp, rsp, r8 ...
 pub(super) const DWARF_PLACE: [usize; 16] = [13, 12, 14, 11, 9, 8, 10, 15, 0, 1, 2, 3, 4, 5, 6, 7];
 
 const WORD: usize = size_of::<usize>();
@@ -57,8 +57,8 @@ impl Context<'_> {
         self.0.uc_mcontext.gregs[libc::REG_RSP as usize] as usize
     }
 
-    /// The number of the processor exception that last raised a signal for this thread. If the kernel itself raised this
-    /// signal, the number is that of an earlier one, or 0.
+    /// The number of the processor exception that last raised a signal for this thread. If the kernel itself raised the
+    /// current signal, the number is from an earlier one, or 0.
     pub(super) fn exception(&self) -> usize {
         self.0.uc_mcontext.gregs[libc::REG_TRAPNO as usize] as usize
     }
@@ -105,7 +105,6 @@ impl Context<'_> {
         self.0.uc_mcontext.gregs[libc::REG_RIP as usize] = rip as i64;
     }
 
-    /// The flags register.
     pub(crate) fn flags(&mut self) -> &mut i64 {
         &mut self.0.uc_mcontext.gregs[libc::REG_EFL as usize]
     }

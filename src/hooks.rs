@@ -1,7 +1,7 @@
 //! The hooks of torture in the rest of the crate. Without the feature all of them are constant and cost nothing.
 //!
-//! Torture depends on the rest of the crate, so the code below must not name it. Torture leaves two flags per thread
-//! here, and a table of functions for the fault handler.
+//! Torture depends on the rest of the crate, so the code below must not name it. Here it leaves two flags per thread and
+//! a table of functions for the fault handler.
 #![forbid(unsafe_code)]
 
 #[cfg(not(feature = "torture"))]
@@ -71,7 +71,7 @@ mod on {
         TABLE.get()
     }
 
-    /// The wishes of a thread's torture to the code below.
+    /// Requests of a thread's torture to the code below.
     #[derive(Clone, Copy, Default)]
     pub(crate) struct Flags {
         /// The thread is being tortured.
@@ -139,12 +139,11 @@ mod on {
         table().is_some_and(|table| (table.catches)(address, context))
     }
 
-    /// Keeps an instruction in its own place until dropped.
     pub(crate) struct InPlace(Option<(usize, &'static Table)>);
 
-    /// For a fault in an instruction that runs elsewhere because of a breakpoint in its place. Puts the instruction back
-    /// while the fault is dealt with, because facts about code are found by its place. It then runs into the breakpoint
-    /// again.
+    /// For a fault in an instruction that runs elsewhere because of a breakpoint in its place. The instruction is back in
+    /// its place until the result is dropped, because facts about code are found by place. Then it runs into the
+    /// breakpoint again.
     pub(crate) fn instruction_in_its_place(context: &mut Context<'_>) -> InPlace {
         InPlace(table().and_then(|table| Some(((table.put_instruction_back)(context)?, table))))
     }

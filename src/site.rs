@@ -1,12 +1,12 @@
 //! Learned start sizes: how much stack the coroutines of one spawn site need.
 //!
-//! A *site* is one place in the code that makes coroutines of one closure. It is a static of 32 bytes that the assembler
-//! puts beside that code. So two kinds of coroutines with different needs never share an average, and finding a site
-//! costs one instruction.
+//! A *site* is a place in the code that makes coroutines of one closure: a static of 32 bytes that the assembler puts
+//! beside that code. So kinds of coroutines with different needs never share an average, and finding a site costs one
+//! instruction.
 //!
-//! A site learns from growth. When a coroutine that grew by moving has ended, later ones start with its final size. A
+//! A site learns from growth: when a coroutine that grew by moving has ended, later ones start with its final size. A
 //! larger start costs only address space, since pages are used as they are touched. *Scouts* reveal sizes that are too
-//! large: one in 64 coroutines starts on untouched pages, and at its end the kernel tells which of them it used.
+//! large: one in 64 coroutines starts on untouched pages, and at its end the kernel tells which it used.
 //!
 //! Stacks that grow in place have no start size. Their scouts, one in 64 of those made in a slot new to the thread, are
 //! watched (src/grow/shrink.rs). Once a scout has given back what a spike left, its site is *spiky*, and later coroutines
@@ -40,7 +40,7 @@ pub(crate) struct Site {
     most: AtomicU32,
 }
 
-/// The site of the code that this is inlined into, for coroutines of the closure `$closure`.
+/// The site of the code that this is inlined into, for coroutines of `$closure`.
 macro_rules! here {
     ($closure:ty) => {{
         let site: *const $crate::site::Site;
@@ -68,7 +68,7 @@ pub(crate) use here;
 const SPIKY: u32 = 1;
 
 impl Site {
-    /// The size that coroutines made here start with, if one was learned.
+    /// The start size of coroutines made here, if one was learned.
     #[inline(always)]
     pub(crate) fn learned(&self) -> Option<usize> {
         match self.learned.load(Ordering::Relaxed) {

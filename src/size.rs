@@ -171,7 +171,8 @@ pub(crate) const fn size_of_open(open: usize) -> usize {
     if open <= PAGE { MIN_SIZE } else { open - PAGE }
 }
 
-/// The size to grow to: `size`, doubled once or more until `need` bytes fit below the slot's end. `None` if that exceeds `maximum`.
+/// The size to grow to: `size`, doubled once or more until `need` bytes fit below the slot's end. `None` if that exceeds
+/// `maximum`.
 pub(crate) fn grown(size: usize, need: usize, maximum: usize) -> Option<usize> {
     let mut next = size.checked_next_power_of_two()?.max(MIN_SIZE);
     while next <= size || open_bytes(next) < need {

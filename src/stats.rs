@@ -53,8 +53,8 @@ pub struct LastGrowth {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Stats {
-    /// How often the fault handler or [`reserve`](crate::reserve) made the stack larger. Always 0 for a stack that grows
-    /// in place: the kernel makes it larger.
+    /// How often the fault handler or [`reserve`](crate::reserve) made the stack larger. 0 for a stack that grows in place:
+    /// only the kernel enlarges it.
     pub growths: u64,
     /// How often the stack became smaller or gave memory back.
     pub shrinks: u64,
@@ -62,11 +62,11 @@ pub struct Stats {
     pub bytes_copied: u64,
     /// Words rewritten by moving.
     pub words_rewritten: u64,
-    /// Bytes the stack has now. For a stack that grows in place: the bytes of its pages with memory, record included,
-    /// asked from the kernel. While it is frozen: the bytes that will have memory after the thaw.
+    /// Bytes the stack has now. For a stack that grows in place: the bytes with memory, record included, as the kernel
+    /// tells. While it is frozen: the bytes that will have memory once thawed.
     pub size: usize,
-    /// The most bytes the stack ever had. For a stack that grows in place: the most ever seen, by this call or when
-    /// memory was given back.
+    /// The most bytes the stack ever had. For a stack that grows in place: the most seen by this call or when memory was
+    /// given back.
     pub highest: usize,
     /// The latest growth.
     pub last: Option<LastGrowth>,
@@ -91,8 +91,7 @@ impl Stats {
 pub struct WordsByMap {
     /// Pointers.
     pub pointers: u64,
-    /// Pointers that did not point into their stack (null, heap, another stack) and were left alone. Included in
-    /// `pointers`.
+    /// The pointers left alone since they did not point into their stack: null, the heap, another stack.
     pub elsewhere: u64,
     /// Data.
     pub data: u64,
@@ -133,7 +132,7 @@ pub struct Totals {
     pub bytes_copied: u64,
     /// Words rewritten.
     pub words_rewritten: u64,
-    /// Words of frames that moves looked at, by their class in the frames' maps.
+    /// Words of moved frames, by their class in the frames' maps.
     pub words_by_map: WordsByMap,
     /// The largest size of any stack that moves, in bytes.
     pub highest: usize,
@@ -180,7 +179,6 @@ pub fn totals() -> Totals {
     }
 }
 
-/// Adds the words of one move.
 pub(crate) fn count_words(words: &WordsByMap) {
     POINTERS.fetch_add(words.pointers, Ordering::Relaxed);
     ELSEWHERE.fetch_add(words.elsewhere, Ordering::Relaxed);
@@ -188,12 +186,10 @@ pub(crate) fn count_words(words: &WordsByMap) {
     AMBIGUOUS.fetch_add(words.ambiguous, Ordering::Relaxed);
 }
 
-/// Adds one shrink to the process-wide counters.
 pub(crate) fn count_shrink() {
     SHRINKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Adds one growth to the process-wide counters.
 pub(crate) fn count(growth: Growth, last: &LastGrowth) {
     let kind = if growth == Growth::Relocate { &MOVES } else { &IN_PLACE };
     kind.fetch_add(1, Ordering::Relaxed);
