@@ -213,7 +213,7 @@ fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
     found
 }
 
-/// Whether a function may return by this instruction. Panics have no such instruction.
+/// Whether a function may return by this instruction. A function that only panics has no such instruction.
 fn is_way_out(instruction: &Instruction, function: &Range<usize>) -> bool {
     match instruction.flow_control() {
         FlowControl::Return | FlowControl::IndirectBranch => true,
