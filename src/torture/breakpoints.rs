@@ -1,8 +1,8 @@
 //! Breakpoints at every growth point of the program's own code, so that only moves cost a trap.
 //!
-//! The code of the executable (or library) that holds this crate is mapped privately, so a write changes only this
-//! process's copy. The first byte of each growth point becomes an `int3`. The instruction itself runs elsewhere, so the
-//! breakpoint always stays in place:
+//! The code of the executable (or library) that holds this crate is mapped privately, so a write changes only this process's
+//! copy. The first byte of each growth point becomes an `int3`. The instruction itself runs elsewhere, so the breakpoint always
+//! stays in place:
 //!
 //! ```text
 //!   a: push rbp         a: int3 ──trap──► move the stack, go on at ─►  d: push rbp
@@ -13,9 +13,9 @@
 //! ```
 //!
 //! Not patched:
-//! - functions that the handlers call, because a trap in a handler ends the process. That is every function that the
-//!   handlers reach by direct calls, and every function whose address they take or find in data they use. Functions
-//!   that do not return (panics) are not followed;
+//! - functions that the handlers call, because a trap in a handler ends the process. That is every function that the handlers
+//!   reach by direct calls, and every function whose address they take or find in data they use. Functions that do not return
+//!   (panics) are not followed;
 //! - functions that do not decode to their end because they contain data;
 //! - growth points in probe loops, because the fault handler reads the instruction after them.
 
@@ -108,8 +108,8 @@ pub(super) fn put_back(at: usize) {
 
 /// A byte of the program's code without breakpoints.
 pub(super) fn code(at: usize) -> u8 {
-    // SAFETY: the handlers ask for bytes of an instruction that is about to run, or of the instruction that it
-    // continues to. Both are readable.
+    // SAFETY: the handlers ask for bytes of an instruction that is about to run, or of the instruction that it continues to.
+    // Both are readable.
     let byte = unsafe { *(at as *const u8) };
     if byte == INT3 { patch(at).map_or(byte, |patch| patch.original) } else { byte }
 }
@@ -124,8 +124,7 @@ pub(super) fn displaced(at: usize) -> Option<usize> {
     Some(patch(at)?.displaced)
 }
 
-/// For an address in a displaced copy: the address of the original, and whether `pc` is past the copy's first
-/// instruction.
+/// For an address in a displaced copy: the address of the original, and whether `pc` is past the copy's first instruction.
 pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
     const LONGEST: usize = 32;
     let Some(Ok(patches)) = PATCHES.get() else { return None };
@@ -135,14 +134,14 @@ pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
 }
 
 fn write(at: usize, byte: u8) {
-    // SAFETY: the byte is the first of an instruction, in pages that are writable now. Other threads may run it: they
-    // see either byte, and both have the same effect in the end.
+    // SAFETY: the byte is the first of an instruction, in pages that are writable now. Other threads may run it: they see
+    // either byte, and both have the same effect in the end.
     unsafe { AtomicU8::from_ptr(at as *mut u8).store(byte, Ordering::Relaxed) };
 }
 
 fn protect(code: &Range<usize>, protection: i32) -> Result<(), &'static str> {
-    // SAFETY: the range is the program's code, which stays executable, or the area of displaced instructions, which
-    // becomes executable when all of it has been written.
+    // SAFETY: the range is the program's code, which stays executable, or the area of displaced instructions, which becomes
+    // executable when all of it has been written.
     match unsafe { libc::mprotect(code.start as *mut _, code.len(), protection) } {
         0 => Ok(()),
         _ => Err("the system allows no code to be written (SELinux?): use Mode::GrowthPoints"),
@@ -242,8 +241,7 @@ fn displace(points: &[Instruction], object: &Object) -> Result<Vec<Patch>, &'sta
     for (index, point) in points.iter().enumerate() {
         let at = area + index * EACH;
         let Some(code) = out_of_line(object, point, at) else { continue };
-        // SAFETY: the area has `EACH` bytes at this index, which is at least the code's length, and no thread runs it
-        // yet.
+        // SAFETY: the area has `EACH` bytes at this index, which is at least the code's length, and no thread runs it yet.
         unsafe { (at as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
         let place = point.ip() as usize;
         patches.push(Patch { at: place, original: code_byte(object, place), displaced: at });

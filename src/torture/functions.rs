@@ -23,8 +23,8 @@ impl Object {
         if range.is_empty() || !self.holds(&range) {
             return &[];
         }
-        // SAFETY: the range lies in code, which is mapped and readable. Only `breakpoints` writes to it: it replaces
-        // single bytes after it has read all of them.
+        // SAFETY: the range lies in code, which is mapped and readable. Only `breakpoints` writes to it: it replaces single
+        // bytes after it has read all of them.
         unsafe { slice::from_raw_parts(range.start as *const u8, range.len()) }
     }
 

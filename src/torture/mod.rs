@@ -1,9 +1,9 @@
 //! Torture: moves the stack of a closure wherever it may be moved, and reports what broke.
 //!
-//! A caller of [`Builder::relocating`](crate::Builder::relocating) promises that nothing outside the stack points into
-//! it. Torture checks this promise: it runs the closure on a relocating coroutine, moves the stack thousands of times,
-//! and makes each slot that the stack leaves inaccessible at once. The first use of a pointer left behind is a fault.
-//! The fault ends the closure but not the process, and a [`Report`] describes it.
+//! A caller of [`Builder::relocating`](crate::Builder::relocating) promises that nothing outside the stack points into it.
+//! Torture checks this promise: it runs the closure on a relocating coroutine, moves the stack thousands of times, and makes
+//! each slot that the stack leaves inaccessible at once. The first use of a pointer left behind is a fault. The fault ends the
+//! closure but not the process, and a [`Report`] describes it.
 //!
 //! ```
 //! use regrow::torture::{Mode, Torture};
@@ -20,10 +20,9 @@
 //!
 //! # How
 //!
-//! The closure runs with the processor's trap flag set, so the kernel sends SIGTRAP after each instruction. The handler
-//! runs on the thread's signal stack and looks at the next instruction. If the [`Mode`] asks for a move there, the
-//! handler moves the stack with the fault handler's own function, so the effect is that of an overflow at this
-//! instruction.
+//! The closure runs with the processor's trap flag set, so the kernel sends SIGTRAP after each instruction. The handler runs on
+//! the thread's signal stack and looks at the next instruction. If the [`Mode`] asks for a move there, the handler moves the
+//! stack with the fault handler's own function, so the effect is that of an overflow at this instruction.
 //!
 //! ```text
 //!   closure    push rbp │  mov rbp, rsp │  sub rsp, 32 │  call f │ ...
@@ -33,36 +32,36 @@
 //!
 //! # Where a stack is not moved
 //!
-//! - **In leaf string routines**, except at growth points. `memcpy`, `strlen` and the like hold *differences* of
-//!   pointers in registers (`sub rsi, rcx`), which a relocator cannot recognise. These routines are known by address:
-//!   the dynamic linker gives the variant of each libc `mem*`, `str*`, `wcs*` and `wmem*` function for this processor,
-//!   and the unwind table gives its end.
-//! - **In probe loops**, except at the probe. Between `lea r11, [rsp - N]` and the end of the loop, `r11` is relative
-//!   to `rsp` but points outside the slot. Such a loop is known by the value of `r11`: less than 4 GiB below the slot.
-//! - **While SIGTRAP is blocked.** The kernel kills a process that is trapped then. A system call that would block
-//!   SIGTRAP (libc's `posix_spawn` and `pthread_create` block all signals for a while) switches stepping off. A SIGTRAP
-//!   left pending switches stepping on again when it is delivered.
+//! - **In leaf string routines**, except at growth points. `memcpy`, `strlen` and the like hold *differences* of pointers in
+//!   registers (`sub rsi, rcx`), which a relocator cannot recognise. These routines are known by address: the dynamic linker
+//!   gives the variant of each libc `mem*`, `str*`, `wcs*` and `wmem*` function for this processor, and the unwind table gives
+//!   its end.
+//! - **In probe loops**, except at the probe. Between `lea r11, [rsp - N]` and the end of the loop, `r11` is relative to `rsp`
+//!   but points outside the slot. Such a loop is known by the value of `r11`: less than 4 GiB below the slot.
+//! - **While SIGTRAP is blocked.** The kernel kills a process that is trapped then. A system call that would block SIGTRAP
+//!   (libc's `posix_spawn` and `pthread_create` block all signals for a while) switches stepping off. A SIGTRAP left pending
+//!   switches stepping on again when it is delivered.
 //! - **While this crate takes or returns a slot.** If a handler changed the list of free slots at each instruction, the
 //!   exchange of the list's head would never succeed.
-//! - **On another stack**: in signal handlers with their own stack, and while a coroutine runs whose stack grows in
-//!   place. A nested coroutine whose stack moves is tortured like the outer one.
+//! - **On another stack**: in signal handlers with their own stack, and while a coroutine runs whose stack grows in place. A
+//!   nested coroutine whose stack moves is tortured like the outer one.
 //!
 //! # Which slots
 //!
-//! A stack that returned to a slot would make the pointers left there valid again. So a slot is reused only after at
-//! least 256 more moves. Guards are set and removed by `madvise`, at 1.3 µs per pair.
+//! A stack that returned to a slot would make the pointers left there valid again. So a slot is reused only after at least 256
+//! more moves. Guards are set and removed by `madvise`, at 1.3 µs per pair.
 //!
 //! # Poison
 //!
-//! Stack bytes unused since the last move are `0xf5`, down to the end of the page that holds `rsp`. A pointer of these
-//! bytes always faults, and the finding is [`Kind::Poison`]. The bytes that a stack has moved away from are
-//! inaccessible: using them is [`Kind::Stale`].
+//! Stack bytes unused since the last move are `0xf5`, down to the end of the page that holds `rsp`. A pointer of these bytes
+//! always faults, and the finding is [`Kind::Poison`]. The bytes that a stack has moved away from are inaccessible: using them
+//! is [`Kind::Stale`].
 //!
 //! # One at a time
 //!
-//! A process tortures one closure at a time; [`Torture::run`] waits for its turn. Other threads run undisturbed. If
-//! another thread (a scoped one, say) uses a stale pointer into the tortured stack, that is also a finding. That thread
-//! is stopped for good, because it has no valid data to continue with.
+//! A process tortures one closure at a time; [`Torture::run`] waits for its turn. Other threads run undisturbed. If another
+//! thread (a scoped one, say) uses a stale pointer into the tortured stack, that is also a finding. That thread is stopped for
+//! good, because it has no valid data to continue with.
 
 mod breakpoints;
 mod functions;
@@ -160,17 +159,17 @@ impl Torture {
         self
     }
 
-    /// Runs `f` to its end on a relocating coroutine and moves its stack. The value is `None` if a finding ended `f`:
-    /// its frames are then not unwound, and what they own is leaked.
+    /// Runs `f` to its end on a relocating coroutine and moves its stack. The value is `None` if a finding ended `f`: its
+    /// frames are then not unwound, and what they own is leaked.
     ///
     /// # Panics
-    /// If `f` panics, with its payload. If `f` itself runs a torture. If the torture cannot begin, because memory is
-    /// short or the system forbids writing breakpoints; the message gives the reason.
+    /// If `f` panics, with its payload. If `f` itself runs a torture. If the torture cannot begin, because memory is short or
+    /// the system forbids writing breakpoints; the message gives the reason.
     ///
     /// # Safety
-    /// This function checks the promise of [`Builder::relocating`](crate::Builder::relocating) and does not require it.
-    /// But a broken promise need not fault: a stack address that is only compared, xored, or kept in half a word is
-    /// wrong after a move and never used as a pointer. So `f` may misbehave in any way: call this in tests.
+    /// This function checks the promise of [`Builder::relocating`](crate::Builder::relocating) and does not require it. But a
+    /// broken promise need not fault: a stack address that is only compared, xored, or kept in half a word is wrong after a
+    /// move and never used as a pointer. So `f` may misbehave in any way: call this in tests.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -218,8 +217,7 @@ impl Torture {
             let _counts = turn::enter();
             f(yielder)
         });
-        // The spawn above reads the unwind tables if it is the first of a relocating coroutine, so breakpoints go in
-        // after it.
+        // The spawn above reads the unwind tables if it is the first of a relocating coroutine, so breakpoints go in after it.
         let turn = turn::begin(self.mode, self.seed, self.limit);
         // A coroutine that a finding ended has yielded to its resumer and is done.
         let outcome = catch_unwind(AssertUnwindSafe(|| {

@@ -18,19 +18,19 @@ use core::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Mode {
-    /// At every growth point: wherever the stack could really overflow and move. Code that runs on relocating
-    /// coroutines has to be clean in this mode.
+    /// At every growth point: wherever the stack could really overflow and move. Code that runs on relocating coroutines has to
+    /// be clean in this mode.
     GrowthPoints,
-    /// At every growth point of the program's own code, including what is linked statically, by breakpoints. Only
-    /// growth points trap, so this mode is by far faster. Shared libraries (libc) run undisturbed.
+    /// At every growth point of the program's own code, including what is linked statically, by breakpoints. Only growth points
+    /// trap, so this mode is by far faster. Shared libraries (libc) run undisturbed.
     Breakpoints,
     /// At every N-th instruction, growth point or not; 0 counts as 1. Stricter than any move without torture.
     Every(u64),
-    /// At random instructions, every N-th on average; 0 counts as 1. [`Torture::seed`](super::Torture::seed) selects
-    /// the sequence.
+    /// At random instructions, every N-th on average; 0 counts as 1. [`Torture::seed`](super::Torture::seed) selects the
+    /// sequence.
     Random(u64),
-    /// Only where the stack overflows, but by the smallest step each time: from 2 KiB, doubled as often as needed. This
-    /// mode runs at full speed, because it steps through nothing.
+    /// Only where the stack overflows, but by the smallest step each time: from 2 KiB, doubled as often as needed. This mode
+    /// runs at full speed, because it steps through nothing.
     Overflows,
 }
 

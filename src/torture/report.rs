@@ -151,8 +151,8 @@ pub struct Finding {
 pub enum Kind {
     /// It points to where the stack was before a move: it was kept where the relocator does not look.
     Stale,
-    /// It was read from stack that was not written since the last move: from below the red zone, or from an
-    /// uninitialised variable.
+    /// It was read from stack that was not written since the last move: from below the red zone, or from an uninitialised
+    /// variable.
     Poison,
 }
 
@@ -169,8 +169,8 @@ impl Report {
         self.findings.is_empty()
     }
 
-    /// Number of moves in each function, most frequent first. The symbol tables give the functions of the instructions
-    /// in [`hits`](Self::hits).
+    /// Number of moves in each function, most frequent first. The symbol tables give the functions of the instructions in
+    /// [`hits`](Self::hits).
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -283,8 +283,8 @@ impl Found {
         depth: 0,
     };
 
-    /// Replaces the contents with a finding. It works in place and adds no frames, because another thread's signal
-    /// stack may be small.
+    /// Replaces the contents with a finding. It works in place and adds no frames, because another thread's signal stack may be
+    /// small.
     pub(super) fn fill(
         &mut self,
         kind: Kind,
@@ -304,12 +304,12 @@ impl Found {
         self.depth = 0;
     }
 
-    /// Adds the frames of the interrupted stack, which holds `rsp`, and of the stacks it was resumed from. Called in
-    /// the handler: walking allocates nothing after [`prepare`] has walked once.
+    /// Adds the frames of the interrupted stack, which holds `rsp`, and of the stacks it was resumed from. Called in the
+    /// handler: walking allocates nothing after [`prepare`] has walked once.
     pub(super) fn add_frames(&mut self, rsp: usize) {
         let current = match self.slot {
-            // The touched slot is one that the stack has left, and its chain leads to the current slot. A slot left so
-            // long ago that it is free again has no such chain; then the running stack is meant.
+            // The touched slot is one that the stack has left, and its chain leads to the current slot. A slot left so long ago
+            // that it is free again has no such chain; then the running stack is meant.
             Some((start, _)) => {
                 Slot::containing(start).map(Slot::current).filter(|slot| slot.start() != start)
             }

@@ -155,8 +155,7 @@ pub(super) fn set_current(run: *mut Run) {
 /// Records a finding if it is the first.
 pub(super) fn record(fill: impl FnOnce(&mut Found)) {
     if !FIRST.claimed.swap(true, Ordering::AcqRel) {
-        // SAFETY: this call has just claimed it, so no other thread writes it, and no thread reads it before it is
-        // complete.
+        // SAFETY: this call has just claimed it, so no other thread writes it, and no thread reads it before it is complete.
         fill(unsafe { &mut *FIRST.found.get() });
         FIRST.complete.store(true, Ordering::Release);
     }
@@ -170,7 +169,7 @@ pub(super) fn recorded() -> Option<*mut Found> {
 /// Copies the running coroutine's growths into the report.
 pub(super) fn count_growths() {
     let growths = current_stats().map_or(0, |stats| stats.growths);
-    // SAFETY: a torture of this thread is running, and no reference to it is alive here. A handler that interrupts
-    // writes other fields.
+    // SAFETY: a torture of this thread is running, and no reference to it is alive here. A handler that interrupts writes other
+    // fields.
     unsafe { (*current()).growths = growths };
 }

@@ -1,8 +1,7 @@
 //! The SIGTRAP handler, called once per instruction: it looks at the next instruction and moves the stack.
 //!
-//! The SIGSEGV handler asks this module during a torture whether a fault is a finding. If so, the interrupted context
-//! becomes that of the resumer, as if the coroutine had suspended. Its frames are not unwound, and its stack is never
-//! used again.
+//! The SIGSEGV handler asks this module during a torture whether a fault is a finding. If so, the interrupted context becomes
+//! that of the resumer, as if the coroutine had suspended. Its frames are not unwound, and its stack is never used again.
 //!
 //! The rules of src/handler/mod.rs apply: nothing here allocates, locks, prints, or panics.
 
@@ -72,8 +71,8 @@ const R10: usize = 10;
 const R11: usize = 11;
 
 unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: the kernel passes a `siginfo_t` and a context to a handler that is installed with SA_SIGINFO, as this one
-    // is. They are passed on only when this handler no longer uses them.
+    // SAFETY: the kernel passes a `siginfo_t` and a context to a handler that is installed with SA_SIGINFO, as this one is.
+    // They are passed on only when this handler no longer uses them.
     keeping_errno(|| unsafe {
         let (code, sender) = ((*info).si_code, (*info).si_pid());
         if !serve(code, sender, &mut Context::new(raw))
@@ -197,8 +196,8 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: 
     unsafe { after_move(run, context.rsp(), running.record()) };
 }
 
-/// Moves the interrupted stack to another slot of its size, as if it had overflowed at the interrupted instruction.
-/// `byte` returns the bytes of that instruction. `None` if the stack cannot be moved.
+/// Moves the interrupted stack to another slot of its size, as if it had overflowed at the interrupted instruction. `byte`
+/// returns the bytes of that instruction. `None` if the stack cannot be moved.
 ///
 /// # Safety
 /// The running coroutine was interrupted on its stack in `slot`. Pointers into its stack are only in the stack and in
@@ -221,8 +220,8 @@ unsafe fn move_here(
         loop_end: number.map(|number| PLACE[number]),
         call_length: call_length(byte),
     };
-    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The caller
-    // says that all pointers into the stack are where `relocate` looks for them.
+    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The caller says that
+    // all pointers into the stack are where `relocate` looks for them.
     unsafe {
         let record = Record::at(slot.end());
         may_move(&*record, &here).ok()?;
@@ -256,8 +255,8 @@ fn in_probe_loop(context: &mut Context<'_>, slot: Slot) -> bool {
 /// # Safety
 /// `record` is that of the running coroutine, interrupted with `rsp`, whose stack has just moved.
 unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
-    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The bytes
-    // written are accessible and lie below the red zone, where nothing is in use.
+    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The bytes written
+    // are accessible and lie below the red zone, where nothing is in use.
     unsafe {
         if run.moves.is_multiple_of(KEPT as u64) {
             give_back_oldest((*record).old, KEPT);
@@ -280,8 +279,8 @@ fn give_back_oldest(mut link: Link, keep: usize) {
     }
 }
 
-/// Handles the next instruction if it is a system call that would block SIGTRAP: emulates the call and stops stepping
-/// until SIGTRAP is unblocked.
+/// Handles the next instruction if it is a system call that would block SIGTRAP: emulates the call and stops stepping until
+/// SIGTRAP is unblocked.
 fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     let rip = context.rip();
@@ -306,8 +305,7 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
         return false;
     }
     if old != 0 {
-        // SAFETY: the interrupted code passes this address for the kernel to write eight bytes at, and it is in no
-        // guard.
+        // SAFETY: the interrupted code passes this address for the kernel to write eight bytes at, and it is in no guard.
         unsafe { (old as *mut u64).write_unaligned(mask) };
     }
     // A system call leaves its result in `rax`, its return address in `rcx` and its flags in `r11`.
@@ -402,7 +400,7 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
     let Some(tortured) = inside.take_while(|&running| Some(running) != run.outside).last() else {
         return; // outside the tortured coroutine, which will not be resumed again
     };
-    // The code from here on may contain breakpoints, because the handler calls it only here.
+    // The handler runs the code below only here, so breakpoints may be in it.
     breakpoints::remove();
     if let Some((at, pushed)) = breakpoints::original(context.rip()) {
         // The unwinder only knows the instruction's own place, so the context is made to be there.
@@ -410,8 +408,8 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
         *context.register(RSP) += if pushed { size_of::<usize>() } else { 0 };
     }
     if let Some(found) = run::recorded() {
-        // SAFETY: the finding is complete, so its maker no longer uses it. This is the tortured thread, and only its
-        // handler adds to the finding.
+        // SAFETY: the finding is complete, so its maker no longer uses it. This is the tortured thread, and only its handler
+        // adds to the finding.
         unsafe { (*found).add_frames(context.rsp()) };
     }
     run::count_growths();

@@ -110,8 +110,8 @@ pub(super) fn arm() {
     }
 }
 
-/// Sets or clears the trap flag. The processor traps after each instruction while the flag is set, from the one after
-/// the next on.
+/// Sets or clears the trap flag. The processor traps after each instruction while the flag is set, from the one after the next
+/// on.
 fn set_trap_flag(on: bool) {
     // SAFETY: only the trap flag changes, `trap::on_trap` handles its traps, and the stack is unchanged afterwards.
     unsafe {
