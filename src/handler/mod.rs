@@ -13,7 +13,7 @@
 //!             │ yes
 //!           grow (src/grow/overflow.rs) ── no room ─► overflow: report, abort
 //!             │
-//!           return: the instruction runs again and never knows
+//!           return: the instruction runs again
 //! ```
 //!
 //! Nothing here allocates, locks, prints through std, panics or touches a lazily initialised thread-local.
@@ -94,8 +94,8 @@ unsafe fn put(signal: c_int, handler: Handler) -> bool {
     unsafe {
         let mut ours: libc::sigaction = core::mem::zeroed();
         ours.sa_sigaction = handler as *const () as usize;
-        // SIGINFO gives the address. ONSTACK is needed because the faulting stack has no room. RESTART is left out because a
-        // fault interrupts no system call. NODEFER is left out because a fault in the handler is a bug and ends the process.
+        // SIGINFO gives the address. ONSTACK: the faulting stack has no room. Without RESTART: a fault interrupts no system
+        // call. Without NODEFER: a fault in the handler is a bug and ends the process.
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         // All signals are blocked: another handler must not run between two stacks.
         libc::sigfillset(&mut ours.sa_mask);

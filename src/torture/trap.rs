@@ -268,7 +268,7 @@ unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
     }
 }
 
-/// Returns the slots that a stack has left, except the latest `keep`; `link` is the newest.
+/// Gives back the slots that a stack has left, except the latest `keep`; `link` is the newest.
 fn give_back_oldest(mut link: Link, keep: usize) {
     for _ in 1..keep {
         let Some(slot) = Slot::from_link(link) else { return };
