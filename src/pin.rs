@@ -14,8 +14,8 @@ use crate::switch::{self, Running};
 /// While this value lives, the stack of the coroutine that made it does not move: it grows in place.
 ///
 /// Use a pin for code that keeps a pointer to a local where relocation cannot see it, such as `std::thread::scope` or a C
-/// library with callbacks. [`pinned_room`] says how much the pinned stack can grow; beyond that it overflows. A pin does
-/// nothing in a coroutine that grows in place anyway, or outside coroutines.
+/// library with callbacks. [`pinned_room`] says how much the stack can grow; beyond that it overflows. A pin has no effect
+/// outside coroutines, or in one that grows in place anyway.
 ///
 /// A leaked pin holds for the rest of the coroutine's life.
 ///
@@ -77,9 +77,9 @@ impl Drop for Pinned {
 /// Bytes that the running coroutine's stack can still grow and hold without moving. `None` outside coroutines, and on another
 /// stack to which a coroutine's code has switched.
 ///
-/// Below a stack that moves, slack of the stack's own size is reserved, at least 44 KiB and at most up to its maximum. A stack
-/// that grows in place has its whole window. A pinned stack that needs more ends the process with an overflow report, so start
-/// such a coroutine larger ([`Builder::first_size`](crate::Builder::first_size)).
+/// A stack that moves has slack of its own size below it, at least 44 KiB and at most up to its maximum. A stack that grows in
+/// place has its whole window. A pinned stack that needs more ends the process with an overflow report: start such a coroutine
+/// larger ([`Builder::first_size`](crate::Builder::first_size)).
 ///
 /// ```
 /// let mut coroutine = regrow::Coroutine::<(), (), usize>::new(|_, ()| regrow::pinned_room().unwrap());

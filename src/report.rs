@@ -34,8 +34,7 @@ pub(crate) enum Fatal {
 
 /// Reports a stack that cannot grow, in the manner of Go's "stack exceeds limit".
 pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context: &mut Context<'_>) -> ! {
-    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The coroutine does
-    // not continue.
+    // SAFETY: the running coroutine's record is accessible, and only this thread uses it. The coroutine does not continue.
     let record = unsafe { &*record };
     let (size, maximum) = (record.size(), record.settings.maximum());
     let need = size_of_open(need.next_multiple_of(4096));
@@ -122,7 +121,7 @@ pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
     finish(out)
 }
 
-/// Reports a signal whose handler has no stack of its own and that came where a coroutine's stack had no room for it.
+/// Reports a lost signal: its handler has no stack of its own, and the interrupted coroutine's stack had no room for it.
 pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
     let mut out = begin();
     let _ = write!(
@@ -136,8 +135,7 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
     finish(out)
 }
 
-/// Reports that the fault handler has too little room and got no stack of its own. This function runs on what is left, so it
-/// writes a constant text.
+/// Reports that the fault handler has too little room and got no stack of its own. Too little is left for other reports.
 pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
     const TEXT: &str = "regrow: a thread's signal stack is too small for the handler of faults\nfatal error: out of memory for \
                         another one; a stack of 64 KiB would have been enough\n";
@@ -150,8 +148,7 @@ const STACK: usize = 128 << 10;
 
 /// Writes the frames, from the one interrupted at `rip` outwards.
 ///
-/// The walk has a stack of its own. A thread that never ran a coroutine has an alternate stack from std or other code, too
-/// small for an unwinder.
+/// The walk uses a new stack: the alternate stack of a thread that never ran a coroutine is too small for an unwinder.
 fn frames(out: &mut Stderr, rip: usize) {
     let mut walk = Walk { out, rip, shown: 0 };
     let argument = (&raw mut walk).cast();
@@ -178,8 +175,7 @@ fn be_the_reporter() {
 }
 
 /// Waits for the end of the process. For handlers only, where all blockable signals are blocked.
-// Inlined because torture puts breakpoints in functions that do not return: it takes them for panics, even if its handlers call
-// them.
+// Inlined because torture takes functions that do not return for panics, and puts breakpoints in them.
 #[inline(always)]
 pub(crate) fn wait_for_the_end() -> ! {
     loop {
@@ -243,8 +239,8 @@ impl Walk<'_> {
     }
 }
 
-// The unwinder that std links. It reads stacks and unwind tables. In all libgcc versions of the last ten years it allocates
-// nothing on this path, whether or not the program has unwound before. And the process is about to abort.
+// The unwinder that std links. On this path no libgcc of the last ten years allocates, whether or not the program has unwound
+// before. It reads stacks and unwind tables, and the process is about to abort.
 unsafe extern "C" {
     fn _Unwind_Backtrace(
         callback: extern "C" fn(*mut c_void, *mut c_void) -> c_int,
@@ -256,7 +252,7 @@ unsafe extern "C" {
 extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     const GO_ON: c_int = 0;
     const STOP: c_int = 5; // _URC_END_OF_STACK
-    // SAFETY: the unwinder passes its context, and the `Walk` of `frames` from `walk_frames`, which does not use it meanwhile.
+    // SAFETY: the unwinder passes its context and the `Walk` of `frames`, which `walk_frames` does not use meanwhile.
     let (walk, pc) = unsafe {
         let mut before = 0;
         let pc = _Unwind_GetIPInfo(context, &mut before);
@@ -280,7 +276,6 @@ fn begin() -> Stderr {
     Stderr::new()
 }
 
-/// Ends the process after the report is written.
 fn finish(mut out: Stderr) -> ! {
     out.flush();
     abort()

@@ -20,10 +20,10 @@ pub fn signals_on_coroutine_stacks() -> Vec<i32> {
 
 /// Adds `SA_ONSTACK` to all handlers without it. Returns the signals of these handlers.
 ///
-/// Creating the first coroutine that may move does this too, because its stack may have no room for a signal. Call this
-/// function after handlers have been installed later, for example by libraries. They then run on the alternate stack of the
-/// thread that they interrupt. It has 128 KiB on a [prepared](crate::prepare_thread) thread and as little as 8 KiB on another
-/// one. A thread without an alternate stack runs them as before.
+/// Creating the first coroutine that may move does this too, because its stack may have no room for a signal. Call it again
+/// after later handlers have been installed, for example by libraries. They then run on the alternate stack of the interrupted
+/// thread: 128 KiB if it is [prepared](crate::prepare_thread), as little as 8 KiB if not. Without an alternate stack they run
+/// as before.
 ///
 /// ```
 /// # extern "C" fn handler(_: i32) {}
@@ -45,8 +45,7 @@ pub(crate) fn keep_off_moving_stacks() {
     ONCE.call_once(|| drop(keep_signals_off_coroutine_stacks()));
 }
 
-/// The signals with a handler that lacks `SA_ONSTACK`, and the handlers. Makes only system calls, because the fault handler
-/// uses it, too.
+/// The signals with a handler that lacks `SA_ONSTACK`. Makes only system calls, because the fault handler uses it, too.
 pub(crate) fn without_own_stack() -> impl Iterator<Item = (c_int, libc::sigaction)> {
     (1..=libc::SIGRTMAX()).filter_map(|signal| {
         let now = disposition(signal)?;
@@ -71,7 +70,6 @@ pub(crate) fn give_own_stack(signal: c_int, mut handler: libc::sigaction) -> boo
     unsafe { libc::sigaction(signal, &handler, ptr::null_mut()) == 0 }
 }
 
-/// Restores the default action.
 pub(crate) fn reset(signal: c_int) {
     // SAFETY: zeros are the `sigaction` of the default action, `SIG_DFL`, which runs no code of the process.
     unsafe { libc::sigaction(signal, &core::mem::zeroed(), ptr::null_mut()) };
@@ -83,7 +81,6 @@ pub(crate) fn raise(signal: c_int) -> bool {
     unsafe { libc::raise(signal) == 0 }
 }
 
-/// A set of signals.
 pub(crate) fn set_of<const N: usize>(signals: [c_int; N]) -> libc::sigset_t {
     // SAFETY: zeros are an empty set, to which the call adds a signal.
     let mut set = unsafe { core::mem::zeroed() };
@@ -91,13 +88,11 @@ pub(crate) fn set_of<const N: usize>(signals: [c_int; N]) -> libc::sigset_t {
     set
 }
 
-/// Adds a signal to a set.
 pub(crate) fn add(set: &mut libc::sigset_t, signal: c_int) {
     // SAFETY: the call changes a set that is borrowed mutably.
     unsafe { libc::sigaddset(set, signal) };
 }
 
-/// True if a signal is in a set.
 pub(crate) fn contains(set: &libc::sigset_t, signal: c_int) -> bool {
     // SAFETY: the call reads a set that is borrowed.
     unsafe { libc::sigismember(set, signal) == 1 }

@@ -30,7 +30,6 @@ pub(crate) fn name(pc: usize) -> Option<String> {
     look_up(pc, |found| found.function.map(|(name, _)| format!("{:#}", rustc_demangle::demangle(name))))
 }
 
-/// What is known about a code address.
 struct Found<'a> {
     /// The path of its file.
     file: Option<&'a str>,

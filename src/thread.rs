@@ -27,8 +27,7 @@ use crate::words::words;
 const HANDLER_STACK: usize = 128 << 10;
 
 /// Makes this thread able to run coroutines. Creating a coroutine does so, too. A thread that resumes coroutines created
-/// elsewhere (which is unsafe, see [`Coroutine`](crate::Coroutine)) calls this first. On a prepared thread it costs next to
-/// nothing.
+/// elsewhere (unsafe, see [`Coroutine`](crate::Coroutine)) calls this first. On a prepared thread it costs next to nothing.
 ///
 /// The call unblocks SIGSEGV and SIGBUS on this thread. Stacks that move grow by SIGSEGV, and stacks frozen in place thaw by it
 /// when touched. Keep both unblocked: with SIGSEGV blocked, growing or thawing ends the process without a report.

@@ -4,8 +4,8 @@
 //! - A general protection fault: the address is not canonical, or the instruction is privileged. The fault recurs at once with
 //!   the same registers and must end the process.
 //!
-//! The exception number tells the two apart, with one limit: it keeps the value of a general protection fault that the program
-//! survived.
+//! The exception number tells the two apart, except that a general protection fault which the program survived leaves its
+//! number.
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -16,8 +16,7 @@ use crate::stack::arena::Slot;
 use crate::stack::record::Record;
 use crate::switch::{self, RED_ZONE};
 
-/// The exception number of a page fault. The kernel's own signals do not change the number, and a page fault always has an
-/// address.
+/// The number of a page fault. The kernel's own signals leave the number as it is, and a page fault always has an address.
 const PAGE_FAULT: usize = 14;
 const GENERAL_PROTECTION: usize = 13;
 

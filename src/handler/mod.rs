@@ -45,7 +45,7 @@ use crate::words::keeping_errno;
 /// The fault signals, which the handler serves.
 pub(crate) const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
-/// The previous handlers. Each is written before our handler is installed, and our handler only reads it, without waiting.
+/// The previous handlers, written before our handler is installed. Our handler only reads them, without waiting.
 static PREVIOUS: [OnceLock<libc::sigaction>; SIGNALS.len()] = [const { OnceLock::new() }; SIGNALS.len()];
 
 /// Installs the handler; called once per process.
@@ -210,7 +210,6 @@ unsafe fn pass_on_kernels_own(info: *mut libc::siginfo_t, raw: *mut c_void) {
     }
 }
 
-/// True if a signal has no handler.
 fn is_default(signal: c_int) -> bool {
     signals::disposition(signal).is_some_and(|now| now.sa_sigaction == libc::SIG_DFL)
 }

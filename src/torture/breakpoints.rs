@@ -13,9 +13,8 @@
 //! ```
 //!
 //! Not patched:
-//! - functions that the handlers call, because a trap in a handler ends the process. That is every function that the handlers
-//!   reach by direct calls, and every function whose address they take or find in data they use. Functions that do not return
-//!   (panics) are not followed;
+//! - functions that the handlers call, because a trap in a handler ends the process. That includes functions whose address the
+//!   handlers take, or find in data they use. Functions that do not return (panics) are not followed;
 //! - functions that do not decode to their end because they contain data;
 //! - growth points in probe loops, because the fault handler reads the instruction after them.
 
@@ -59,7 +58,6 @@ static INSERTED: AtomicBool = AtomicBool::new(false);
 /// The breakpoints are out, but the pages are still writable.
 static REMOVED: AtomicBool = AtomicBool::new(false);
 
-/// Inserts the breakpoints.
 #[inline(never)]
 pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
     let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;

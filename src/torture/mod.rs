@@ -33,9 +33,8 @@
 //! # Where a stack is not moved
 //!
 //! - **In leaf string routines**, except at growth points. `memcpy`, `strlen` and the like hold *differences* of pointers in
-//!   registers (`sub rsi, rcx`), which a relocator cannot recognise. These routines are known by address: the dynamic linker
-//!   gives the variant of each libc `mem*`, `str*`, `wcs*` and `wmem*` function for this processor, and the unwind table gives
-//!   its end.
+//!   registers (`sub rsi, rcx`), which a relocator cannot recognise. Their addresses identify them: the dynamic linker gives
+//!   this processor's variant of each libc `mem*`, `str*`, `wcs*` and `wmem*` function, and the unwind table its end.
 //! - **In probe loops**, except at the probe. Between `lea r11, [rsp - N]` and the end of the loop, `r11` is relative to `rsp`
 //!   but points outside the slot. Such a loop is known by the value of `r11`: less than 4 GiB below the slot.
 //! - **While SIGTRAP is blocked.** The kernel kills a process that is trapped then. A system call that would block SIGTRAP
@@ -53,9 +52,9 @@
 //!
 //! # Poison
 //!
-//! Stack bytes unused since the last move are `0xf5`, down to the end of the page that holds `rsp`. A pointer of these bytes
-//! always faults, and the finding is [`Kind::Poison`]. The bytes that a stack has moved away from are inaccessible: using them
-//! is [`Kind::Stale`].
+//! Stack bytes unused since the last move are `0xf5`, down to the end of the page that holds `rsp`. Using them as a pointer
+//! always faults, and the finding is [`Kind::Poison`]. The bytes that a stack has left are inaccessible: using them is
+//! [`Kind::Stale`].
 //!
 //! # One at a time
 //!
@@ -160,7 +159,7 @@ impl Torture {
     }
 
     /// Runs `f` to its end on a relocating coroutine and moves its stack. The value is `None` if a finding ended `f`: its
-    /// frames are then not unwound, and what they own is leaked.
+    /// frames are then not unwound, and the values they own are leaked.
     ///
     /// # Panics
     /// If `f` panics, with its payload. If `f` itself runs a torture. If the torture cannot begin, because memory is short or

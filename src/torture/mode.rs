@@ -21,13 +21,12 @@ pub enum Mode {
     /// At every growth point: wherever the stack could really overflow and move. Code that runs on relocating coroutines has to
     /// be clean in this mode.
     GrowthPoints,
-    /// At every growth point of the program's own code, including what is linked statically, by breakpoints. Only growth points
+    /// At every growth point of the program's own code (statically linked code included), by breakpoints. Only growth points
     /// trap, so this mode is by far faster. Shared libraries (libc) run undisturbed.
     Breakpoints,
     /// At every N-th instruction, growth point or not; 0 counts as 1. Stricter than any move without torture.
     Every(u64),
-    /// At random instructions, every N-th on average; 0 counts as 1. [`Torture::seed`](super::Torture::seed) selects the
-    /// sequence.
+    /// At random instructions, every N-th on average; 0 counts as 1. See [`Torture::seed`](super::Torture::seed).
     Random(u64),
     /// Only where the stack overflows, but by the smallest step each time: from 2 KiB, doubled as often as needed. This mode
     /// runs at full speed, because it steps through nothing.

@@ -49,13 +49,13 @@ pub struct Report {
     pub words_rewritten: u64,
     /// The words of frames that the moves and growths looked at, by what the frames' maps say of them.
     pub words_by_map: WordsByMap,
-    /// Moves that were skipped because pointers need not be whole at the instruction.
+    /// Moves skipped at instructions where pointers need not be whole.
     pub skipped: u64,
     /// Moves that the kernel refused for lack of memory.
     pub refused: u64,
     /// The instructions at which the stack was moved, most frequent first.
     pub hits: Vec<Hit>,
-    /// The finding, if there is one: the first ends the closure, so the list has at most one.
+    /// At most one finding, because the first ends the closure.
     pub findings: Vec<Finding>,
 }
 
@@ -151,8 +151,7 @@ pub struct Finding {
 pub enum Kind {
     /// It points to where the stack was before a move: it was kept where the relocator does not look.
     Stale,
-    /// It was read from stack that was not written since the last move: from below the red zone, or from an uninitialised
-    /// variable.
+    /// It was read from stack not written since the last move: from below the red zone, or from an uninitialised variable.
     Poison,
 }
 
@@ -169,8 +168,7 @@ impl Report {
         self.findings.is_empty()
     }
 
-    /// Number of moves in each function, most frequent first. The symbol tables give the functions of the instructions in
-    /// [`hits`](Self::hits).
+    /// Number of moves in each function, most frequent first. Looks the [`hits`](Self::hits) up in the symbol tables.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -283,8 +281,7 @@ impl Found {
         depth: 0,
     };
 
-    /// Replaces the contents with a finding. It works in place and adds no frames, because another thread's signal stack may be
-    /// small.
+    /// Replaces the contents with a finding, in place. Adds no frames, because another thread's signal stack may be small.
     pub(super) fn fill(
         &mut self,
         kind: Kind,
@@ -308,8 +305,8 @@ impl Found {
     /// handler: walking allocates nothing after [`prepare`] has walked once.
     pub(super) fn add_frames(&mut self, rsp: usize) {
         let current = match self.slot {
-            // The touched slot is one that the stack has left, and its chain leads to the current slot. A slot left so long ago
-            // that it is free again has no such chain; then the running stack is meant.
+            // The stack has left the touched slot, and the slot's chain leads to the current one. A slot that is free again has
+            // no such chain; then the running stack is meant.
             Some((start, _)) => {
                 Slot::containing(start).map(Slot::current).filter(|slot| slot.start() != start)
             }
@@ -317,7 +314,7 @@ impl Found {
         };
         if let Some(slot) = current.or_else(|| Slot::containing(rsp)) {
             self.end = slot.end();
-            // SAFETY: the record is that of a coroutine that runs, or waits for one that runs, so it is accessible.
+            // SAFETY: the record is accessible, because its coroutine runs, or waits for one that runs.
             self.base_offset = usize::from(unsafe { (*Record::at(slot.end())).base_offset });
         }
         let mut inside = false;
@@ -335,7 +332,6 @@ impl Found {
         }
     }
 
-    /// Looks up the names and source lines.
     pub(super) fn resolve(&self) -> Finding {
         let frames = self.frames.get(..self.depth).unwrap_or_default();
         let below_end = self.slot.map(|(_, end)| end - self.address);

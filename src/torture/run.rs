@@ -16,7 +16,7 @@ use crate::words::thread_number;
 /// A stack does not return to a slot before this many moves.
 pub(super) const KEPT: usize = 256;
 
-/// What the handlers know of the torture on their thread.
+/// The handlers' data about the torture on their thread.
 pub(super) struct Run {
     pub mode: Mode,
     pub random: u64,
@@ -110,12 +110,12 @@ thread_local! {
     static CURRENT: Cell<*mut Run> = const { Cell::new(ptr::null_mut()) };
 }
 
-/// This thread's torture, null if there is none.
+/// This thread's torture; null if there is none.
 pub(super) fn current() -> *mut Run {
     CURRENT.get()
 }
 
-/// The thread that is tortured, 0 if none is.
+/// The tortured thread; 0 if there is none.
 static THREAD: AtomicI32 = AtomicI32::new(0);
 
 pub(super) fn tortured_thread() -> i32 {
@@ -169,7 +169,7 @@ pub(super) fn recorded() -> Option<*mut Found> {
 /// Copies the running coroutine's growths into the report.
 pub(super) fn count_growths() {
     let growths = current_stats().map_or(0, |stats| stats.growths);
-    // SAFETY: a torture of this thread is running, and no reference to it is alive here. A handler that interrupts writes other
+    // SAFETY: a torture of this thread is running, and no reference to it is alive here. An interrupting handler uses other
     // fields.
     unsafe { (*current()).growths = growths };
 }

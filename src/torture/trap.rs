@@ -56,7 +56,6 @@ pub(super) fn install() -> Result<(), Error> {
 
 /// The trap flag in the flags register.
 const TRAP_FLAG: i64 = 0x100;
-/// SIGTRAP in a signal mask.
 const TRAPS: u64 = 1 << (libc::SIGTRAP - 1);
 
 /// The numbers of general registers in instructions.
@@ -363,7 +362,7 @@ fn catches(address: usize, context: &mut Context<'_>) -> bool {
             }
             run::record(|found| found.fill(Kind::Stale, address, slot, true, context));
             send_trap(thread);
-            // This thread has no valid data to return to, and another thread may lend it data and wait for it.
+            // This thread has no valid data to return to, and another thread may wait for it while lending it data.
             wait_for_the_end()
         }
     }
@@ -385,7 +384,7 @@ fn poisoned(address: usize, context: &mut Context<'_>) -> Option<(Kind, Option<S
     found.then_some((Kind::Poison, None))
 }
 
-/// Restores a displaced instruction at which a fault occurred to its own place, and returns that place.
+/// Restores a displaced instruction that faulted to its own place, and returns that place.
 fn put_instruction_back(context: &mut Context<'_>) -> Option<usize> {
     let (at, later) = breakpoints::original(context.rip())?;
     (!later && breakpoints::take_out(at)).then(|| {
@@ -403,7 +402,7 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
     // The handler runs the code below only here, so breakpoints may be in it.
     breakpoints::remove();
     if let Some((at, pushed)) = breakpoints::original(context.rip()) {
-        // The unwinder only knows the instruction's own place, so the context is made to be there.
+        // The unwinder knows only the instruction's own place, so the context moves there.
         context.set_rip(at);
         *context.register(RSP) += if pushed { size_of::<usize>() } else { 0 };
     }

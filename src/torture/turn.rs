@@ -58,7 +58,6 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
 }
 
 impl Turn {
-    /// Ends the torture and reports on it.
     pub(super) fn end(self) -> Report {
         set_trap_flag(false);
         breakpoints::remove();
