@@ -1,4 +1,4 @@
-//! Pins: spans during which a stack must not move, and code under which none may.
+//! Pins keep a stack in place for a while; pinned code keeps every stack with one of its frames in place.
 
 use core::cell::Cell;
 use core::marker::PhantomData;
@@ -11,13 +11,13 @@ use crate::size;
 use crate::stack::record::Record;
 use crate::switch::{self, Running};
 
-/// While one of these lives, the stack of the coroutine that made it does not move: it grows in place.
+/// While this value lives, the stack of the coroutine that made it does not move: it grows in place.
 ///
-/// For code that keeps a pointer to a local where relocation cannot see it, such as `std::thread::scope`
-/// or a C library with callbacks. [`pinned_room`] says how much such a stack can grow; beyond that it has overflowed.
-/// In a coroutine that grows in place anyway, and outside coroutines, a pin does nothing.
+/// Use a pin for code that keeps a pointer to a local where relocation cannot see it, such as `std::thread::scope` or a C
+/// library with callbacks. [`pinned_room`] says how much the stack can grow; beyond that it overflows. A pin has no effect
+/// outside coroutines, or in one that grows in place anyway.
 ///
-/// A pin that is leaked holds for the rest of the coroutine's life.
+/// A leaked pin holds for the rest of the coroutine's life.
 ///
 /// ```
 /// #[inline(never)]
@@ -41,7 +41,7 @@ use crate::switch::{self, Running};
 #[derive(Debug)]
 pub struct Pinned {
     count: Option<Rc<Cell<usize>>>,
-    /// A pin belongs to a coroutine, and that to a thread.
+    /// A pin belongs to a coroutine, and a coroutine to a thread.
     not_send: PhantomData<*mut ()>,
 }
 
@@ -54,8 +54,8 @@ pub struct Pinned {
 pub fn pin() -> Pinned {
     let count = switch::running().map(Running::record).map(|record| {
         let fresh = Rc::new(Cell::new(0));
-        // SAFETY: the running coroutine's record is accessible, and only this thread uses it. Should the stack have moved meanwhile, this
-        // pointer to its head has moved with it.
+        // SAFETY: the running coroutine's record is accessible, and only this thread uses it. If the stack has moved meanwhile,
+        // this pointer to its head has moved with it.
         let count = unsafe {
             (*record).tidy = true;
             (*record).pins.get_or_insert(fresh).clone()
@@ -74,12 +74,12 @@ impl Drop for Pinned {
     }
 }
 
-/// How many bytes the running coroutine's stack can still grow, and hold, without moving. `None` outside coroutines, and on
-/// another stack that a coroutine's code has gone over to.
+/// Bytes that the running coroutine's stack can still grow and hold without moving. `None` outside coroutines, and on another
+/// stack to which a coroutine's code has switched.
 ///
-/// A stack that moves has slack of its own size below it, 44 KiB at least, at most up to its maximum; one that
-/// grows in place all of its window. What is pinned and needs more ends the process with an overflow report: start such
-/// a coroutine larger ([`Builder::first_size`](crate::Builder::first_size)).
+/// A stack that moves has slack of its own size below it, at least 44 KiB and at most up to its maximum. A stack that grows in
+/// place has its whole window. A pinned stack that needs more ends the process with an overflow report: start such a coroutine
+/// larger ([`Builder::first_size`](crate::Builder::first_size)).
 ///
 /// ```
 /// let mut coroutine = regrow::Coroutine::<(), (), usize>::new(|_, ()| regrow::pinned_room().unwrap());
@@ -101,17 +101,17 @@ pub fn pinned_room() -> Option<usize> {
     Some(window.saturating_sub(Record::bytes_above(record, &raw const here as usize)))
 }
 
-/// How many ranges of code can be pinned at a time.
+/// Number of code ranges that can be pinned at a time.
 const MOST_CODE: usize = 64;
 
-/// Pinned code, read by the fault handler: first and last byte; free if the last is 0.
+/// Pinned code, read by the fault handler: first and last byte. An entry whose last byte is 0 is free.
 static CODE: [[AtomicUsize; 2]; MOST_CODE] =
     [const { [AtomicUsize::new(0), AtomicUsize::new(0)] }; MOST_CODE];
 
-/// How many entries of [`CODE`] have ever been used.
+/// Number of entries of [`CODE`] that have ever been used.
 static CODE_USED: AtomicUsize = AtomicUsize::new(0);
 
-/// While it lives, no stack moves that has a frame of some code on it; see [`pin_code`].
+/// While this value lives, a stack with a frame of the code does not move; see [`pin_code`].
 ///
 /// ```
 /// use regrow::PinnedCode;
@@ -128,11 +128,10 @@ static CODE_USED: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug)]
 pub struct PinnedCode(Vec<usize>);
 
-/// Keeps every stack in place that has a frame of this code on it, while the result lives: for code that keeps pointers
-/// to its locals outside the stack, such as a C library. Needs frame maps ([`Maps::Off`](crate::Maps::Off) looks at no
-/// frames).
+/// Keeps every stack in place that has a frame of this code, while the result lives. Use it for code that keeps pointers to its
+/// locals outside the stack, such as a C library. It needs frame maps ([`Maps::Off`](crate::Maps::Off) looks at no frames).
 ///
-/// `None` if 64 ranges are pinned already.
+/// `None` if 64 ranges are already pinned.
 ///
 /// ```
 /// let start = regrow::pin_code as *const () as usize;
@@ -144,8 +143,8 @@ pub fn pin_code(code: Range<usize>) -> Option<PinnedCode> {
     pinned.add(code).then_some(pinned)
 }
 
-/// As [`pin_code`], for all code of a loaded object, the program or a shared library, whose file name begins with `name`
-/// (`"libsqlite3.so"`). `None` if there is no such object, or the ranges are used up.
+/// As [`pin_code`], for all code of a loaded object (the program or a shared library) whose file name begins with `name`, such
+/// as `"libsqlite3.so"`. `None` if there is no such object, or if too many ranges are pinned.
 ///
 /// ```
 /// let libc = regrow::pin_object("libc.so").expect("the C library");

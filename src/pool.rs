@@ -1,4 +1,4 @@
-//! Pools: many parked coroutines whose stacks together keep to a budget.
+//! Pools: many parked coroutines whose stacks share a memory budget.
 //!
 //! ```text
 //!  entries   | coroutine | coroutine | free | coroutine | ...      a Key is an index and a generation
@@ -6,14 +6,14 @@
 //!  order     oldest ◄──┘  ... newest                               those that may be frozen, by their latest resume
 //! ```
 //!
-//! A stack that grows in place counts from its stack pointer up. What it has touched below that is not asked for at each
-//! resume: one in [`SHRINK_EVERY`] that comes back gives it up, and so does each that is frozen.
+//! A stack that grows in place counts from its stack pointer up. Memory it has touched below is not measured at each resume.
+//! Instead it is given up by one in [`SHRINK_EVERY`] stacks that return to the pool, and by each stack that is frozen.
 //!
-//! What is above the budget is frozen from the oldest end. One that is frozen, or cannot be, is not in the order until it
-//! is resumed again: so each resume freezes at most as much as it has thawed or grown, and looks at nothing twice.
+//! The pool freezes what exceeds the budget, oldest first. A coroutine that is frozen, or cannot be, leaves the order until its
+//! next resume. So each resume freezes at most as much as it has thawed or grown, and looks at each coroutine once.
 //!
-//! A stack that grows in place thaws when it is touched, at any time and on any thread. The fault handler then leaves the
-//! number of its entry on a list. Whatever changes the pool takes them off first; to look at the pool, they are added up.
+//! A stack that grows in place thaws when it is touched, at any time and on any thread. The fault handler then lists the number
+//! of its entry. Every change of the pool first empties this list; [`Pool::stats`] only adds it up.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::freeze::touched::{Told, Touched};
 use crate::settings::Growth;
 
-/// A coroutine in a [`Pool`]. It stays the same until the coroutine has ended or was removed, and is not used again.
+/// A coroutine in a [`Pool`]. The key stays the same until the coroutine has ended or is removed, and is never reused.
 ///
 /// ```
 /// use regrow::{Coroutine, Pool};
@@ -39,7 +39,7 @@ pub struct Key {
     generation: u32,
 }
 
-/// What a [`Pool`] holds; see [`Pool::stats`].
+/// Counts of a [`Pool`]; see [`Pool::stats`].
 ///
 /// ```
 /// use regrow::{Coroutine, Pool, PoolStats};
@@ -51,19 +51,19 @@ pub struct Key {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct PoolStats {
-    /// How many coroutines have a stack.
+    /// Number of coroutines that have a stack.
     pub live: usize,
-    /// Bytes of these stacks that are accessible; of those that grow in place, from the stack pointer up.
+    /// Accessible bytes of these stacks; for those that grow in place, the bytes from the stack pointer up.
     pub live_bytes: usize,
-    /// How many are frozen.
+    /// Number of frozen coroutines.
     pub frozen: usize,
-    /// Bytes of the blocks they are in.
+    /// Bytes of the blocks that hold them.
     pub frozen_bytes: usize,
 }
 
-/// Parked coroutines that keep to a budget of memory: when their stacks exceed it, the least recently resumed are
-/// [frozen](Coroutine::freeze). They thaw by themselves when they are resumed, and when their stack is touched by a thread that
-/// has not blocked SIGSEGV. [Pin](crate::pin()) a stack that is shared with one that has.
+/// Parked coroutines with a memory budget: when their stacks exceed it, the pool [freezes](Coroutine::freeze) the least
+/// recently resumed ones. A frozen coroutine thaws when it is resumed, or when a thread that has not blocked SIGSEGV touches
+/// its stack. [Pin](crate::pin()) a stack that is shared with a thread that blocks SIGSEGV.
 ///
 /// ```
 /// use regrow::{Builder, Coroutine, CoroutineResult, Pool};
@@ -87,30 +87,30 @@ pub struct PoolStats {
 /// ```
 #[derive(Debug)]
 pub struct Pool<In, Out, Ret> {
-    /// Dropped first: what is frozen names `touched`.
+    /// Dropped first, because frozen coroutines refer to `touched`.
     entries: Vec<Entry<In, Out, Ret>>,
-    /// Which entries have thawed because they were touched; from the first frozen coroutine on.
+    /// The entries that have thawed because they were touched; exists from the first frozen coroutine on.
     touched: Option<Arc<Touched>>,
     /// Indices of entries without a coroutine.
     free: Vec<u32>,
     oldest: Option<u32>,
     newest: Option<u32>,
     budget: usize,
-    /// How many coroutines were put in, or back in after a resume.
+    /// Number of coroutines put in, or put back after a resume.
     puts: u32,
     stats: PoolStats,
 }
 
-/// One in so many stacks that grow in place, of those put back, gives up the memory that it has below its stack pointer.
+/// Of the stacks that grow in place and are put back, one in this many gives up the memory below its stack pointer.
 const SHRINK_EVERY: u32 = 16;
 
 #[derive(Debug)]
 struct Entry<In, Out, Ret> {
     generation: u32,
-    /// Bytes that the coroutine counts for.
+    /// Bytes for which the coroutine counts.
     bytes: usize,
     frozen: bool,
-    /// It is in the order, between these two.
+    /// True if it is in the order, between `older` and `newer`.
     ordered: bool,
     older: Option<u32>,
     newer: Option<u32>,
@@ -118,7 +118,7 @@ struct Entry<In, Out, Ret> {
 }
 
 impl<In, Out, Ret> Pool<In, Out, Ret> {
-    /// An empty pool, with a budget of so many bytes for stacks that are not frozen.
+    /// An empty pool with a budget, in bytes, for stacks that are not frozen.
     ///
     /// ```
     /// assert!(regrow::Pool::<(), (), ()>::new(1 << 20).is_empty());
@@ -148,7 +148,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         self.budget
     }
 
-    /// Changes the budget, and freezes what is above it.
+    /// Changes the budget and freezes what exceeds it.
     ///
     /// ```
     /// let mut pool = regrow::Pool::<(), (), ()>::new(1 << 20);
@@ -161,7 +161,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         self.freeze_down_to(bytes);
     }
 
-    /// Takes a coroutine in, as the one resumed most recently.
+    /// Inserts a coroutine as the most recently resumed one.
     ///
     /// # Panics
     /// If the pool holds 2³² coroutines.
@@ -187,17 +187,17 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         });
         let key = Key { index, generation: self.entries[index as usize].generation };
         let told = self.told(index);
-        // SAFETY: the list lives as long as the entries, and what leaves them is told another.
+        // SAFETY: the list lives as long as the entries, and a coroutine that leaves them is given another list.
         unsafe { coroutine.tell(told) };
         self.put(key, coroutine);
         key
     }
 
-    /// Resumes a coroutine; `None` if it has ended or was removed. When it ends it is no longer in the pool.
+    /// Resumes a coroutine; `None` if it has ended or was removed. A coroutine that ends leaves the pool.
     ///
     /// # Panics
-    /// If the coroutine does; it is no longer in the pool then. And if it is frozen and there is no memory to thaw it; it
-    /// stays as it is then, and may be resumed later.
+    /// If the coroutine panics; it then leaves the pool. If the coroutine is frozen and there is no memory to thaw it; it then
+    /// stays frozen and may be resumed later.
     ///
     /// ```
     /// let mut pool = regrow::Pool::new(0); // all are frozen whenever they suspend
@@ -217,7 +217,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         Some(result.unwrap_or_else(|payload| resume_unwind(payload)))
     }
 
-    /// Takes a coroutine out, frozen or not. `None` if it has ended or was removed before.
+    /// Removes a coroutine, frozen or not. `None` if it has ended or was removed before.
     ///
     /// ```
     /// let mut pool = regrow::Pool::new(1 << 20);
@@ -226,14 +226,14 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     /// assert!(pool.remove(key).is_none());
     /// ```
     pub fn remove(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
-        // SAFETY: the list of `Told::NOBODY` is a static: it lives forever.
+        // SAFETY: the list of `Told::NOBODY` is a static, which lives forever.
         unsafe { self.get(key)?.tell(Told::NOBODY) };
         let coroutine = self.take(key)?;
         self.forget(key);
         Some(coroutine)
     }
 
-    /// A coroutine, to look at. `None` if it has ended or was removed.
+    /// Borrows a coroutine. `None` if it has ended or was removed.
     ///
     /// ```
     /// let mut pool = regrow::Pool::new(1 << 20);
@@ -246,8 +246,8 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         entry.coroutine.as_ref().filter(|_| entry.generation == key.generation)
     }
 
-    /// Freezes all that can be; returns by how many bytes the pool takes less then. [`trim`](crate::trim()) also gives back
-    /// the slots that the thread keeps for reuse.
+    /// Freezes all coroutines that can be frozen. Returns by how many bytes the pool shrinks. [`trim`](crate::trim()) also
+    /// gives back the slots that the thread keeps for reuse.
     ///
     /// ```
     /// let mut pool = regrow::Pool::<(), (), ()>::new(1 << 20);
@@ -261,10 +261,10 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         before.saturating_sub(bytes(&self.stats))
     }
 
-    /// How many coroutines are in it, and how many bytes they take.
+    /// Number of coroutines in the pool, and their bytes.
     ///
-    /// One that grows in place, and has thawed because somebody touched its stack, counts as live. It may be frozen
-    /// again by whatever changes the pool next, since it is among those resumed most recently then.
+    /// A coroutine that grows in place and has thawed by a touch counts as live. The next change of the pool puts it back in
+    /// the order, as the newest, so it may be frozen again.
     ///
     /// ```
     /// let mut pool = regrow::Pool::new(1 << 20);
@@ -274,7 +274,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         let mut stats = self.stats;
-        // Since the pool was changed last nothing in it was frozen: each of them was touched once.
+        // The pool has frozen nothing since its last change, so each entry was touched at most once.
         for index in self.touched.iter().flat_map(|touched| touched.entries()) {
             let entry = &self.entries[index as usize];
             if entry.frozen {
@@ -285,7 +285,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         stats
     }
 
-    /// How many coroutines are in it.
+    /// Number of coroutines in the pool.
     ///
     /// ```
     /// assert_eq!(regrow::Pool::<(), (), ()>::new(0).len(), 0);
@@ -295,7 +295,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         self.stats.live + self.stats.frozen
     }
 
-    /// True if no coroutine is in it.
+    /// True if the pool is empty.
     ///
     /// ```
     /// assert!(regrow::Pool::<(), (), ()>::new(0).is_empty());
@@ -305,12 +305,12 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         self.len() == 0
     }
 
-    /// Puts a coroutine into its entry, as the newest, and freezes what is above the budget.
+    /// Puts a coroutine into its entry, as the newest, and freezes what exceeds the budget.
     fn put(&mut self, key: Key, mut coroutine: Coroutine<In, Out, Ret>) {
-        self.notice_touched(); // while it was out, too
+        self.notice_touched(); // entries may have thawed while it was out
         self.puts = self.puts.wrapping_add(1);
         if self.puts.is_multiple_of(SHRINK_EVERY) && coroutine.growth() == Growth::InPlace {
-            // Without an error: a stack that grows in place needs no memory for that.
+            // This cannot fail, because a stack that grows in place needs no memory to shrink.
             let _ = coroutine.shrink();
         }
         self.entries[key.index as usize].coroutine = Some(coroutine);
@@ -318,7 +318,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         self.freeze_down_to(self.budget);
     }
 
-    /// Takes a coroutine out of its entry, which stays its own.
+    /// Takes a coroutine out of its entry, which stays reserved for it.
     fn take(&mut self, key: Key) -> Option<Coroutine<In, Out, Ret>> {
         self.notice_touched();
         let entry = self.entries.get_mut(key.index as usize)?;
@@ -332,14 +332,14 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
 
     /// Makes an entry without a coroutine free for another.
     fn forget(&mut self, key: Key) {
-        // Used up after 2³² coroutines: an entry that is not used again.
+        // After 2³² coroutines an entry is used up and is not used again.
         if let Some(next) = key.generation.checked_add(1) {
             self.entries[key.index as usize].generation = next;
             self.free.push(key.index);
         }
     }
 
-    /// Counts those as live that have thawed because they were touched.
+    /// Counts coroutines as live that have thawed by a touch.
     fn notice_touched(&mut self) {
         let Some(touched) = &self.touched else { return };
         for index in touched.take() {
@@ -350,9 +350,9 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         }
     }
 
-    /// Freezes, oldest first, until at most `budget` bytes are live.
+    /// Freezes coroutines, oldest first, until at most `budget` bytes are live.
     fn freeze_down_to(&mut self, budget: usize) {
-        // Not further, should one be touched as soon as it is frozen.
+        // Stops at the newest entry of now, in case another thread touches a stack as soon as it is frozen.
         let newest = self.newest;
         let mut done = false;
         while self.stats.live_bytes > budget
@@ -362,13 +362,13 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
             done = Some(index) == newest;
             let told = self.told(index);
             let Some(coroutine) = &mut self.entries[index as usize].coroutine else { return };
-            // SAFETY: the list lives as long as the entries, and what leaves them is told another.
+            // SAFETY: the list lives as long as the entries, and a coroutine that leaves them is given another list.
             match unsafe { coroutine.freeze_telling(told) } {
                 Ok(true) => {
                     self.uncount(index);
                     self.count(index);
                 }
-                // No memory for its block: the next resume tries again.
+                // There is no memory for its block; the next resume tries again.
                 Err(Error::Memory { .. } | Error::Mappings { .. }) => return,
                 // It cannot be frozen.
                 Ok(false) | Err(_) => self.leave_order(index),
@@ -376,13 +376,13 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         }
     }
 
-    /// Whom the handler tells when the coroutine of an entry is touched.
+    /// The list and entry number that the handler uses when an entry's coroutine is touched.
     fn told(&mut self, entry: u32) -> Told {
         let list = Arc::as_ptr(self.touched.get_or_insert_with(|| Arc::new(Touched::new())));
         Told { list, entry }
     }
 
-    /// Counts the coroutine of an entry for what it is now; one that is not frozen is the newest in the order.
+    /// Counts an entry's coroutine in its present state; one that is not frozen becomes the newest in the order.
     fn count(&mut self, index: u32) {
         let entry = &mut self.entries[index as usize];
         let Some(coroutine) = &entry.coroutine else { return };
@@ -393,7 +393,7 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
         }
     }
 
-    /// Counts the coroutine of an entry no more, and takes it out of the order.
+    /// Removes an entry's coroutine from the counts and from the order.
     fn uncount(&mut self, index: u32) {
         let Entry { frozen, bytes, .. } = self.entries[index as usize];
         self.stats.remove(frozen, bytes);
@@ -428,21 +428,21 @@ impl<In, Out, Ret> Pool<In, Out, Ret> {
 }
 
 impl PoolStats {
-    /// Counts one more that takes so many bytes.
+    /// Counts a coroutine of so many bytes.
     const fn add(&mut self, frozen: bool, bytes: usize) {
         let (number, sum) = self.of(frozen);
         *number += 1;
         *sum += bytes;
     }
 
-    /// Counts one that takes so many bytes no more.
+    /// Stops counting a coroutine of so many bytes.
     const fn remove(&mut self, frozen: bool, bytes: usize) {
         let (number, sum) = self.of(frozen);
         *number -= 1;
         *sum -= bytes;
     }
 
-    /// The counters of those that are frozen, or of those that are not.
+    /// The counters of frozen coroutines, or of live ones.
     const fn of(&mut self, frozen: bool) -> (&mut usize, &mut usize) {
         if frozen {
             (&mut self.frozen, &mut self.frozen_bytes)

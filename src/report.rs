@@ -1,7 +1,7 @@
-//! What a person reads when a stack cannot grow or a stale pointer is used.
+//! The reports for people when a stack cannot grow or a stale pointer is used.
 //!
-//! Made in the fault handler, in its last moments: written straight to standard error from a
-//! buffer on the signal stack, most important things first, in case the rest fails. Then abort.
+//! The fault handler makes a report in its last moments. It writes straight to standard error from a buffer on the signal
+//! stack, most important things first in case the rest fails, and then aborts.
 
 use core::ffi::{c_int, c_void};
 use core::fmt::Write;
@@ -22,19 +22,19 @@ use crate::words::thread_number;
 /// Frames shown, innermost first.
 const FRAMES: usize = 32;
 
-/// Why a stack cannot grow, which ends the process.
+/// The reason why a stack cannot grow, which ends the process.
 pub(crate) enum Fatal {
-    /// It would exceed the coroutine's maximum.
+    /// The stack would exceed the coroutine's maximum.
     Maximum,
-    /// It may not move here, and the slack below it is used up.
+    /// The stack may not move here, and the slack below it is used up.
     Slack,
     /// The kernel gave no memory.
     Kernel(Error),
 }
 
-/// A stack that cannot grow: in the manner of Go's "stack exceeds limit".
+/// Reports a stack that cannot grow, in the manner of Go's "stack exceeds limit".
 pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context: &mut Context<'_>) -> ! {
-    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it, which goes on no more.
+    // SAFETY: the running coroutine's record is accessible, and only this thread uses it. The coroutine does not continue.
     let record = unsafe { &*record };
     let (size, maximum) = (record.size(), record.settings.maximum());
     let need = size_of_open(need.next_multiple_of(4096));
@@ -69,7 +69,7 @@ pub(crate) fn overflow(record: *const Record, need: usize, why: &Fatal, context:
     finish(out)
 }
 
-/// A pointer to where a stack used to be was used.
+/// Reports the use of a pointer to where a stack used to be.
 pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
     let mut out = begin();
     let live = old.current();
@@ -80,8 +80,8 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
              stack was before it moved"
         );
     } else {
-        // SAFETY: the slot that old slots lead to holds a live stack, whose record is accessible. If its coroutine
-        // ends on another thread in this very moment the report is wrong, not the program.
+        // SAFETY: the slot that old slots lead to holds a live stack, whose record is accessible. If its coroutine ends on
+        // another thread at this moment, only the report is wrong.
         let record = unsafe { &*Record::at(live.end()) };
         let below_top = (old.end() - usize::from(record.base_offset)).wrapping_sub(address);
         let _ = writeln!(
@@ -110,7 +110,7 @@ pub(crate) fn stale(old: Slot, address: usize, context: &mut Context<'_>) -> ! {
     finish(out)
 }
 
-/// A frozen stack that was touched and cannot be brought back.
+/// Reports a frozen stack that was touched and cannot be thawed.
 pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
     let mut out = begin();
     let end = slot.end();
@@ -121,7 +121,7 @@ pub(crate) fn cannot_thaw(slot: Slot, error: &Error) -> ! {
     finish(out)
 }
 
-/// A signal whose handler has no stack of its own came where a coroutine's stack had no room for it.
+/// Reports a lost signal: its handler has no stack of its own, and the interrupted coroutine's stack had no room for it.
 pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
     let mut out = begin();
     let _ = write!(
@@ -135,8 +135,7 @@ pub(crate) fn lost_signal(candidates: impl Iterator<Item = c_int>) -> ! {
     finish(out)
 }
 
-/// The fault handler was called where it has too little room, and got no stack of its own. This is on what is left: no report
-/// as the others are.
+/// Reports that the fault handler has too little room and got no stack of its own. Too little is left for other reports.
 pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
     const TEXT: &str = "regrow: a thread's signal stack is too small for the handler of faults\nfatal error: out of memory for \
                         another one; a stack of 64 KiB would have been enough\n";
@@ -144,18 +143,17 @@ pub(crate) extern "C" fn no_stack_for_the_handler() -> ! {
     abort()
 }
 
-/// Bytes of the stack that frames are walked and looked up on.
+/// Bytes of the stack on which frames are walked and looked up.
 const STACK: usize = 128 << 10;
 
-/// Writes the frames from the one interrupted at `rip` outwards.
+/// Writes the frames, from the one interrupted at `rip` outwards.
 ///
-/// On a stack of its own: the alternate stack of a thread that never ran a coroutine is std's, or
-/// whoever's, and too small for an unwinder.
+/// The walk uses a new stack: the alternate stack of a thread that never ran a coroutine is too small for an unwinder.
 fn frames(out: &mut Stderr, rip: usize) {
     let mut walk = Walk { out, rip, shown: 0 };
     let argument = (&raw mut walk).cast();
     match guard::reserve(STACK, libc::PROT_READ | libc::PROT_WRITE) {
-        // SAFETY: the stack was mapped above, and nobody else uses it. `walk_frames` gets the `Walk` that it expects.
+        // SAFETY: the stack was mapped above for this use alone. `walk_frames` gets the `Walk` that it expects.
         Ok(stack) => unsafe { regrow_call_on(argument, walk_frames, stack + STACK) },
         Err(_) => walk_frames(argument),
     }
@@ -166,18 +164,18 @@ unsafe extern "C" {
     fn regrow_call_on(argument: *mut c_void, function: extern "C" fn(*mut c_void), end: usize);
 }
 
-/// The thread that makes the report, 0 before there is one.
+/// The thread that reports; 0 before there is one.
 static REPORTER: AtomicI32 = AtomicI32::new(0);
 
-/// Makes this thread the one that reports. If another is already, waits for the end of the process.
+/// Makes this thread the reporter. If another thread already is, waits for the end of the process.
 fn be_the_reporter() {
     if REPORTER.compare_exchange(0, thread_number(), Ordering::Relaxed, Ordering::Relaxed).is_err() {
         wait_for_the_end();
     }
 }
 
-/// For handlers only, where all signals are blocked that can be.
-// Inlined: torture leaves what its handlers call alone, but for functions that do not return, which it takes for panics.
+/// Waits for the end of the process. For handlers only, where all blockable signals are blocked.
+// Inlined because torture takes functions that do not return for panics, and puts breakpoints in them.
 #[inline(always)]
 pub(crate) fn wait_for_the_end() -> ! {
     loop {
@@ -186,8 +184,8 @@ pub(crate) fn wait_for_the_end() -> ! {
     }
 }
 
-/// Sees that a fault from here on ends the process by SIGABRT, as the report is meant to: a report reads what may be
-/// damaged, and would otherwise die of the blocked SIGSEGV. Other threads, whose stacks may still have to grow, wait.
+/// Makes a fault from here on end the process by SIGABRT, like the report itself. A report reads data that may be damaged, and
+/// the blocked SIGSEGV would otherwise kill it. Other threads, whose stacks may still have to grow, wait.
 fn abort_on_faults() {
     extern "C" fn on_fault(_signal: c_int) {
         if thread_number() != REPORTER.load(Ordering::Relaxed) {
@@ -200,7 +198,7 @@ fn abort_on_faults() {
     unsafe {
         let mut action: libc::sigaction = core::mem::zeroed();
         action.sa_sigaction = on_fault as *const () as usize;
-        action.sa_flags = libc::SA_ONSTACK; // of another thread, whose stack has no room
+        action.sa_flags = libc::SA_ONSTACK; // another thread's stack may have no room
         libc::sigfillset(&mut action.sa_mask);
         for signal in FAULTS {
             libc::sigaction(signal, &action, core::ptr::null_mut());
@@ -210,8 +208,8 @@ fn abort_on_faults() {
 }
 
 extern "C" fn walk_frames(argument: *mut c_void) {
-    // SAFETY: the argument is the `Walk` of `frames`, which waits. The callback has the signature that the unwinder asks for,
-    // and gets the same `Walk`; it has returned for good when it is used here.
+    // SAFETY: the argument is the `Walk` of `frames`, which waits. The callback has the signature that the unwinder asks for
+    // and gets the same `Walk`. The callback no longer runs when the `Walk` is used here.
     let walk = unsafe {
         _Unwind_Backtrace(on_frame, argument);
         &mut *argument.cast::<Walk<'_>>()
@@ -241,8 +239,8 @@ impl Walk<'_> {
     }
 }
 
-// The unwinder that std brings along. It reads stacks and unwind tables and, in a program that has unwound
-// or not, allocates nothing on this path in any libgcc of the last ten years; and we are about to abort.
+// The unwinder that std links. On this path no libgcc of the last ten years allocates, whether or not the program has unwound
+// before. It reads stacks and unwind tables, and the process is about to abort.
 unsafe extern "C" {
     fn _Unwind_Backtrace(
         callback: extern "C" fn(*mut c_void, *mut c_void) -> c_int,
@@ -254,31 +252,30 @@ unsafe extern "C" {
 extern "C" fn on_frame(context: *mut c_void, argument: *mut c_void) -> c_int {
     const GO_ON: c_int = 0;
     const STOP: c_int = 5; // _URC_END_OF_STACK
-    // SAFETY: the unwinder passes its context, and the `Walk` of `frames` that `walk_frames` gave it and does not use meanwhile.
+    // SAFETY: the unwinder passes its context and the `Walk` of `frames`, which `walk_frames` does not use meanwhile.
     let (walk, pc) = unsafe {
         let mut before = 0;
         let pc = _Unwind_GetIPInfo(context, &mut before);
         if pc == 0 {
             return STOP; // below a thread's first function
         }
-        // A return address is one past its call, which may be in the next function already.
+        // A return address is one past its call, and may be in the next function.
         (&mut *argument.cast::<Walk<'_>>(), if before == 0 { pc.wrapping_sub(1) } else { pc })
     };
-    // The handler's own frames come first; the interrupted one is recognised by its address.
+    // The handler's own frames come first; the address identifies the interrupted frame.
     if walk.shown > 0 || pc == walk.rip {
         walk.show(pc);
     }
     if walk.shown > FRAMES { STOP } else { GO_ON }
 }
 
-/// Standard error, for the one report that is made in a process.
+/// Prepares the process's one report and returns standard error for it.
 fn begin() -> Stderr {
     be_the_reporter();
     abort_on_faults();
     Stderr::new()
 }
 
-/// Ends the process once the report is written.
 fn finish(mut out: Stderr) -> ! {
     out.flush();
     abort()

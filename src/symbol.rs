@@ -1,8 +1,7 @@
-//! Function names for addresses, without allocating, for reports made in the fault handler.
+//! Finds function names for addresses without allocating, for reports made in the fault handler.
 //!
-//! `/proc/self/maps` says which file an address comes from, the file's symbol table which function it is.
-//! Both are read with plain system calls; the ELF file is read in place (`object`), the name is
-//! demangled as it is written (`rustc-demangle`).
+//! `/proc/self/maps` gives the file of an address, and the file's symbol table gives the function. Plain system calls read
+//! both. The ELF file is parsed in place (`object`), and the name is demangled while it is written (`rustc-demangle`).
 
 use core::ffi::CStr;
 use core::fmt::{self, Write};
@@ -13,7 +12,7 @@ use object::LittleEndian;
 use object::elf::{FileHeader64, PT_LOAD, SHT_DYNSYM, SHT_SYMTAB, STT_FUNC};
 use object::read::elf::{FileHeader, ProgramHeader, Sym};
 
-/// Writes `0x1234 function+0x10 (file)`, as much of it as can be found.
+/// Writes `0x1234 function+0x10 (file)`, or as much of it as is known.
 pub(crate) fn describe(pc: usize, out: &mut impl Write) -> fmt::Result {
     write!(out, "{pc:#x} ")?;
     look_up(pc, |found| {
@@ -31,15 +30,14 @@ pub(crate) fn name(pc: usize) -> Option<String> {
     look_up(pc, |found| found.function.map(|(name, _)| format!("{:#}", rustc_demangle::demangle(name))))
 }
 
-/// What is known of a code address.
 struct Found<'a> {
-    /// The path of the file it comes from.
+    /// The path of its file.
     file: Option<&'a str>,
-    /// The function's symbol, and how far into it the address is.
+    /// The function's symbol, and the offset of the address in it.
     function: Option<(&'a str, u64)>,
 }
 
-/// Looks an address up, and passes on what it is while the files are open.
+/// Looks up an address and passes the result on while the files are open.
 fn look_up<R>(pc: usize, then: impl FnOnce(Found<'_>) -> R) -> R {
     let mut line = [0; LINE];
     let Some(mapping) = Mapping::of(pc, &mut line) else { return then(Found { file: None, function: None }) };
@@ -51,8 +49,8 @@ fn look_up<R>(pc: usize, then: impl FnOnce(Found<'_>) -> R) -> R {
     then(Found { file, function })
 }
 
-/// The name of the function at an offset in an ELF file, and how far into it that is. By the lower of `object`'s
-/// two interfaces: its `ElfFile` allocates.
+/// The name of the function at an offset in an ELF file, and the offset in that function. Uses the lower of `object`'s two
+/// interfaces, because its `ElfFile` allocates.
 fn find(elf: &[u8], offset: u64) -> Option<(&str, u64)> {
     const ENDIAN: LittleEndian = LittleEndian;
     let header = FileHeader64::<LittleEndian>::parse(elf).ok()?;
@@ -73,9 +71,9 @@ fn find(elf: &[u8], offset: u64) -> Option<(&str, u64)> {
     })
 }
 
-/// Opens a file to read it. By a plain system call: `std::fs` may allocate for the path.
+/// Opens a file for reading. A plain system call, because `std::fs` may allocate for the path.
 fn open(path: &CStr) -> Option<OwnedFd> {
-    // SAFETY: the path ends in a zero byte. The descriptor is new, so it is nobody else's.
+    // SAFETY: the path ends with a zero byte. The descriptor is new, so this value alone owns it.
     unsafe {
         let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
         (file >= 0).then(|| OwnedFd::from_raw_fd(file))
@@ -113,7 +111,7 @@ impl File {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: `open` mapped so many bytes, and they stay mapped until this value is dropped.
+        // SAFETY: `open` mapped this many bytes, and they stay mapped until this value is dropped.
         unsafe { slice::from_raw_parts(self.start.cast(), self.bytes) }
     }
 }
@@ -125,13 +123,13 @@ impl Drop for File {
     }
 }
 
-/// A line of `/proc/self/maps` that is longer is cut: its path is not found.
+/// Longest line of `/proc/self/maps`. A longer line is cut, and its path is not found.
 const LINE: usize = 4096 + 128;
 
 struct Mapping<'a> {
     start: usize,
     offset: usize,
-    /// Ends in a zero byte.
+    /// Ends with a zero byte.
     path: &'a [u8],
 }
 
@@ -148,12 +146,12 @@ impl<'a> Mapping<'a> {
     }
 }
 
-/// Reads lines until one covers `address`; leaves it in `line`, ended by a zero byte, and returns its length.
+/// Reads lines until one covers `address`. Leaves it in `line` with a zero byte at its end, and returns its length.
 fn find_line(file: &OwnedFd, address: usize, line: &mut [u8; LINE]) -> Option<usize> {
     let mut buffer = [0u8; 1024];
     let mut length = 0;
     loop {
-        // SAFETY: the kernel writes no more than the buffer holds.
+        // SAFETY: the kernel writes at most as much as the buffer holds.
         let read = unsafe { libc::read(file.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
         for &byte in buffer.get(..usize::try_from(read).ok().filter(|&n| n > 0)?)? {
             if byte != b'\n' {
@@ -170,7 +168,7 @@ fn find_line(file: &OwnedFd, address: usize, line: &mut [u8; LINE]) -> Option<us
     }
 }
 
-/// The two addresses a line begins with.
+/// The two addresses at the start of a line.
 fn range(line: &[u8]) -> Option<(usize, usize)> {
     let dash = line.iter().position(|&byte| byte == b'-')?;
     let space = line.iter().position(|&byte| byte == b' ')?;

@@ -1,11 +1,11 @@
-//! SIGSEGV without an address, of the kernel's making (`SI_KERNEL`). It has two causes, which look alike:
+//! A SIGSEGV without an address, sent by the kernel (`SI_KERNEL`), has two causes that look alike:
 //!
-//! - The frame of another signal did not fit on the stack. That signal is lost, and the interrupted code is to go on.
-//! - A general protection fault: an address that is not canonical, an instruction of the kernel's. It comes again at once,
-//!   with the same registers, and must end the process.
+//! - The frame of another signal did not fit on the stack. That signal is lost, and the interrupted code has to continue.
+//! - A general protection fault: the address is not canonical, or the instruction is privileged. The fault recurs at once with
+//!   the same registers and must end the process.
 //!
-//! The number of the exception tells them apart, but for one thing: after a general protection fault that a program has
-//! survived it stays what it was.
+//! The exception number tells the two apart, except that a general protection fault which the program survived leaves its
+//! number.
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -16,17 +16,17 @@ use crate::stack::arena::Slot;
 use crate::stack::record::Record;
 use crate::switch::{self, RED_ZONE};
 
-/// The number of a page fault: the kernel's own signals leave it, and no page fault is without an address.
+/// The number of a page fault. The kernel's own signals leave the number as it is, and a page fault always has an address.
 const PAGE_FAULT: usize = 14;
 const GENERAL_PROTECTION: usize = 13;
 
-/// What a signal frame may take where the kernel does not say, before Linux 5.14.
+/// Bytes that a signal frame may take, if the kernel does not say (before Linux 5.14).
 const FRAME: usize = 16 << 10;
 
-/// Where the latest fault was that the previous handler wanted the process to end at.
+/// Place of the latest fault at which the previous handler wanted the process to end.
 static LATEST: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
 
-/// Where a fault was: `rip` and `rsp`.
+/// The place of a fault: `rip` and `rsp`.
 pub(super) struct At([usize; 2]);
 
 impl At {
@@ -34,7 +34,7 @@ impl At {
         Self([context.rip(), context.rsp()])
     }
 
-    /// So that it is known when it comes again. Another thread's in between costs one more round.
+    /// Remembers the fault, so that its recurrence is recognised. A fault on another thread in between costs one more round.
     pub(super) fn remember(self) {
         for (word, value) in LATEST.iter().zip(self.0) {
             word.store(value, Ordering::Relaxed);
@@ -42,16 +42,16 @@ impl At {
     }
 }
 
-/// True if this is no lost signal, but a fault that was remembered and has come again.
+/// True if this is a remembered fault that recurs, not a lost signal.
 pub(super) fn comes_again(context: &Context<'_>) -> bool {
     let latest = LATEST.each_ref().map(|word| word.load(Ordering::Relaxed));
     context.exception() != PAGE_FAULT && latest == At::of(context).0
 }
 
-/// Sends the signal that was lost on the running coroutine's stack again, to a handler that has a stack of its own now.
-/// False if it is not known that one was lost.
+/// Resends the signal that was lost on the running coroutine's stack, to a handler that now has a stack of its own. False if it
+/// is not certain that a signal was lost.
 ///
-/// What was sent along with it is lost, all the same. If several can have been it, a report says which.
+/// The data sent with the signal stays lost. If several signals are possible, a report names them and the process ends.
 pub(super) fn send_again(context: &Context<'_>) -> bool {
     if context.exception() == GENERAL_PROTECTION || !may_have_lacked_room(context) {
         return false;
@@ -63,11 +63,11 @@ pub(super) fn send_again(context: &Context<'_>) -> bool {
         let rest = candidates.map(|(signal, _)| signal);
         report::lost_signal([signal, second].into_iter().chain(rest));
     }
-    // Every signal is blocked in the handler. This one comes when the interrupted code goes on.
+    // All signals are blocked in the handler, so this one arrives when the interrupted code continues.
     signals::give_own_stack(signal, handler) && signals::raise(signal)
 }
 
-/// True if a coroutine runs, on its own stack, with less room left than a signal frame may take.
+/// True if a coroutine runs on its own stack with less room left than a signal frame may take.
 fn may_have_lacked_room(context: &Context<'_>) -> bool {
     let Some((running, slot)) = switch::running().zip(Slot::containing(context.rsp())) else { return false };
     let record = running.record();

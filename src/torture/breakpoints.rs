@@ -1,8 +1,8 @@
-//! Breakpoints at every growth point of the program's own code: one trap a move, none in between.
+//! Breakpoints at every growth point of the program's own code, so that only moves cost a trap.
 //!
-//! The code of the executable (or library) that this crate is linked into is mapped privately: what is written to
-//! it is this process's copy. At each growth point the first byte becomes an `int3`. The instruction itself runs
-//! elsewhere, out of line, so that its place is never without the breakpoint:
+//! The code of the executable (or library) that holds this crate is mapped privately, so a write changes only this process's
+//! copy. The first byte of each growth point becomes an `int3`. The instruction itself runs elsewhere, so the breakpoint always
+//! stays in place:
 //!
 //! ```text
 //!   a: push rbp         a: int3 ──trap──► move the stack, go on at ─►  d: push rbp
@@ -13,11 +13,10 @@
 //! ```
 //!
 //! Not patched:
-//! - what the handlers call, since a trap in a handler is the end: every function that can be reached from them
-//!   by direct calls, or whose address is taken there or is in data that is used there. Functions that do not
-//!   return (panics) are not followed;
-//! - functions that do not decode to their end (data in them);
-//! - growth points in probe loops: the fault handler looks at the instruction behind them.
+//! - functions that the handlers call, because a trap in a handler ends the process. That includes functions whose address the
+//!   handlers take, or find in data they use. Functions that do not return (panics) are not followed;
+//! - functions that do not decode to their end because they contain data;
+//! - growth points in probe loops, because the fault handler reads the instruction after them.
 
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -38,14 +37,14 @@ use crate::size::PAGE;
 struct Patch {
     at: usize,
     original: u8,
-    /// Where the instruction is run.
+    /// Where the displaced instruction runs.
     displaced: usize,
 }
 
-/// The program's code, prepared once a process.
+/// The program's code, prepared once per process.
 struct Patches {
     code: Range<usize>,
-    /// Sorted by either address.
+    /// Sorted by `at`, which is also the order of `displaced`.
     list: Vec<Patch>,
 }
 
@@ -53,13 +52,12 @@ static PATCHES: OnceLock<Result<Patches, &'static str>> = OnceLock::new();
 
 const INT3: u8 = 0xcc;
 
-/// The code is writable, and has breakpoints or had them.
+/// The code is writable, and the breakpoints are in or have been in.
 static INSERTED: AtomicBool = AtomicBool::new(false);
 
-/// They have been taken out, but for the pages being writable.
+/// The breakpoints are out, but the pages are still writable.
 static REMOVED: AtomicBool = AtomicBool::new(false);
 
-/// Puts the breakpoints in.
 #[inline(never)]
 pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
     let patches = PATCHES.get_or_init(|| prepare(handlers)).as_ref().map_err(|error| *error)?;
@@ -70,7 +68,7 @@ pub(super) fn insert(handlers: &[usize]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Takes them out again, if they are in. Callable in a handler, and more than once.
+/// Removes the breakpoints if they are in. Callable in a handler, and more than once.
 pub(super) fn remove() {
     if INSERTED.load(Ordering::Relaxed)
         && let Some(Ok(patches)) = PATCHES.get()
@@ -80,17 +78,17 @@ pub(super) fn remove() {
     }
 }
 
-/// After [`remove`]: makes the code as it was.
+/// Makes the code read-only again after [`remove`].
 pub(super) fn seal() {
     if INSERTED.swap(false, Ordering::Relaxed)
         && let Some(Ok(patches)) = PATCHES.get()
     {
-        // Should it fail, the code stays writable: it does what it did.
+        // If this fails, the code stays writable but behaves as before.
         let _ = protect(&patches.code, libc::PROT_READ | libc::PROT_EXEC);
     }
 }
 
-/// Takes one out, if they are in.
+/// Removes one breakpoint. False if the breakpoints are not in.
 pub(super) fn take_out(at: usize) -> bool {
     let inserted = INSERTED.load(Ordering::Relaxed);
     if inserted && let Some(patch) = patch(at) {
@@ -99,17 +97,17 @@ pub(super) fn take_out(at: usize) -> bool {
     inserted
 }
 
-/// Puts one back that was taken out, if the others are still in.
+/// Puts a removed breakpoint back if the others are still in.
 pub(super) fn put_back(at: usize) {
     if !REMOVED.load(Ordering::Relaxed) && INSERTED.load(Ordering::Relaxed) {
         write(at, INT3);
     }
 }
 
-/// A byte of the program's code, as it is without breakpoints.
+/// A byte of the program's code without breakpoints.
 pub(super) fn code(at: usize) -> u8 {
-    // SAFETY: the handlers ask for bytes of an instruction that is about to run, or of one that follows it and that it goes on
-    // to: they are readable.
+    // SAFETY: the handlers ask for bytes of an instruction that is about to run, or of the instruction that it continues to.
+    // Both are readable.
     let byte = unsafe { *(at as *const u8) };
     if byte == INT3 { patch(at).map_or(byte, |patch| patch.original) } else { byte }
 }
@@ -119,13 +117,12 @@ fn patch(at: usize) -> Option<&'static Patch> {
     patches.list.get(patches.list.binary_search_by_key(&at, |patch| patch.at).ok()?)
 }
 
-/// Where the instruction is run that has a breakpoint at `at`.
+/// Where the instruction runs whose breakpoint is at `at`.
 pub(super) fn displaced(at: usize) -> Option<usize> {
     Some(patch(at)?.displaced)
 }
 
-/// For an address among the displaced instructions: the address of the original, and whether it is not the
-/// first instruction that runs in its stead.
+/// For an address in a displaced copy: the address of the original, and whether `pc` is past the copy's first instruction.
 pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
     const LONGEST: usize = 32;
     let Some(Ok(patches)) = PATCHES.get() else { return None };
@@ -135,14 +132,14 @@ pub(super) fn original(pc: usize) -> Option<(usize, bool)> {
 }
 
 fn write(at: usize, byte: u8) {
-    // SAFETY: the byte is the first one of an instruction, in pages that are writable now. Other threads may run it: they see
-    // either byte, and both do the same in the end.
+    // SAFETY: the byte is the first of an instruction, in pages that are writable now. Other threads may run it: they see
+    // either byte, and both have the same effect in the end.
     unsafe { AtomicU8::from_ptr(at as *mut u8).store(byte, Ordering::Relaxed) };
 }
 
 fn protect(code: &Range<usize>, protection: i32) -> Result<(), &'static str> {
-    // SAFETY: the range is the program's code, which stays executable, or the area of what is run in its stead, which becomes so
-    // when all of it has been written.
+    // SAFETY: the range is the program's code, which stays executable, or the area of displaced instructions, which becomes
+    // executable when all of it has been written.
     match unsafe { libc::mprotect(code.start as *mut _, code.len(), protection) } {
         0 => Ok(()),
         _ => Err("the system allows no code to be written (SELinux?): use Mode::GrowthPoints"),
@@ -153,7 +150,7 @@ fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
     let ours = handlers.first().copied().unwrap_or_default();
     let object = loaded_objects().into_iter().find(|object| object.code.contains(&ours));
     let object = object.ok_or("this program's code has no unwind tables: use Mode::GrowthPoints")?;
-    // What puts the breakpoints in does not stumble over them either.
+    // The code that inserts breakpoints must not hit one either.
     let left_out = reachable(&object, &[handlers, &[insert as *const () as usize]].concat());
 
     let points: Vec<Instruction> = object
@@ -173,12 +170,12 @@ fn prepare(handlers: &[usize]) -> Result<Patches, &'static str> {
     Ok(Patches { code: object.code, list })
 }
 
-/// A byte of an object's code; 0 where there is none.
+/// A byte of an object's code; 0 outside the code.
 fn code_byte(object: &Object, at: usize) -> u8 {
     object.bytes(at..at + 1).first().copied().unwrap_or_default()
 }
 
-/// The instructions of a function of an object, or nothing if some of it is no instruction.
+/// The instructions of a function; `None` if some of its bytes do not decode.
 fn instructions(object: &Object, function: &Range<usize>) -> Option<Vec<Instruction>> {
     let bytes = object.bytes(function.clone());
     let decoder = Decoder::with_ip(64, bytes, function.start as u64, DecoderOptions::NONE);
@@ -186,7 +183,7 @@ fn instructions(object: &Object, function: &Range<usize>) -> Option<Vec<Instruct
     instructions.iter().all(|instruction| !instruction.is_invalid()).then_some(instructions)
 }
 
-/// The starts of the functions that can be reached from those that hold `roots`.
+/// The starts of the functions reachable from those that hold `roots`.
 fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
     let mut found = HashSet::new();
     let mut next = roots.to_vec();
@@ -213,7 +210,7 @@ fn reachable(object: &Object, roots: &[usize]) -> HashSet<usize> {
     found
 }
 
-/// Whether a function may return by this instruction: panics do not.
+/// Whether a function may return by this instruction. A function that only panics has no such instruction.
 fn is_way_out(instruction: &Instruction, function: &Range<usize>) -> bool {
     match instruction.flow_control() {
         FlowControl::Return | FlowControl::IndirectBranch => true,
@@ -222,7 +219,7 @@ fn is_way_out(instruction: &Instruction, function: &Range<usize>) -> bool {
     }
 }
 
-/// The address of a function that is in the data at `address`: in the linker's table, in a thread-local variable's key.
+/// The function whose address is in the data at `address`: in the linker's table, or in a thread-local variable's key.
 fn function_in_data(object: &Object, address: usize) -> Option<usize> {
     let mut word = [0; size_of::<usize>()];
     if object.code.contains(&address) || read(address, &mut word) != word.len() {
@@ -232,7 +229,7 @@ fn function_in_data(object: &Object, address: usize) -> Option<usize> {
     holding(&object.functions, word).is_some_and(|found| found.start == word).then_some(word)
 }
 
-/// Writes what is run in the stead of each of `points`, near the object's code.
+/// Writes the displaced copy of each of `points`, near the object's code.
 fn displace(points: &[Instruction], object: &Object) -> Result<Vec<Patch>, &'static str> {
     const EACH: usize = 32; // enough for an instruction and a jump, or for CONSTANT and a return address
     let bytes = (points.len() * EACH + PAGE).next_multiple_of(PAGE);
@@ -242,7 +239,7 @@ fn displace(points: &[Instruction], object: &Object) -> Result<Vec<Patch>, &'sta
     for (index, point) in points.iter().enumerate() {
         let at = area + index * EACH;
         let Some(code) = out_of_line(object, point, at) else { continue };
-        // SAFETY: the area has room for `EACH` bytes at this index, no less than the code has, and nobody runs it yet.
+        // SAFETY: the area has `EACH` bytes at this index, which is at least the code's length, and no thread runs it yet.
         unsafe { (at as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
         let place = point.ip() as usize;
         patches.push(Patch { at: place, original: code_byte(object, place), displaced: at });
@@ -251,10 +248,10 @@ fn displace(points: &[Instruction], object: &Object) -> Result<Vec<Patch>, &'sta
     Ok(patches)
 }
 
-/// Where the return address goes in what is run in the stead of a call.
+/// Where the return address is in the displaced copy of a call.
 const CONSTANT: usize = 24;
 
-/// What is run at `at` in the stead of an instruction; `None` if there is no telling.
+/// The displaced copy of an instruction, to run at `at`; `None` if the instruction cannot be displaced.
 fn out_of_line(object: &Object, point: &Instruction, at: usize) -> Option<Vec<u8>> {
     match point.code() {
         Code::Call_rel32_64 | Code::Call_rm64 => {
@@ -285,7 +282,7 @@ fn out_of_line(object: &Object, point: &Instruction, at: usize) -> Option<Vec<u8
     }
 }
 
-/// Appends a jump to `code`, which is run at `at`.
+/// Appends a jump to `code`, which runs at `at`.
 fn append_jump(code: &mut Vec<u8>, at: usize, target: usize) -> Option<()> {
     code.push(0xe9);
     let distance = relative(at + code.len() + size_of::<i32>(), target)?;
@@ -293,19 +290,19 @@ fn append_jump(code: &mut Vec<u8>, at: usize, target: usize) -> Option<()> {
     Some(())
 }
 
-/// The bytes of a distance from the end of an instruction.
+/// The bytes of a jump distance, measured from the end of the instruction.
 fn relative(from: usize, to: usize) -> Option<[u8; 4]> {
     i32::try_from(to.wrapping_sub(from) as isize).ok().map(i32::to_le_bytes)
 }
 
-/// The bytes of an instruction that is run at `at`.
+/// The bytes of an instruction that runs at `at`.
 fn encoded(instruction: &Instruction, at: usize) -> Option<Vec<u8>> {
     let instructions = [*instruction];
     let block = InstructionBlock::new(&instructions, at as u64);
     Some(BlockEncoder::encode(64, block, BlockEncoderOptions::DONT_FIX_BRANCHES).ok()?.code_buffer)
 }
 
-/// The jump that, after a push, goes where an indirect call would have gone.
+/// The jump that goes, after a push, where an indirect call would have gone.
 fn indirect_jump(call: &Instruction) -> Instruction {
     let mut jump = *call;
     jump.set_code(Code::Jmp_rm64);
@@ -316,7 +313,7 @@ fn indirect_jump(call: &Instruction) -> Instruction {
     jump
 }
 
-/// New memory from where `code` can be reached by a relative jump.
+/// New memory from which a relative jump reaches `code`.
 fn near(code: &Range<usize>, bytes: usize) -> Option<usize> {
     const STEP: usize = 16 << 20;
     const REACH: usize = 1 << 30;

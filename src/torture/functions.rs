@@ -1,4 +1,4 @@
-//! Where functions begin and end, as the unwind tables of the loaded objects have it.
+//! Where functions begin and end, according to the unwind tables of the loaded objects.
 
 use core::ffi::c_void;
 use core::ops::{ControlFlow, Range};
@@ -11,24 +11,24 @@ use crate::size::PAGE;
 
 /// An executable or a shared library.
 pub(super) struct Object {
-    /// Where its code is mapped, whole pages.
+    /// The address range of its code, in whole pages.
     pub code: Range<usize>,
     /// The address ranges of its functions, sorted.
     pub functions: Vec<Range<usize>>,
 }
 
 impl Object {
-    /// Bytes of its code, or none if they do not all lie in it. Only for an object that stays loaded.
+    /// Bytes of its code; empty if the range is not entirely in the code. Only for an object that stays loaded.
     pub(super) fn bytes(&self, range: Range<usize>) -> &'static [u8] {
         if range.is_empty() || !self.holds(&range) {
             return &[];
         }
-        // SAFETY: the range lies in code, which is mapped and readable. It is not written to but by `breakpoints`, which
-        // replaces single bytes of it after it has read them all.
+        // SAFETY: the range lies in code, which is mapped and readable. Only `breakpoints` writes to it: it replaces single
+        // bytes after it has read all of them.
         unsafe { slice::from_raw_parts(range.start as *const u8, range.len()) }
     }
 
-    /// Whether all of a range lies in its code.
+    /// Whether a range lies entirely in its code.
     pub(super) fn holds(&self, range: &Range<usize>) -> bool {
         self.code.start <= range.start && range.end <= self.code.end
     }
@@ -54,7 +54,7 @@ fn functions(object: &LoadedObject<'_>) -> Option<Vec<Range<usize>>> {
     let bases = BaseAddresses::default().set_eh_frame_hdr(index.as_ptr() as u64);
     let header = EhFrameHdr::new(index, NativeEndian).parse(&bases, 8).ok()?;
     let Pointer::Direct(start) = header.eh_frame_ptr() else { return None };
-    // The section's length is written nowhere that is mapped: it ends in a zero, in the segment it is in.
+    // No mapped table has the section's length. The section ends with a zero, within its segment.
     let section = object
         .constants()
         .filter_map(|segment| segment.get((start as usize).checked_sub(segment.as_ptr() as usize)?..))
@@ -76,16 +76,16 @@ fn functions(object: &LoadedObject<'_>) -> Option<Vec<Range<usize>>> {
     Some(found)
 }
 
-/// Reads the memory at an address as far as there is any; returns how many bytes there were.
+/// Reads the memory at an address as far as it is readable; returns the number of bytes read.
 pub(super) fn read(address: usize, bytes: &mut [u8]) -> usize {
     let here = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let there = libc::iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
-    // SAFETY: the kernel writes no more than the length of `bytes`, and checks the other range.
+    // SAFETY: the kernel writes at most the length of `bytes`, and checks the other range.
     let read = unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, &there, 1, 0) };
     usize::try_from(read).unwrap_or(0)
 }
 
-/// The one of some sorted ranges that holds `address`.
+/// The range that holds `address`, among sorted ranges.
 pub(super) fn holding(ranges: &[Range<usize>], address: usize) -> Option<&Range<usize>> {
     let after = ranges.partition_point(|range| range.start <= address);
     ranges.get(after.checked_sub(1)?).filter(|range| range.contains(&address))

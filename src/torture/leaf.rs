@@ -1,4 +1,4 @@
-//! The string routines of libc: code that may hold the difference of two pointers in a register.
+//! The string routines of libc, which may hold the difference of two pointers in a register.
 
 use core::ffi::CStr;
 use core::ops::Range;
@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::functions::{holding, loaded_objects};
 
-/// The functions that libraries write by hand, a variant for each kind of processor.
+/// The functions that libraries write by hand, with a variant for each kind of processor.
 const NAMES: [&CStr; 53] = [
     c"bcmp",
     c"bcopy",
@@ -81,9 +81,9 @@ pub(super) fn ranges() -> &'static [Range<usize>] {
     })
 }
 
-/// The variant of a function that the dynamic linker has chosen for this processor.
+/// The variant of a function that the dynamic linker chose for this processor.
 fn resolved(name: &CStr) -> Option<usize> {
-    // SAFETY: the name ends in a zero byte, and the call only looks it up.
+    // SAFETY: the name ends with a zero byte, and the call only looks it up.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) } as usize;
     (address != 0).then_some(address)
 }

@@ -1,9 +1,9 @@
-//! Torture: move the stack of a closure wherever it may be moved, and be told what broke.
+//! Torture: moves the stack of a closure wherever it may be moved, and reports what broke.
 //!
-//! Who asks for relocation ([`Builder::relocating`](crate::Builder::relocating)) promises that nothing outside the
-//! stack points into it. This checks the promise: the closure runs on a relocating coroutine whose stack is moved
-//! thousands of times, and the slot it has left is inaccessible at once. A pointer left behind is
-//! a fault at its first use. The closure ends there, the process does not, and a [`Report`] says what it was.
+//! A caller of [`Builder::relocating`](crate::Builder::relocating) promises that nothing outside the stack points into it.
+//! Torture checks this promise: it runs the closure on a relocating coroutine, moves the stack thousands of times, and makes
+//! each slot that the stack leaves inaccessible at once. The first use of a pointer left behind is a fault. The fault ends the
+//! closure but not the process, and a [`Report`] describes it.
 //!
 //! ```
 //! use regrow::torture::{Mode, Torture};
@@ -20,10 +20,9 @@
 //!
 //! # How
 //!
-//! The closure runs with the processor's trap flag set: after each instruction the kernel sends SIGTRAP, whose handler
-//! runs on the thread's signal stack, looks at the instruction that comes next, and if the [`Mode`] says so moves
-//! the stack by the function that the fault handler moves it by. What an overflow would do at this instruction is
-//! what happens.
+//! The closure runs with the processor's trap flag set, so the kernel sends SIGTRAP after each instruction. The handler runs on
+//! the thread's signal stack and looks at the next instruction. If the [`Mode`] asks for a move there, the handler moves the
+//! stack with the fault handler's own function, so the effect is that of an overflow at this instruction.
 //!
 //! ```text
 //!   closure    push rbp │  mov rbp, rsp │  sub rsp, 32 │  call f │ ...
@@ -33,37 +32,35 @@
 //!
 //! # Where a stack is not moved
 //!
-//! - **In leaf string routines**, other than at growth points. `memcpy`, `strlen` and their kin hold *differences* of
-//!   pointers in registers (`sub rsi, rcx`), which no rewriting of values can see. Which instructions these are is
-//!   decided by address: the dynamic linker is asked for each of libc's `mem*`, `str*`, `wcs*` and `wmem*` functions,
-//!   which gives the variant chosen for this processor, and the unwind table for where that function ends.
-//! - **In probe loops**, other than at the probe. Between `lea r11, [rsp - N]` and the end of the loop `r11` is on the
-//!   scale of `rsp` without pointing into the slot. Decided by its value: below the slot, by less than 4 GiB.
-//! - **While SIGTRAP is blocked.** The kernel kills a process that is trapped then. A system call that would block it
-//!   (libc's `posix_spawn` and `pthread_create` block everything for a while) switches stepping off, and a SIGTRAP left
-//!   pending switches it on again as soon as it can be delivered.
-//! - **While this crate takes or gives back a slot.** A handler that changes the list of free slots at each instruction
-//!   would keep the exchange of its head from ever succeeding.
-//! - **On another stack**: in signal handlers with a stack of their own, and while another coroutine runs whose
-//!   stack grows in place. A nested coroutine whose stack moves is tortured like the outer one.
+//! - **In leaf string routines**, except at growth points. `memcpy`, `strlen` and the like hold *differences* of pointers in
+//!   registers (`sub rsi, rcx`), which a relocator cannot recognise. Their addresses identify them: the dynamic linker gives
+//!   this processor's variant of each libc `mem*`, `str*`, `wcs*` and `wmem*` function, and the unwind table its end.
+//! - **In probe loops**, except at the probe. Between `lea r11, [rsp - N]` and the end of the loop, `r11` is relative to `rsp`
+//!   but points outside the slot. Such a loop is known by the value of `r11`: less than 4 GiB below the slot.
+//! - **While SIGTRAP is blocked.** The kernel kills a process that is trapped then. A system call that would block SIGTRAP
+//!   (libc's `posix_spawn` and `pthread_create` block all signals for a while) switches stepping off. A SIGTRAP left pending
+//!   switches stepping on again when it is delivered.
+//! - **While this crate takes or returns a slot.** If a handler changed the list of free slots at each instruction, the
+//!   exchange of the list's head would never succeed.
+//! - **On another stack**: in signal handlers with their own stack, and while a coroutine runs whose stack grows in place. A
+//!   nested coroutine whose stack moves is tortured like the outer one.
 //!
 //! # Which slots
 //!
-//! A stack that returns to a slot makes the pointers right again that were left there. So slots are used again only
-//! after at least 256 more moves. Guards are put up and taken down by
-//! `madvise`, 1.3 µs the pair.
+//! A stack that returned to a slot would make the pointers left there valid again. So a slot is reused only after at least 256
+//! more moves. Guards are set and removed by `madvise`, at 1.3 µs per pair.
 //!
 //! # Poison
 //!
-//! Stack that was never used since the last move holds bytes `0xf5`, down to the end of the page that `rsp` is in: as a
-//! pointer they fault in a way that no mapping can hide, and a finding says [`Kind::Poison`]. The bytes a stack
-//! has moved away from do not exist any more: their use is [`Kind::Stale`].
+//! Stack bytes unused since the last move are `0xf5`, down to the end of the page that holds `rsp`. Using them as a pointer
+//! always faults, and the finding is [`Kind::Poison`]. The bytes that a stack has left are inaccessible: using them is
+//! [`Kind::Stale`].
 //!
 //! # One at a time
 //!
-//! A process tortures one closure at a time; [`Torture::run`] waits for its turn. Other threads run on undisturbed. One
-//! that uses a stale pointer into the tortured stack (a scoped thread, say) is a finding too: it is stopped for
-//! good, since there is nothing it could go on with.
+//! A process tortures one closure at a time; [`Torture::run`] waits for its turn. Other threads run undisturbed. If another
+//! thread (a scoped one, say) uses a stale pointer into the tortured stack, that is also a finding. That thread is stopped for
+//! good, because it has no valid data to continue with.
 
 mod breakpoints;
 mod functions;
@@ -106,7 +103,7 @@ pub struct Torture {
     limit: u64,
 }
 
-/// Say how, then what.
+/// Set the options, then run a closure.
 ///
 /// ```
 /// use regrow::torture::{Mode, Torture};
@@ -117,7 +114,7 @@ pub struct Torture {
 /// assert_eq!(value, Some([6, 2, 4]));
 /// ```
 impl Torture {
-    /// With seed 0 and no limit.
+    /// A torture with seed 0 and no limit.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -131,7 +128,7 @@ impl Torture {
         Self { mode, seed: 0, limit: u64::MAX }
     }
 
-    /// The seed of [`Mode::Random`], which alone decides where the stack is moved. Other modes have no use for it.
+    /// Sets the seed of [`Mode::Random`], which alone decides where the stack is moved. Other modes ignore the seed.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -147,7 +144,7 @@ impl Torture {
         self
     }
 
-    /// How many instructions are stepped through at most; the closure then goes on unhindered. A step takes 3 to 11 µs.
+    /// Limits how many instructions are stepped through; the closure then runs on freely. A step takes 3 to 11 µs.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -161,17 +158,17 @@ impl Torture {
         self
     }
 
-    /// Runs `f` to its end on a relocating coroutine, moving its stack. Its value is `None` if a finding has ended it:
-    /// its frames are not unwound then, what they own is leaked.
+    /// Runs `f` to its end on a relocating coroutine and moves its stack. The value is `None` if a finding ended `f`: its
+    /// frames are then not unwound, and the values they own are leaked.
     ///
     /// # Panics
-    /// If `f` does, with its payload. If `f` itself runs a torture. If the torture cannot begin, for want of memory or because
-    /// the system lets nobody write breakpoints; the message says which.
+    /// If `f` panics, with its payload. If `f` itself runs a torture. If the torture cannot begin, because memory is short or
+    /// the system forbids writing breakpoints; the message gives the reason.
     ///
     /// # Safety
-    /// The promise of [`Builder::relocating`](crate::Builder::relocating) is checked here, not needed. But not every
-    /// way to break it is a fault: a stack address that is only compared, xored, or kept in half a word is
-    /// wrong after a move without any use as a pointer. So `f` may misbehave in any way: call this in tests.
+    /// This function checks the promise of [`Builder::relocating`](crate::Builder::relocating) and does not require it. But a
+    /// broken promise need not fault: a stack address that is only compared, xored, or kept in half a word is wrong after a
+    /// move and never used as a pointer. So `f` may misbehave in any way: call this in tests.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -181,11 +178,11 @@ impl Torture {
     /// assert_eq!(value.unwrap(), "[1.5, 2.5]");
     /// ```
     pub unsafe fn run<R: 'static>(&self, f: impl FnOnce() -> R + 'static) -> (Option<R>, Report) {
-        // SAFETY: the caller answers for `f` to this function, which asks for the same as `run_suspending`.
+        // SAFETY: the caller vouches for `f` under this function's contract, which is that of `run_suspending`.
         unsafe { self.run_suspending(|_| f()) }
     }
 
-    /// As [`run`](Self::run), for a closure that suspends; it is resumed at once, each time.
+    /// As [`run`](Self::run), for a closure that suspends; it is resumed at once each time.
     ///
     /// # Panics
     /// As [`run`](Self::run).
@@ -213,22 +210,22 @@ impl Torture {
         if let Err(error) = thread::prepare() {
             panic!("cannot torture: {error}");
         }
-        // SAFETY: the caller answers for `f`: that it keeps no pointers to its stack, or for what it does after a move.
+        // SAFETY: the caller vouches that `f` keeps no pointers to its stack, or accepts what `f` does after a move.
         let builder = unsafe { Builder::new().name("tortured").learn(false).relocating() };
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let _counts = turn::enter();
             f(yielder)
         });
-        // With the first relocating coroutine the unwind tables are read: not something to do from breakpoint to breakpoint.
+        // The spawn above reads the unwind tables if it is the first of a relocating coroutine, so breakpoints go in after it.
         let turn = turn::begin(self.mode, self.seed, self.limit);
-        // A coroutine that was left for a finding has suspended, to its resumer, and is done.
+        // A coroutine that a finding ended has yielded to its resumer and is done.
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
                 turn::arm();
                 match coroutine.resume(()) {
                     CoroutineResult::Return(value) => break Some(value),
                     CoroutineResult::Yield(()) if coroutine.done() => break None,
-                    // What has grown goes back to its first size, to grow again; without memory it stays.
+                    // A grown stack shrinks to its first size, to grow again; if memory is short it stays as it is.
                     CoroutineResult::Yield(()) if self.mode == Mode::Overflows => {
                         let _ = coroutine.shrink();
                     }

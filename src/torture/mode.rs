@@ -1,4 +1,4 @@
-//! Where torture moves stacks.
+//! The points at which torture moves stacks.
 #![forbid(unsafe_code)]
 
 use core::fmt;
@@ -18,25 +18,23 @@ use core::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Mode {
-    /// At every growth point: wherever the stack could overflow and be moved in earnest. What has to be clean for
-    /// code that runs on relocating coroutines.
+    /// At every growth point: wherever the stack could really overflow and move. Code that runs on relocating coroutines has to
+    /// be clean in this mode.
     GrowthPoints,
-    /// At every growth point of the program's own code, what is linked into it statically, by breakpoints: a trap at
-    /// each of them and none in between, so this is the faster one by far. Shared libraries (libc) run undisturbed.
+    /// At every growth point of the program's own code (statically linked code included), by breakpoints. Only growth points
+    /// trap, so this mode is by far faster. Shared libraries (libc) run undisturbed.
     Breakpoints,
-    /// At every so many-th instruction, growth point or not; 1 for every one, and 0 too. Stricter than what happens
-    /// without torture.
+    /// At every N-th instruction, growth point or not; 0 counts as 1. Stricter than any move without torture.
     Every(u64),
-    /// At random, on average at every so many-th instruction; 1 for every one, and 0 too. [`Torture::seed`](super::Torture::seed) tells one run from
-    /// another.
+    /// At random instructions, every N-th on average; 0 counts as 1. See [`Torture::seed`](super::Torture::seed).
     Random(u64),
-    /// Only where it overflows, but by the smallest step each time: from 2 KiB up, doubled as often as it takes.
-    /// Nothing is stepped through, so this is the mode that runs at full speed.
+    /// Only where the stack overflows, but by the smallest step each time: from 2 KiB, doubled as often as needed. This mode
+    /// runs at full speed, because it steps through nothing.
     Overflows,
 }
 
 impl fmt::Display for Mode {
-    /// As it is parsed.
+    /// Writes the form that [`FromStr`] parses.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GrowthPoints => f.write_str("growth-points"),
@@ -48,7 +46,7 @@ impl fmt::Display for Mode {
     }
 }
 
-/// What is no [`Mode`].
+/// The error for a text that names no [`Mode`].
 ///
 /// ```
 /// use regrow::torture::Mode;
@@ -73,7 +71,7 @@ impl std::error::Error for UnknownMode {}
 impl FromStr for Mode {
     type Err = UnknownMode;
 
-    /// As it is displayed.
+    /// Parses the displayed form.
     ///
     /// ```
     /// use regrow::torture::Mode;

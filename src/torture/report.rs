@@ -1,4 +1,4 @@
-//! What a torture has found: plain data to assert on, and a text to read.
+//! The findings of a torture: plain data to assert on, and a text to read.
 
 use core::fmt;
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ use crate::stats::WordsByMap;
 use crate::switch::RED_ZONE;
 use crate::symbol;
 
-/// What fresh stack is filled with.
+/// The byte that fills fresh stack.
 pub(super) const POISON: u8 = 0xf5;
 
 /// What a torture did and found.
@@ -35,31 +35,31 @@ pub(super) const POISON: u8 = 0xf5;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Report {
-    /// What was asked for.
+    /// The mode that was requested.
     pub mode: Mode,
     /// Instructions stepped through on a tortured stack.
     pub steps: u64,
-    /// How often the stack was moved by the torture.
+    /// Number of moves by the torture.
     pub moves: u64,
-    /// How often the stack overflowed and grew besides.
+    /// Number of growths by overflow, in addition to the moves.
     pub growths: u64,
-    /// Bytes copied by those moves.
+    /// Bytes copied by the moves.
     pub bytes_copied: u64,
-    /// Words in frames and registers that pointed into the stack and were rewritten by those moves.
+    /// Words in frames and registers that the moves rewrote because they pointed into the stack.
     pub words_rewritten: u64,
-    /// The words of frames that those moves and growths looked at, by what their frames' maps say of them.
+    /// The words of frames that the moves and growths looked at, by what the frames' maps say of them.
     pub words_by_map: WordsByMap,
-    /// Moves wanted at instructions where pointers need not be whole, and not made.
+    /// Moves skipped at instructions where pointers need not be whole.
     pub skipped: u64,
-    /// Moves wanted but refused by the kernel, for want of memory.
+    /// Moves that the kernel refused for lack of memory.
     pub refused: u64,
-    /// The instructions that were moved at, most often first.
+    /// The instructions at which the stack was moved, most frequent first.
     pub hits: Vec<Hit>,
-    /// What went wrong. The first finding ends the closure, so it is one at most.
+    /// At most one finding, because the first ends the closure.
     pub findings: Vec<Finding>,
 }
 
-/// An instruction that the stack was moved at.
+/// An instruction at which the stack was moved.
 ///
 /// ```
 /// use regrow::torture::{Hit, Mode, Torture};
@@ -72,9 +72,9 @@ pub struct Report {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Hit {
-    /// Its address; 0 collects what there was no room to keep apart.
+    /// Its address; 0 counts the moves for which the table had no room.
     pub pc: usize,
-    /// How often.
+    /// Number of moves.
     pub moves: u64,
 }
 
@@ -101,33 +101,33 @@ pub struct Hit {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Finding {
-    /// Which sort of bad pointer.
+    /// The kind of bad pointer.
     pub kind: Kind,
-    /// The address of the instruction that used it.
+    /// The address of the instruction that used the pointer.
     pub pc: usize,
     /// The instruction, in Intel's syntax.
     pub instruction: String,
-    /// The function it is in, or was inlined into.
+    /// The function that contains the instruction, or into which it was inlined.
     pub function: String,
-    /// The source file it comes from, if the program has line tables.
+    /// The instruction's source file, if the program has line tables.
     pub file: Option<PathBuf>,
-    /// The source line it comes from.
+    /// The instruction's source line.
     pub line: Option<u32>,
     /// The register that held the pointer.
     pub register: Option<&'static str>,
     /// The address that was touched.
     pub address: usize,
-    /// How far below the stack's outermost frame that is, in bytes.
+    /// Bytes from that address up to the stack's outermost frame.
     pub below_top: Option<usize>,
     /// The function whose frame the pointer pointed into; `None` if that frame has returned.
     pub points_into: Option<String>,
-    /// It was used by a thread other than the tortured one.
+    /// True if a thread other than the tortured one used the pointer.
     pub on_another_thread: bool,
     /// The functions active on the tortured stack, innermost first.
     pub backtrace: Vec<String>,
 }
 
-/// Sorts of bad pointers.
+/// Kinds of bad pointers.
 ///
 /// ```
 /// use regrow::torture::{Kind, Mode, Torture};
@@ -151,13 +151,12 @@ pub struct Finding {
 pub enum Kind {
     /// It points to where the stack was before a move: it was kept where the relocator does not look.
     Stale,
-    /// It was read from stack that nothing was written to since the last move: from below the red zone, or from an
-    /// uninitialised variable.
+    /// It was read from stack not written since the last move: from below the red zone, or from an uninitialised variable.
     Poison,
 }
 
 impl Report {
-    /// True if nothing was found.
+    /// True if there is no finding.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -169,8 +168,7 @@ impl Report {
         self.findings.is_empty()
     }
 
-    /// How often the stack was moved in each function, most often first. Looks the instructions of
-    /// [`hits`](Self::hits) up in the symbol tables.
+    /// Number of moves in each function, most frequent first. Looks the [`hits`](Self::hits) up in the symbol tables.
     ///
     /// ```
     /// use regrow::torture::{Mode, Torture};
@@ -249,7 +247,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Frames that are looked at.
+/// Most frames that are kept.
 const FRAMES: usize = 128;
 
 /// A finding as the handler leaves it.
@@ -258,10 +256,10 @@ pub(super) struct Found {
     pc: usize,
     address: usize,
     registers: [usize; NAMES.len()],
-    /// Of the slot that was touched: start and end.
+    /// Start and end of the slot that was touched.
     slot: Option<(usize, usize)>,
     on_another_thread: bool,
-    /// Of the tortured stack: the end of its slot, how far below it its outermost frame is.
+    /// The end of the tortured stack's slot, and how far below it the outermost frame is.
     end: usize,
     base_offset: usize,
     /// Each frame's program counter and stack pointer, innermost first.
@@ -283,7 +281,7 @@ impl Found {
         depth: 0,
     };
 
-    /// Writes a finding over whatever this was. In place, and without frames: another thread's signal stack may be small.
+    /// Replaces the contents with a finding, in place. Adds no frames, because another thread's signal stack may be small.
     pub(super) fn fill(
         &mut self,
         kind: Kind,
@@ -303,12 +301,12 @@ impl Found {
         self.depth = 0;
     }
 
-    /// Adds what is on the interrupted stack, which `rsp` is on, and those it was resumed from. Called in
-    /// the handler: walking allocates nothing once [`prepare`] has walked.
+    /// Adds the frames of the interrupted stack, which holds `rsp`, and of the stacks it was resumed from. Called in the
+    /// handler: walking allocates nothing after [`prepare`] has walked once.
     pub(super) fn add_frames(&mut self, rsp: usize) {
         let current = match self.slot {
-            // The slot that is touched is one the stack has left; where it is now is known by its chain. One left
-            // so long ago that it is free again says nothing: then it is the stack that runs.
+            // The stack has left the touched slot, and the slot's chain leads to the current one. A slot that is free again has
+            // no such chain; then the running stack is meant.
             Some((start, _)) => {
                 Slot::containing(start).map(Slot::current).filter(|slot| slot.start() != start)
             }
@@ -316,15 +314,15 @@ impl Found {
         };
         if let Some(slot) = current.or_else(|| Slot::containing(rsp)) {
             self.end = slot.end();
-            // SAFETY: the record is that of a coroutine that runs, or waits for one that does: it is accessible.
+            // SAFETY: the record is accessible, because its coroutine runs, or waits for one that runs.
             self.base_offset = usize::from(unsafe { (*Record::at(slot.end())).base_offset });
         }
         let mut inside = false;
-        // SAFETY: only one torture runs at a time, so nobody else walks with `backtrace` from this crate.
+        // SAFETY: only one torture runs at a time, so no other code in this crate walks with `backtrace` now.
         unsafe {
             backtrace::trace_unsynchronized(|frame| {
                 let (pc, sp) = (frame.ip() as usize, frame.sp() as usize);
-                inside |= sp == rsp; // before it come the handler's own
+                inside |= sp == rsp; // the handler's own frames come first
                 if inside && let Some(place) = self.frames.get_mut(self.depth) {
                     *place = (pc, sp);
                     self.depth += 1;
@@ -334,7 +332,6 @@ impl Found {
         }
     }
 
-    /// Looks everything up.
     pub(super) fn resolve(&self) -> Finding {
         let frames = self.frames.get(..self.depth).unwrap_or_default();
         let below_end = self.slot.map(|(_, end)| end - self.address);
@@ -356,7 +353,7 @@ impl Found {
         }
     }
 
-    /// The register among those the instruction used that pointed where it should not.
+    /// The register that held the bad pointer, preferably one that the instruction used.
     fn culprit(&self, used: &[Register]) -> Option<&'static str> {
         let bad = |value: usize| match self.slot {
             Some((start, end)) => (start..end).contains(&value),
@@ -369,7 +366,7 @@ impl Found {
         candidates.first().map(|&at| NAMES[at])
     }
 
-    /// The function whose frame holds an address: the one with the highest stack pointer below it.
+    /// The function whose frame holds an address: the frame with the highest stack pointer at or below it.
     fn owner(&self, frames: &[(usize, usize)], address: usize) -> Option<String> {
         let innermost_sp = frames.first()?.1;
         let (pc, _) = match frames.iter().rposition(|&(_, sp)| sp <= address && sp >= innermost_sp) {
@@ -381,22 +378,22 @@ impl Found {
     }
 }
 
-/// Does once what would allocate in the handler if it were done there for the first time.
+/// Does the work that allocates at its first use, so that the handler need not.
 pub(super) fn prepare() {
     backtrace::trace(|_| true);
 }
 
-/// The functions of the tortured stack, and of coroutines resumed on it.
+/// The functions of the tortured stack and of coroutines resumed on it.
 fn backtrace(frames: &[(usize, usize)]) -> Vec<String> {
     let mut names: Vec<_> = frames.iter().map(|&(pc, _)| function(pc.wrapping_sub(1))).collect();
     names.truncate(names.iter().rposition(|name| name == "regrow_entry").unwrap_or(names.len()));
     names
 }
 
-/// The source line that the innermost of the functions inlined at `pc` comes from.
+/// The source line of the innermost function inlined at `pc`.
 fn line(pc: usize) -> (Option<PathBuf>, Option<u32>) {
     let mut place = None;
-    // It takes every address for a return address, one past the instruction meant.
+    // `resolve` expects a return address, which is one past the instruction.
     backtrace::resolve((pc + 1) as *mut c_void, |symbol| {
         if place.is_none() && symbol.lineno().is_some_and(|line| line != 0) {
             place = Some((symbol.filename().map(PathBuf::from), symbol.lineno()));
@@ -405,7 +402,7 @@ fn line(pc: usize) -> (Option<PathBuf>, Option<u32>) {
     place.unwrap_or_default()
 }
 
-/// The function at `pc`: one of the program as compiled, not an inlined one.
+/// The function at `pc` as compiled, not one inlined there.
 fn function(pc: usize) -> String {
     symbol::name(pc).unwrap_or_else(|| format!("{pc:#x}"))
 }

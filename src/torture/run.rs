@@ -1,6 +1,6 @@
-//! The state of the torture that runs: made and taken apart by `Torture::run`, used by the signal handlers.
+//! The state of the running torture: made and taken apart by `Torture::run`, used by the signal handlers.
 //!
-//! All of it is allocated before the first step; the handlers only fill in.
+//! All memory is allocated before the first step; the handlers only fill it in.
 
 use core::cell::{Cell, UnsafeCell};
 use core::ops::Range;
@@ -16,7 +16,7 @@ use crate::words::thread_number;
 /// A stack does not return to a slot before this many moves.
 pub(super) const KEPT: usize = 256;
 
-/// What the handlers know of the torture on their thread.
+/// The handlers' data about the torture on their thread.
 pub(super) struct Run {
     pub mode: Mode,
     pub random: u64,
@@ -24,7 +24,7 @@ pub(super) struct Run {
     /// The coroutine that resumes the tortured one, if one does.
     pub outside: Option<Running>,
     pub leaves: &'static [Range<usize>],
-    /// A stack that is tortured was seen since stepping was switched on.
+    /// A tortured stack was seen since stepping was switched on.
     pub inside: bool,
     /// SIGTRAP is blocked, and one is pending.
     pub paused: bool,
@@ -70,7 +70,7 @@ fn next(state: &mut u64) -> u64 {
 /// How often each instruction was moved at: a hash table of fixed size.
 pub(super) struct Hits {
     table: Box<[Hit]>,
-    /// Moves at instructions that found no place any more.
+    /// Moves at instructions that found no free place in the table.
     lost: u64,
 }
 
@@ -106,31 +106,31 @@ impl Hits {
 }
 
 thread_local! {
-    /// The torture of this thread. Constant, without a destructor: readable in a handler.
+    /// The torture of this thread. Constant and without a destructor, so a handler can read it.
     static CURRENT: Cell<*mut Run> = const { Cell::new(ptr::null_mut()) };
 }
 
-/// This thread's torture, null if there is none.
+/// This thread's torture; null if there is none.
 pub(super) fn current() -> *mut Run {
     CURRENT.get()
 }
 
-/// The thread that is tortured, 0 if none is.
+/// The tortured thread; 0 if there is none.
 static THREAD: AtomicI32 = AtomicI32::new(0);
 
 pub(super) fn tortured_thread() -> i32 {
     THREAD.load(Ordering::Acquire)
 }
 
-/// The first finding of the run, whichever thread makes it.
+/// The first finding of the run, made by any thread.
 struct First {
     claimed: AtomicBool,
-    /// Written by who claimed it, before this is set.
+    /// Set when the claiming thread has written `found`.
     complete: AtomicBool,
     found: UnsafeCell<Found>,
 }
 
-// SAFETY: `found` is written by the one who claimed it and read after that is complete.
+// SAFETY: only the thread that claimed `found` writes it, and it is read only after `complete` is set.
 unsafe impl Sync for First {}
 
 static FIRST: First = First {
@@ -139,13 +139,13 @@ static FIRST: First = First {
     found: UnsafeCell::new(Found::NOTHING),
 };
 
-/// Forgets the finding of the run before.
+/// Forgets the finding of the previous run.
 pub(super) fn forget() {
     FIRST.complete.store(false, Ordering::Relaxed);
     FIRST.claimed.store(false, Ordering::Release);
 }
 
-/// Makes this the torture of this thread, or none by a null.
+/// Sets this thread's torture; null for no torture.
 pub(super) fn set_current(run: *mut Run) {
     let thread = if run.is_null() { 0 } else { thread_number() };
     CURRENT.set(run);
@@ -155,20 +155,21 @@ pub(super) fn set_current(run: *mut Run) {
 /// Records a finding if it is the first.
 pub(super) fn record(fill: impl FnOnce(&mut Found)) {
     if !FIRST.claimed.swap(true, Ordering::AcqRel) {
-        // SAFETY: it was claimed just now: nobody else writes it, and nobody reads it before it is complete.
+        // SAFETY: this call has just claimed it, so no other thread writes it, and no thread reads it before it is complete.
         fill(unsafe { &mut *FIRST.found.get() });
         FIRST.complete.store(true, Ordering::Release);
     }
 }
 
-/// The finding, once there is one; the caller may add to it if it is the tortured thread.
+/// The finding, once complete; only the tortured thread may add to it.
 pub(super) fn recorded() -> Option<*mut Found> {
     FIRST.complete.load(Ordering::Acquire).then(|| FIRST.found.get())
 }
 
-/// Takes the growths of the running coroutine over into the report.
+/// Copies the running coroutine's growths into the report.
 pub(super) fn count_growths() {
     let growths = current_stats().map_or(0, |stats| stats.growths);
-    // SAFETY: a torture of this thread goes on, and no reference to it is alive here. A handler in between writes other fields.
+    // SAFETY: a torture of this thread is running, and no reference to it is alive here. An interrupting handler uses other
+    // fields.
     unsafe { (*current()).growths = growths };
 }

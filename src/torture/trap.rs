@@ -1,10 +1,9 @@
-//! The SIGTRAP handler: one call an instruction. Looks at what comes next, and moves the stack.
+//! The SIGTRAP handler, called once per instruction: it looks at the next instruction and moves the stack.
 //!
-//! And what the SIGSEGV handler asks while a torture runs: whether a fault is a finding. Then the interrupted
-//! context is changed into that of the resumer, as if the coroutine had suspended: its frames are left as they
-//! are, nothing is unwound, and its stack is never used again.
+//! The SIGSEGV handler asks this module during a torture whether a fault is a finding. If so, the interrupted context becomes
+//! that of the resumer, as if the coroutine had suspended. Its frames are not unwound, and its stack is never used again.
 //!
-//! The rules are those of src/handler/mod.rs: nothing here allocates, locks, prints, or panics.
+//! The rules of src/handler/mod.rs apply: nothing here allocates, locks, prints, or panics.
 
 use core::ffi::{c_int, c_void};
 use core::fmt::Write;
@@ -37,13 +36,13 @@ use crate::stderr::Stderr;
 use crate::switch::{self, RED_ZONE, Running};
 use crate::words::keeping_errno;
 
-/// The handler that was there before ours. It is written before ours is installed, which only reads it: that waits for nobody.
+/// The previous handler. It is written before our handler is installed, and our handler only reads it, without waiting.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
 pub(super) fn install() -> Result<(), Error> {
     static INSTALLED: OnceLock<()> = OnceLock::new();
     if INSTALLED.get().is_none() {
-        // SAFETY: `on_trap` is a handler for SIGTRAP, and passes what is not its own to `PREVIOUS`.
+        // SAFETY: `on_trap` is a handler for SIGTRAP and passes other signals to `PREVIOUS`.
         unsafe { handler::take_over(libc::SIGTRAP, on_trap, &PREVIOUS)? };
         hooks::install(hooks::Table {
             catches,
@@ -57,10 +56,9 @@ pub(super) fn install() -> Result<(), Error> {
 
 /// The trap flag in the flags register.
 const TRAP_FLAG: i64 = 0x100;
-/// SIGTRAP in a signal mask.
 const TRAPS: u64 = 1 << (libc::SIGTRAP - 1);
 
-/// Numbers of general registers in instructions.
+/// The numbers of general registers in instructions.
 const RAX: usize = 0;
 const RCX: usize = 1;
 const RDX: usize = 2;
@@ -72,8 +70,8 @@ const R10: usize = 10;
 const R11: usize = 11;
 
 unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mut c_void) {
-    // SAFETY: the kernel passes a `siginfo_t` and a context to a handler that is installed with SA_SIGINFO, as this one is. They
-    // are passed on when this is done with them.
+    // SAFETY: the kernel passes a `siginfo_t` and a context to a handler that is installed with SA_SIGINFO, as this one is.
+    // They are passed on only when this handler no longer uses them.
     keeping_errno(|| unsafe {
         let (code, sender) = ((*info).si_code, (*info).si_pid());
         if !serve(code, sender, &mut Context::new(raw))
@@ -84,7 +82,7 @@ unsafe extern "C" fn on_trap(signal: c_int, info: *mut libc::siginfo_t, raw: *mu
     });
 }
 
-/// Does what this handler is for; false if the signal is another's.
+/// Handles the signal; false if it is not ours.
 fn serve(code: c_int, sender: c_int, context: &mut Context<'_>) -> bool {
     match run_in_handler() {
         run if code == libc::SI_KERNEL => return breakpoint(run, context),
@@ -97,14 +95,14 @@ fn serve(code: c_int, sender: c_int, context: &mut Context<'_>) -> bool {
 
 /// The torture of this thread, for its handlers.
 fn run_in_handler<'a>() -> Option<&'a mut Run> {
-    // SAFETY: the pointer is null, or that of a torture that goes on. Handlers do not interrupt each other, and what they interrupt
-    // has no reference to it: `turn` uses it only while nothing is stepped through.
+    // SAFETY: the pointer is null or that of a running torture. Handlers do not interrupt each other, and the code they
+    // interrupt has no reference to it: `turn` uses it only while nothing is stepped through.
     unsafe { run::current().as_mut() }
 }
 
-/// Puts a breakpoint at each growth point, but for those in what the handlers call.
+/// Inserts a breakpoint at each growth point, except in code that the handlers call.
 pub(super) fn insert_breakpoints() -> Result<(), &'static str> {
-    // Calls through the table are not followed, so what is in it is named.
+    // Calls through the hook table are not followed, so its entries are listed here.
     breakpoints::insert(&[
         on_trap as *const () as usize,
         handler::ON_FAULT as *const () as usize,
@@ -116,7 +114,7 @@ pub(super) fn insert_breakpoints() -> Result<(), &'static str> {
     ])
 }
 
-/// At a breakpoint, on whichever thread; false if it is none of ours.
+/// Handles a breakpoint, on any thread; false if the trap is not one of our breakpoints.
 fn breakpoint(run: Option<&mut Run>, context: &mut Context<'_>) -> bool {
     let at = context.rip() - 1;
     let Some(displaced) = breakpoints::displaced(at) else { return false };
@@ -137,7 +135,7 @@ fn breakpoint(run: Option<&mut Run>, context: &mut Context<'_>) -> bool {
     true
 }
 
-/// A SIGTRAP from this process: stepping may go on, or another thread has a finding.
+/// Handles a SIGTRAP from this process: stepping may go on, or another thread has a finding.
 fn called(run: &mut Run, context: &mut Context<'_>) {
     if run::recorded().is_some() {
         leave(run, context);
@@ -147,7 +145,7 @@ fn called(run: &mut Run, context: &mut Context<'_>) {
     }
 }
 
-/// Before each instruction.
+/// Called before each instruction.
 fn step(run: &mut Run, context: &mut Context<'_>) {
     if run::recorded().is_some() {
         return leave(run, context);
@@ -180,7 +178,7 @@ fn step(run: &mut Run, context: &mut Context<'_>) {
     move_stack(run, context, running, slot);
 }
 
-/// Moves the stack in `slot` of the coroutine that runs.
+/// Moves the running coroutine's stack, which is in `slot`.
 fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: Slot) {
     let rip = context.rip();
     // SAFETY: the coroutine was interrupted on its stack in this slot, and its pointers are whole at this instruction.
@@ -193,16 +191,16 @@ fn move_stack(run: &mut Run, context: &mut Context<'_>, running: Running, slot: 
     run.bytes += moved.bytes as u64;
     run.words += moved.words as u64;
     run.hits.count(rip);
-    // SAFETY: the coroutine that runs was interrupted with this `rsp`, and its record is where its stack has moved to.
+    // SAFETY: the running coroutine was interrupted with this `rsp`, and its record is where its stack has moved to.
     unsafe { after_move(run, context.rsp(), running.record()) };
 }
 
-/// Moves the stack that `context` was interrupted on to another slot of its size, as if it had overflowed there, at an
-/// instruction whose bytes are those that `byte` returns. `None` if it cannot be moved.
+/// Moves the interrupted stack to another slot of its size, as if it had overflowed at the interrupted instruction. `byte`
+/// returns the bytes of that instruction. `None` if the stack cannot be moved.
 ///
 /// # Safety
-/// The coroutine that runs was interrupted, on its stack in `slot`; pointers into its stack are only in it and
-/// in registers.
+/// The running coroutine was interrupted on its stack in `slot`. Pointers into its stack are only in the stack and in
+/// registers.
 unsafe fn move_here(
     context: &mut Context<'_>,
     running: Running,
@@ -217,11 +215,11 @@ unsafe fn move_here(
         slot,
         address: rsp,
         lowest: rsp,
-        growth_point: true, // or as good as one
+        growth_point: true, // or an instruction as safe as one
         loop_end: number.map(|number| PLACE[number]),
         call_length: call_length(byte),
     };
-    // SAFETY: the record is that of the coroutine that runs: it is accessible, and only this thread uses it. The caller says that
+    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The caller says that
     // all pointers into the stack are where `relocate` looks for them.
     unsafe {
         let record = Record::at(slot.end());
@@ -232,7 +230,7 @@ unsafe fn move_here(
     }
 }
 
-/// The coroutine that runs, if its stack may move and is the one `rsp` is on.
+/// The running coroutine, if its stack may move and holds `rsp`.
 fn moving_stack(context: &Context<'_>) -> Option<(Running, Slot)> {
     let running = switch::running().filter(|_| hooks::may_disturb())?;
     let slot = Slot::containing(context.rsp())?;
@@ -240,14 +238,14 @@ fn moving_stack(context: &Context<'_>) -> Option<(Running, Slot)> {
     (slot.end() == end && growth == Growth::Relocate).then_some((running, slot))
 }
 
-/// Of the coroutine that runs: where its slot ends, how much of it is accessible, and how its stack grows.
+/// Where the running coroutine's slot ends, how much of it is accessible, and how its stack grows.
 fn end_open_growth(running: Running) -> (usize, usize, Growth) {
     let record = running.record();
-    // SAFETY: the record of the coroutine that runs is accessible, and only this thread uses it.
+    // SAFETY: the record of the running coroutine is accessible, and only this thread uses it.
     unsafe { (Record::end(record), (*record).open, (*record).settings.growth) }
 }
 
-/// Between `lea r11, [rsp - N]` and the end of the loop that touches a large frame's pages (src/grow/point.rs).
+/// True between `lea r11, [rsp - N]` and the end of the loop that touches a large frame's pages (src/grow/point.rs).
 fn in_probe_loop(context: &mut Context<'_>, slot: Slot) -> bool {
     const LARGEST: usize = 1 << 32;
     slot.start().wrapping_sub(*context.register(R11)) < LARGEST
@@ -256,8 +254,8 @@ fn in_probe_loop(context: &mut Context<'_>, slot: Slot) -> bool {
 /// # Safety
 /// `record` is that of the running coroutine, interrupted with `rsp`, whose stack has just moved.
 unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
-    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The bytes that are
-    // written are accessible, and below the red zone, where nothing is used.
+    // SAFETY: the record is that of the running coroutine: it is accessible, and only this thread uses it. The bytes written
+    // are accessible and lie below the red zone, where nothing is in use.
     unsafe {
         if run.moves.is_multiple_of(KEPT as u64) {
             give_back_oldest((*record).old, KEPT);
@@ -269,7 +267,7 @@ unsafe fn after_move(run: &Run, rsp: usize, record: *mut Record) {
     }
 }
 
-/// Gives the slots back that a stack has left, all but the `keep` it left last, of which `link` is the newest.
+/// Gives back the slots that a stack has left, except the latest `keep`; `link` is the newest.
 fn give_back_oldest(mut link: Link, keep: usize) {
     for _ in 1..keep {
         let Some(slot) = Slot::from_link(link) else { return };
@@ -280,11 +278,12 @@ fn give_back_oldest(mut link: Link, keep: usize) {
     }
 }
 
-/// Does the system call that comes next itself, and stops stepping until it is undone, if it would block SIGTRAP.
+/// Handles the next instruction if it is a system call that would block SIGTRAP: emulates the call and stops stepping until
+/// SIGTRAP is unblocked.
 fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     let rip = context.rip();
-    // Of an instruction that begins like this the second byte is read.
+    // The second byte is read only if the first matches.
     let is_syscall = breakpoints::code(rip) == SYSCALL[0] && breakpoints::code(rip + 1) == SYSCALL[1];
     if !is_syscall || *context.register(RAX) != libc::SYS_rt_sigprocmask as usize {
         return false;
@@ -293,7 +292,7 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
     if *context.register(R10) != size_of::<u64>() || new == 0 || [new, old].into_iter().any(is_guarded) {
         return false;
     }
-    // SAFETY: the interrupted code passes this address for the kernel to read eight bytes at; it is in no guard.
+    // SAFETY: the interrupted code passes this address for the kernel to read eight bytes at, and it is in no guard.
     let new = unsafe { (new as *const u64).read_unaligned() };
     let mask = *context.mask_bits();
     let wanted = match how as c_int {
@@ -305,10 +304,10 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
         return false;
     }
     if old != 0 {
-        // SAFETY: the interrupted code passes this address for the kernel to write eight bytes at; it is in no guard.
+        // SAFETY: the interrupted code passes this address for the kernel to write eight bytes at, and it is in no guard.
         unsafe { (old as *mut u64).write_unaligned(mask) };
     }
-    // What a system call leaves: its result, and where and with which flags it was made.
+    // A system call leaves its result in `rax`, its return address in `rcx` and its flags in `r11`.
     *context.mask_bits() = wanted & !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
     *context.flags() &= !TRAP_FLAG;
     *context.register(RAX) = 0;
@@ -320,7 +319,7 @@ fn blocks_traps(run: &mut Run, context: &mut Context<'_>) -> bool {
     true
 }
 
-/// Whether the kernel might find this address inaccessible.
+/// True if the kernel might find this address inaccessible.
 fn is_guarded(address: usize) -> bool {
     Slot::containing(address).is_some_and(|slot| {
         switch::running()
@@ -330,18 +329,18 @@ fn is_guarded(address: usize) -> bool {
 }
 
 fn send_trap(thread: i32) {
-    // SAFETY: the system call takes numbers, and touches no memory.
+    // SAFETY: the system call takes numbers and touches no memory.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGTRAP) };
 }
 
-/// Takes the SIGTRAP away that a blocked stepper waited for.
+/// Removes the SIGTRAP that was pending for a stepper that blocks it.
 pub(super) fn take_pending() {
     let traps = signals::set_of([libc::SIGTRAP]);
     // SAFETY: the call reads a set and a time, both borrowed, and writes nothing. It does not wait.
     unsafe { libc::sigtimedwait(&traps, ptr::null_mut(), &libc::timespec { tv_sec: 0, tv_nsec: 0 }) };
 }
 
-/// Whether a fault is a finding of the torture that runs, if one does. If so it has been dealt with.
+/// True if a fault is a finding of the running torture. The finding has then been dealt with.
 fn catches(address: usize, context: &mut Context<'_>) -> bool {
     let thread = run::tortured_thread();
     if thread == 0 {
@@ -363,30 +362,29 @@ fn catches(address: usize, context: &mut Context<'_>) -> bool {
             }
             run::record(|found| found.fill(Kind::Stale, address, slot, true, context));
             send_trap(thread);
-            // Nothing it could return to would make sense, and somebody may wait for it with a borrow.
+            // This thread has no valid data to return to, and another thread may wait for it while lending it data.
             wait_for_the_end()
         }
     }
 }
 
-/// A slot was touched that the stack has left, or that it left so long ago that it may be used again.
+/// Finds a touched slot that the stack has left, even one so old that it may be in use again.
 fn stale(address: usize) -> Option<(Kind, Option<Slot>)> {
     let end = Record::end(switch::running()?.record());
     let slot = Slot::containing(address).filter(|slot| slot.end() != end)?;
     Some((Kind::Stale, Some(slot)))
 }
 
-/// A register that may have been the pointer holds what fresh stack is filled with.
+/// Finds a register that may have been the pointer and holds the fill of fresh stack.
 fn poisoned(address: usize, context: &mut Context<'_>) -> Option<(Kind, Option<Slot>)> {
     const NEAR: usize = 1 << 16;
     let pattern = usize::from_ne_bytes([super::report::POISON; size_of::<usize>()]);
-    // The processor does not tell the address of an access to where no memory can be.
+    // For a non-canonical address the processor does not report the address accessed.
     let found = address == 0 && context.general().iter().any(|value| value.abs_diff(pattern) < NEAR);
     found.then_some((Kind::Poison, None))
 }
 
-/// Puts an instruction back, in which there was a fault, that runs elsewhere since a breakpoint is in its place. Returns where
-/// that is.
+/// Restores a displaced instruction that faulted to its own place, and returns that place.
 fn put_instruction_back(context: &mut Context<'_>) -> Option<usize> {
     let (at, later) = breakpoints::original(context.rip())?;
     (!later && breakpoints::take_out(at)).then(|| {
@@ -395,22 +393,22 @@ fn put_instruction_back(context: &mut Context<'_>) -> Option<usize> {
     })
 }
 
-/// Goes on in the resumer of the tortured coroutine, as asm/finish.s would.
+/// Continues in the resumer of the tortured coroutine, as asm/finish.s would.
 fn leave(run: &mut Run, context: &mut Context<'_>) {
     let inside = iter::successors(switch::running(), |running| running.resumed_by());
     let Some(tortured) = inside.take_while(|&running| Some(running) != run.outside).last() else {
-        return; // not in it: it will not be resumed again
+        return; // outside the tortured coroutine, which will not be resumed again
     };
-    // From here on code runs that the handler does not call otherwise.
+    // The handler runs the code below only here, so breakpoints may be in it.
     breakpoints::remove();
     if let Some((at, pushed)) = breakpoints::original(context.rip()) {
-        // As it would have been in its own place, which is where the unwinder knows about.
+        // The unwinder knows only the instruction's own place, so the context moves there.
         context.set_rip(at);
         *context.register(RSP) += if pushed { size_of::<usize>() } else { 0 };
     }
     if let Some(found) = run::recorded() {
-        // SAFETY: the finding is complete, so its maker uses it no more. This is the tortured thread, and only a handler of it
-        // adds to it.
+        // SAFETY: the finding is complete, so its maker no longer uses it. This is the tortured thread, and only its handler
+        // adds to the finding.
         unsafe { (*found).add_frames(context.rsp()) };
     }
     run::count_growths();
@@ -422,5 +420,5 @@ fn leave(run: &mut Run, context: &mut Context<'_>) {
     *context.register(R8) = resumer;
     *context.register(RDX) = tortured.base() as usize;
     *context.register(RAX) = switch::ENDED;
-    *context.register(RSI) = switch::YIELDED; // with a value of no size
+    *context.register(RSI) = switch::YIELDED; // a value of size zero
 }

@@ -1,4 +1,4 @@
-//! Begin and end of a torture.
+//! The begin and end of a torture.
 
 use core::arch::asm;
 use core::ptr;
@@ -58,14 +58,13 @@ pub(super) fn begin(mode: Mode, seed: u64, limit: u64) -> Turn {
 }
 
 impl Turn {
-    /// Ends the torture and tells what it was like.
     pub(super) fn end(self) -> Report {
         set_trap_flag(false);
         breakpoints::remove();
         breakpoints::seal();
         run::set_current(ptr::null_mut());
         hooks::set_flags(Flags::default());
-        // SAFETY: `begin` made the box and nobody else frees it; no handler finds it any more.
+        // SAFETY: `begin` made the box, only this call frees it, and no handler finds it any more.
         let run = unsafe { Box::from_raw(self.run) };
         if run.paused {
             trap::take_pending();
@@ -88,7 +87,7 @@ impl Turn {
     }
 }
 
-/// Called by the tortured coroutine when it begins. What it returns counts the stack's growths when it is dropped.
+/// Called by the tortured coroutine when it begins. The result counts the stack's growths when it is dropped.
 pub(super) fn enter() -> impl Drop {
     struct Leave;
     impl Drop for Leave {
@@ -99,7 +98,7 @@ pub(super) fn enter() -> impl Drop {
     Leave
 }
 
-/// Switches stepping on, before each resume. The handler switches it off when the coroutine has been left.
+/// Switches stepping on, before each resume. The handler switches it off after the coroutine is left.
 pub(super) fn arm() {
     // SAFETY: `begin` has made the torture of this thread. Nothing is stepped through now, so no handler uses it.
     let run = unsafe { &mut *run::current() };
@@ -110,9 +109,10 @@ pub(super) fn arm() {
     }
 }
 
-/// The processor traps after each instruction while the flag is set, from the one after the next on.
+/// Sets or clears the trap flag. The processor traps after each instruction while the flag is set, from the one after the next
+/// on.
 fn set_trap_flag(on: bool) {
-    // SAFETY: only the trap flag changes, whose traps `trap::on_trap` handles; the stack is as it was afterwards.
+    // SAFETY: only the trap flag changes, `trap::on_trap` handles its traps, and the stack is unchanged afterwards.
     unsafe {
         match on {
             true => asm!("pushfq", "or qword ptr [rsp], 0x100", "popfq"),
