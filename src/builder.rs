@@ -551,36 +551,26 @@ unsafe fn fill_with_closure<In, Out, Ret, F>(
 where
     F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
 {
-    /// # Safety
-    /// As for [`fill`].
-    #[inline(always)]
-    unsafe fn fill_as_it_is<In, Out, Ret, F>(
-        record: *mut Record,
-        f: F,
-        settings: Settings,
-        name: &Option<Arc<str>>,
-    ) -> Coroutine<In, Out, Ret>
-    where
-        F: FnOnce(&Yielder<In, Out>, In) -> Ret + 'static,
-    {
-        let entry = coroutine::entry::<In, Out, Ret, F>;
-        // SAFETY: the slot was taken for these settings, and the entry function takes an `F`, which fits.
-        Coroutine::from_handle(unsafe { fill(record, f, entry, settings, name) })
-    }
-    // SAFETY: the slot was taken for these settings. A closure too
-    // large for the head goes to the heap; its box fits into the head.
-    unsafe {
+    // SAFETY: the slot was taken for these settings, and the entry function takes the closure that is put there. A closure too
+    // large for the head goes to the heap, and the box, which fits, into the head.
+    Coroutine::from_handle(unsafe {
         if size_of::<F>() <= INLINE_CLOSURE && align_of::<F>() <= 16 {
-            return fill_as_it_is(record, f, settings, name);
+            fill(record, f, coroutine::entry::<In, Out, Ret, F>, settings, name)
+        } else {
+            let boxed = Box::new(f);
+            let f = move |yielder: &Yielder<In, Out>, input: In| (*boxed)(yielder, input);
+            let entry = entry_of(&f);
+            fill(record, f, entry, settings, name)
         }
-        let boxed = Box::new(f);
-        fill_as_it_is(
-            record,
-            move |yielder: &Yielder<In, Out>, input| (*boxed)(yielder, input),
-            settings,
-            name,
-        )
-    }
+    })
+}
+
+/// The entry function of coroutines that run such a closure, whose type may have no name.
+fn entry_of<In, Out, Ret, F>(_: &F) -> Entry
+where
+    F: FnOnce(&Yielder<In, Out>, In) -> Ret,
+{
+    coroutine::entry::<In, Out, Ret, F>
 }
 
 /// Writes the head of a slot that was just taken.

@@ -18,6 +18,9 @@ pub(crate) struct Words {
     pub forks: Cell<usize>,
 }
 
+// A plain build must notice, too, that asm/switch.S has other room for them (`WORDS`).
+const _: () = assert!(size_of::<Words>() == 40);
+
 /// This thread's words.
 #[inline]
 pub(crate) fn words() -> &'static Words {

@@ -178,7 +178,7 @@ impl Torture {
     /// assert_eq!(value.unwrap(), "[1.5, 2.5]");
     /// ```
     pub unsafe fn run<R: 'static>(&self, f: impl FnOnce() -> R + 'static) -> (Option<R>, Report) {
-        // SAFETY: the caller vouches for `f` under this function's contract, which is that of `run_suspending`.
+        // SAFETY: `f` leaves no pointer to its stack outside that stack, or what it does with one is the test: the caller's promise.
         unsafe { self.run_suspending(|_| f()) }
     }
 
@@ -210,7 +210,7 @@ impl Torture {
         if let Err(error) = thread::prepare() {
             panic!("cannot torture: {error}");
         }
-        // SAFETY: the caller vouches that `f` keeps no pointers to its stack, or accepts what `f` does after a move.
+        // SAFETY: `f` keeps no pointer to its stack outside that stack, or what it does with one after a move is the test.
         let builder = unsafe { Builder::new().name("tortured").learn(false).relocating() };
         let mut coroutine = builder.spawn(move |yielder: &Yielder<(), ()>, ()| {
             let _counts = turn::enter();
